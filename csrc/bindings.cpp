@@ -1,0 +1,125 @@
+// The Python module shelfkern._native: the only file that knows Python.
+//
+// Tensors come as addresses and sizes, checked by the callers in shelfkern/ops; kernels run without
+// the interpreter's lock.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "common/buffers.h"
+#include "common/parallel.h"
+#include "cpu/kernels.h"
+#include "cuda/upsample_add.h"
+
+namespace py = pybind11;
+using namespace shelfkern;
+
+namespace {
+
+using Address = uintptr_t;
+
+template <typename T = void>
+T* pointer(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+void upsample_add(Address x, Address skip, Address gate, Address out, int dtype, int64_t n, int64_t h,
+                  int64_t w, int64_t c, int threads) {
+    const py::gil_scoped_release unlocked;
+    kernels().upsample_add({pointer(x), pointer(skip), pointer<float>(gate), pointer(out),
+                            static_cast<DType>(dtype), n, h, w, c, threads});
+}
+
+void attention_gate(Address x, Address weight, Address scale, Address shift, Address out, int dtype,
+                    int64_t n, int64_t hw, int64_t c, int64_t k, int threads) {
+    const py::gil_scoped_release unlocked;
+    kernels().attention_gate({pointer(x), pointer<float>(weight), pointer<float>(scale),
+                              pointer<float>(shift), pointer<float>(out), static_cast<DType>(dtype), n, hw,
+                              c, k, threads});
+}
+
+template <void (*Kernels::*kernel)(const Resize&)>
+void resize(Address scores, Address out, int dtype, int64_t n, int64_t h, int64_t w, int64_t c,
+            int64_t full_h, int64_t full_w, int64_t out_h, int64_t out_w, bool align_corners, int threads) {
+    const py::gil_scoped_release unlocked;
+    (kernels().*kernel)({pointer(scores), pointer(out), static_cast<DType>(dtype), n, h, w, c, full_h,
+                         full_w, out_h, out_w, align_corners, threads});
+}
+
+void conv_bn_act(Address x, Address weight, Address scale, Address shift, Address residual, Address skip,
+                 Address out, int dtype, int64_t n, int64_t h, int64_t w, int64_t c, int64_t out_h,
+                 int64_t out_w, int64_t out_c, int64_t kernel_h, int64_t kernel_w, int64_t stride,
+                 int64_t pad_h, int64_t pad_w, int64_t chunk, int64_t stride_n, int64_t stride_h,
+                 int64_t stride_w, float slope, int threads) {
+    const py::gil_scoped_release unlocked;
+    kernels().conv_bn_act({pointer(x), pointer<float>(weight), pointer<float>(scale), pointer<float>(shift),
+                           pointer(residual), pointer(skip), pointer(out), static_cast<DType>(dtype), n, h,
+                           w, c, out_h, out_w, out_c, kernel_h, kernel_w, stride, pad_h, pad_w, chunk,
+                           stride_n, stride_h, stride_w, slope, threads});
+}
+
+void stem(Address image, Address factor, Address offset, Address weight, Address scale, Address shift,
+          Address out, int image_dtype, int dtype, int64_t n, int64_t image_h, int64_t image_w, int64_t h,
+          int64_t w, int64_t out_c, float slope, int threads) {
+    const py::gil_scoped_release unlocked;
+    kernels().stem({pointer(image), pointer<float>(factor), pointer<float>(offset), pointer<float>(weight),
+                    pointer<float>(scale), pointer<float>(shift), pointer(out),
+                    static_cast<DType>(image_dtype), static_cast<DType>(dtype), n, image_h, image_w, h, w,
+                    out_c, slope, threads});
+}
+
+void upsample_add_cuda(Address x, Address skip, Address gate, Address out, int dtype, int64_t n, int64_t h,
+                       int64_t w, int64_t c, Address stream) {
+    const py::gil_scoped_release unlocked;
+    cuda::launch_upsample_add({pointer(x), pointer(skip), pointer<float>(gate), pointer(out),
+                               static_cast<cuda::DType>(dtype), n, h, w, c},
+                              pointer(stream));
+}
+
+void upsample_add_cuda_on_host(Address x, Address skip, Address gate, Address out, int dtype, int64_t n,
+                               int64_t h, int64_t w, int64_t c) {
+    const py::gil_scoped_release unlocked;
+    cuda::upsample_add_on_host({pointer(x), pointer(skip), pointer<float>(gate), pointer(out),
+                                static_cast<cuda::DType>(dtype), n, h, w, c});
+}
+
+std::vector<std::string> isas() {
+    std::vector<std::string> names;
+    for (const char* const* name = runnable_isas(); *name; ++name) names.emplace_back(*name);
+    return names;
+}
+
+void bind_buffers(py::module_& m) {
+    py::class_<Buffer>(m, "Buffer", py::buffer_protocol())
+        .def(py::init<size_t>(), py::arg("nbytes"))
+        .def_buffer([](Buffer& b) {
+            return py::buffer_info(static_cast<uint8_t*>(b.data()), static_cast<py::ssize_t>(b.bytes()));
+        });
+    m.def("idle_buffer_bytes", &idle_buffer_bytes);
+    m.def("buffer_limit", &buffer_limit);
+    m.def("clear_buffers", &clear_buffers);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+    m.def("isas", &isas);
+    m.def("isa", [] { return std::string(kernels().isa); });
+    m.def("force_isa", [](const std::string& isa) { return force_isa(isa.c_str()); });
+    m.def("set_parallel_runtime",
+          [](Address entry) { set_parallel_runtime(reinterpret_cast<OpenMPParallel>(entry)); });
+    m.attr("compiler") = SHELFKERN_COMPILER;
+    m.attr("cuda_archs") = SHELFKERN_CUDA_ARCHS;
+
+    m.def("upsample_add", &upsample_add);
+    m.def("attention_gate", &attention_gate);
+    m.def("upsample_bilinear", &resize<&Kernels::upsample_bilinear>);
+    m.def("upsample_argmax", &resize<&Kernels::upsample_argmax>);
+    m.def("conv_bn_act", &conv_bn_act);
+    m.def("stem", &stem);
+    m.def("upsample_add_cuda_on_host", &upsample_add_cuda_on_host);
+    if (*SHELFKERN_CUDA_ARCHS) m.def("upsample_add_cuda", &upsample_add_cuda);
+    bind_buffers(m);
+}

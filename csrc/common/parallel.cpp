@@ -1,0 +1,78 @@
+#include "parallel.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <thread>
+#include <vector>
+
+namespace shelfkern {
+namespace {
+
+std::atomic<OpenMPParallel> runtime{nullptr};
+
+struct Work {
+    std::atomic<int64_t> next{0};
+    int64_t count;
+    void (*body)(void*, int64_t);
+    void* context;
+};
+
+// Threads take the next piece when they are free: pieces differ in cost, and cores may be shared.
+void take_pieces(void* data) {
+    Work& work = *static_cast<Work*>(data);
+    for (int64_t i; (i = work.next.fetch_add(1, std::memory_order_relaxed)) < work.count;) {
+        work.body(work.context, i);
+    }
+}
+
+void run_on_own_threads(int threads, Work& work) {
+    std::vector<std::thread> others;
+    for (int t = 1; t < threads; ++t) others.emplace_back(take_pieces, &work);
+    take_pieces(&work);
+    for (std::thread& thread : others) thread.join();
+}
+
+struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+};
+
+struct Scratch {
+    std::unique_ptr<void, Free> memory;
+    int64_t bytes = 0;
+};
+
+}  // namespace
+
+void set_parallel_runtime(OpenMPParallel entry) { runtime = entry; }
+
+void run_parallel(int threads, int64_t count, void (*body)(void*, int64_t), void* context) {
+    Work work;
+    work.count = count;
+    work.body = body;
+    work.context = context;
+    threads = static_cast<int>(std::min<int64_t>(threads, count));
+    if (threads <= 1) return take_pieces(&work);
+    if (OpenMPParallel entry = runtime.load()) return entry(take_pieces, &work, threads, 0);
+    run_on_own_threads(threads, work);
+}
+
+void* thread_scratch(int slot, int64_t bytes) {
+    constexpr int64_t kLine = 64;
+    thread_local Scratch slots[4];
+    Scratch& scratch = slots[slot];
+    if (scratch.bytes < bytes) {
+        scratch.memory.reset();
+        scratch.bytes = (bytes + kLine - 1) / kLine * kLine;
+        scratch.memory.reset(std::aligned_alloc(kLine, scratch.bytes));
+        if (!scratch.memory) {
+            scratch.bytes = 0;
+            throw std::bad_alloc();
+        }
+    }
+    return scratch.memory.get();
+}
+
+}  // namespace shelfkern

@@ -1,0 +1,74 @@
+#include "../common/parallel.h"
+#include "kernels.h"
+#include "vec.h"
+
+// std::exp of one float from libm: nothing of the standard library is instantiated here.
+#include <math.h>
+
+namespace shelfkern {
+namespace SHELFKERN_ISA {
+namespace {
+
+// Pixels summed by one task. Fixed, and the pieces are added in order, so that the result does not
+// depend on the number of threads.
+constexpr int64_t kPiece = 256;
+
+template <typename T>
+void sum_pixels(const T* x, int64_t pixels, int64_t c, float* sums) {
+    for (int64_t i = 0; i < c; ++i) sums[i] = 0;
+    for (int64_t p = 0; p < pixels; ++p, x += c) {
+        int64_t i = 0;
+        for (; i + kLanes <= c; i += kLanes) store(sums + i, load(sums + i) + load(x + i));
+        for (; i < c; ++i) sums[i] += load_one(x + i);
+    }
+}
+
+void mean_of_pieces(const float* pieces, int64_t count, int64_t c, int64_t pixels, float* mean) {
+    for (int64_t i = 0; i < c; ++i) {
+        double sum = 0;
+        for (int64_t k = 0; k < count; ++k) sum += pieces[k * c + i];
+        mean[i] = static_cast<float>(sum / static_cast<double>(pixels));
+    }
+}
+
+float dot(const float* a, const float* b, int64_t count) {
+    vf sums = {};
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) sums += load(a + i) * load(b + i);
+    float total = 0;
+    for (int lane = 0; lane < kLanes; ++lane) total += sums[lane];
+    for (; i < count; ++i) total += a[i] * b[i];
+    return total;
+}
+
+template <typename T>
+void run(const AttentionGate& a) {
+    const int64_t count = (a.hw + kPiece - 1) / kPiece;
+    float* pieces = static_cast<float*>(thread_scratch(0, (a.n * count + 1) * a.c * 4));
+    parallel_for(a.threads, a.n * count, [&](int64_t task) {
+        const int64_t n = task / count, first = task % count * kPiece;
+        const int64_t pixels = a.hw - first < kPiece ? a.hw - first : kPiece;
+        sum_pixels(static_cast<const T*>(a.x) + (n * a.hw + first) * a.c, pixels, a.c, pieces + task * a.c);
+    });
+    float* mean = pieces + a.n * count * a.c;
+    for (int64_t n = 0; n < a.n; ++n) {
+        mean_of_pieces(pieces + n * count * a.c, count, a.c, a.hw, mean);
+        for (int64_t k = 0; k < a.k; ++k) {
+            const float z = a.scale[k] * dot(a.weight + k * a.c, mean, a.c) + a.shift[k];
+            a.out[n * a.k + k] = 1 / (1 + expf(-z));
+        }
+    }
+}
+
+}  // namespace
+
+void attention_gate(const AttentionGate& args) {
+    if (args.dtype == DType::f32) {
+        run<float>(args);
+    } else {
+        run<bf16>(args);
+    }
+}
+
+}  // namespace SHELFKERN_ISA
+}  // namespace shelfkern

@@ -1,0 +1,121 @@
+#include "../common/parallel.h"
+#include "conv_direct.h"
+
+namespace shelfkern {
+namespace SHELFKERN_ISA {
+namespace {
+
+// Half of a 512 KiB L2: one chunk of a strip, beside the weights that pass by.
+constexpr int64_t kStripBytes = 224 * 1024;
+
+int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <typename T>
+void copy_channels(const T* from, float* to, int64_t count) {
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
+    for (; i < count; ++i) to[i] = load_one(from + i);
+}
+
+void clear(float* to, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) to[i] = 0;
+}
+
+// Rows from `first_row` and columns from -pad_w of one image, zeros outside it.
+template <typename T>
+void pack_strip(const Conv& a, const Shape& s, const T* image, int64_t first_row, int64_t rows, float* to) {
+    const int64_t columns = s.columns();
+    const int64_t left = min(a.pad_w, columns);
+    const int64_t inside = max(0, min(columns - left, a.w));
+    for (int64_t i = 0; i < s.chunks(); ++i) {
+        const int64_t width = s.chunk_width(i);
+        for (int64_t r = 0; r < rows; ++r, to += columns * width) {
+            const int64_t y = first_row + r;
+            if (y < 0 || y >= a.h) {
+                clear(to, columns * width);
+                continue;
+            }
+            const T* from = image + y * a.w * a.c + i * s.chunk;
+            clear(to, left * width);
+            for (int64_t x = 0; x < inside; ++x) copy_channels(from + x * a.c, to + (left + x) * width, width);
+            clear(to + (left + inside) * width, (columns - left - inside) * width);
+        }
+    }
+}
+
+// How the output is cut into tasks: strips of rows, and groups of weight panels where there are too
+// few strips for the threads.
+struct Cut {
+    int64_t rows, strips, groups, panels;
+};
+
+Cut cut(const Conv& a, const Shape& s) {
+    Cut c;
+    const int64_t row_bytes = s.columns() * min(s.chunk, s.c) * 4;
+    const int64_t fitting = (kStripBytes / row_bytes - s.kernel_h) / s.stride + 1;
+    const int64_t wanted_tasks = a.threads == 1 ? 1 : 4 * a.threads;
+    const int64_t sharing = max(1, a.n * a.out_h / wanted_tasks);
+    c.rows = max(1, min(min(fitting, sharing), a.out_h));
+    c.strips = divide_up(a.out_h, c.rows);
+    c.rows = divide_up(a.out_h, c.strips);
+    c.panels = divide_up(a.out_c, kPanel);
+    c.groups = min(c.panels, max(1, wanted_tasks / max(1, 2 * a.n * c.strips)));
+    return c;
+}
+
+// A 1x1 convolution reads a float32 input where it is.
+bool used_in_place(const Conv& a, const Shape& s) {
+    return a.dtype == DType::f32 && s.kernel_h * s.kernel_w == 1 && s.chunks() == 1 && a.pad_h == 0 &&
+           a.pad_w == 0 && (a.out_h - 1) * a.stride < a.h && (a.out_w - 1) * a.stride < a.w;
+}
+
+template <typename T>
+void run(const Conv& a) {
+    Shape s{a.c, a.chunk, a.kernel_h, a.kernel_w, a.stride, a.out_w, a.out_c};
+    const Cut c = cut(a, s);
+    const bool in_place = used_in_place(a, s);
+    parallel_for(a.threads, a.n * c.strips * c.groups, [&](int64_t task) {
+        const int64_t group = task % c.groups, strip = task / c.groups % c.strips;
+        const int64_t n = task / c.groups / c.strips;
+        const int64_t y = strip * c.rows, out_rows = min(c.rows, a.out_h - y);
+        if (out_rows <= 0) return;
+        const T* image = static_cast<const T*>(a.x) + n * a.h * a.w * a.c;
+        Input input;
+        if (in_place) {
+            input = {reinterpret_cast<const float*>(image) + y * a.stride * a.w * a.c, a.w * a.c, a.c};
+        } else {
+            const int64_t rows = s.input_rows(out_rows);
+            float* packed = static_cast<float*>(thread_scratch(0, rows * s.columns() * a.c * 4));
+            pack_strip(a, s, image, y * a.stride - a.pad_h, rows, packed);
+            input = {packed, 0, 0};
+        }
+        float* sums = static_cast<float*>(thread_scratch(1, out_rows * a.out_w * kPanel * 4));
+        const int64_t at = n * a.stride_n + y * a.stride_h;
+        Output<T> o;
+        o.out = static_cast<T*>(a.out) + at;
+        o.residual = a.residual ? static_cast<const T*>(a.residual) + at : nullptr;
+        o.skip = a.skip ? static_cast<const T*>(a.skip) + at : nullptr;
+        o.scale = a.scale;
+        o.shift = a.shift;
+        o.row = a.stride_h;
+        o.pixel = a.stride_w;
+        o.slope = a.slope;
+        convolve_strip(s, input, out_rows, group * c.panels / c.groups, (group + 1) * c.panels / c.groups,
+                       a.weight, sums, o);
+    });
+}
+
+}  // namespace
+
+void conv_bn_act(const Conv& args) {
+    if (args.dtype == DType::f32) {
+        run<float>(args);
+    } else {
+        run<bf16>(args);
+    }
+}
+
+}  // namespace SHELFKERN_ISA
+}  // namespace shelfkern

@@ -1,0 +1,238 @@
+// Direct convolution on packed strips, the core of conv_bn_act and stem.
+//
+// A strip of input rows is copied once into thread scratch with its zero borders, as float32, a chunk
+// of channels at a time: [chunk][row][column][channel]. In it the kernel_w taps of one kernel row are
+// kernel_w * chunk consecutive floats, so a convolution is kernel_h dot products of that run for every
+// pixel, and an output tile is a small matrix product: pixels x 16 channels, kept in registers. Sums
+// pass from chunk to chunk through scratch, so that one chunk of weights stays in cache while the
+// strip's pixels go by.
+#pragma once
+
+#include "kernels.h"
+#include "vec.h"
+
+namespace shelfkern {
+namespace SHELFKERN_ISA {
+
+constexpr int kPanel = 16;  // output channels in a weight panel
+constexpr int kPanelVectors = kPanel / kLanes;
+
+// Pixels of a register tile: what fills the register file with sums beside one weight vector and one
+// broadcast. 16 registers of 8 lanes: 6 x 2 sums; 32 of 16 lanes: 24; 16 of 4 lanes: 3 x 4.
+#if defined(__AVX512F__)
+constexpr int kTilePixels = 24;
+#elif defined(__AVX2__)
+constexpr int kTilePixels = 6;
+#else
+constexpr int kTilePixels = 3;
+#endif
+
+// One chunk of a strip, and where its sums go.
+struct Tile {
+    const float* input;    // first pixel, first tap
+    int64_t input_row;     // floats between kernel rows
+    int64_t input_pixel;   // floats between neighbouring output pixels
+    const float* weight;   // kernel_h x run x 16
+    int64_t kernel_h, run;
+    float* sums;           // pixels x 16, carried between chunks
+    bool first, last;      // chunk
+};
+
+template <int kPixels>
+struct Sums {
+    vf v[kPixels][kPanelVectors];
+};
+
+template <int kPixels>
+static inline __attribute__((always_inline)) void accumulate(const Tile& tile, Sums<kPixels>& out) {
+    Sums<kPixels> sums;
+#pragma GCC unroll 32
+    for (int p = 0; p < kPixels; ++p) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kPanelVectors; ++v) {
+            sums.v[p][v] = tile.first ? vf{} : load(tile.sums + p * kPanel + v * kLanes);
+        }
+    }
+    const float* weight = tile.weight;
+    const int64_t pixel = tile.input_pixel;
+    for (int64_t r = 0; r < tile.kernel_h; ++r) {
+        const float* input = tile.input + r * tile.input_row;
+        for (int64_t k = 0; k < tile.run; ++k, ++input, weight += kPanel) {
+            vf w[kPanelVectors];
+#pragma GCC unroll 4
+            for (int v = 0; v < kPanelVectors; ++v) w[v] = load(weight + v * kLanes);
+#pragma GCC unroll 32
+            for (int p = 0; p < kPixels; ++p) {
+                const vf x = splat(input[p * pixel]);
+#pragma GCC unroll 4
+                for (int v = 0; v < kPanelVectors; ++v) sums.v[p][v] += x * w[v];
+            }
+        }
+    }
+    out = sums;
+}
+
+template <int kPixels>
+static inline void spill(const Tile& tile, const Sums<kPixels>& sums) {
+    for (int p = 0; p < kPixels; ++p) {
+        for (int v = 0; v < kPanelVectors; ++v) store(tile.sums + p * kPanel + v * kLanes, sums.v[p][v]);
+    }
+}
+
+// Scale, shift, residual, activation and skip of 16 output channels, or of the `channels` that remain.
+template <typename T>
+struct Epilogue {
+    const float *scale, *shift;
+    const T *residual, *skip;  // of the first pixel, or null
+    T* out;
+    int64_t pixel;  // elements between pixels in out, residual and skip
+    int channels;
+    float slope;
+};
+
+static inline vf load_some(const float* p, int count) {
+    float lanes[kLanes] = {};
+    for (int i = 0; i < count; ++i) lanes[i] = p[i];
+    return load(lanes);
+}
+
+static inline vf load_some(const bf16* p, int count) {
+    bf16 lanes[kLanes] = {};
+    for (int i = 0; i < count; ++i) lanes[i] = p[i];
+    return load(lanes);
+}
+
+template <typename T>
+static inline void store_some(T* p, vf v, int count) {
+    T lanes[kLanes];
+    store(lanes, v);
+    for (int i = 0; i < count; ++i) p[i] = lanes[i];
+}
+
+template <typename T>
+static inline vf load_up_to(const T* p, int count) {
+    return count == kLanes ? load(p) : load_some(p, count);
+}
+
+template <int kPixels, typename T>
+static inline void finish(const Sums<kPixels>& sums, const Epilogue<T>& e) {
+    for (int v = 0; v < kPanelVectors; ++v) {
+        const int first = v * kLanes;
+        const int count = e.channels - first < kLanes ? e.channels - first : kLanes;
+        if (count <= 0) break;
+        const vf scale = e.scale ? load_up_to(e.scale + first, count) : splat(1);
+        const vf shift = e.shift ? load_up_to(e.shift + first, count) : vf{};
+        for (int p = 0; p < kPixels; ++p) {
+            const int64_t at = p * e.pixel + first;
+            vf y = sums.v[p][v] * scale + shift;
+            if (e.residual) y += load_up_to(e.residual + at, count);
+            y = activate(y, e.slope);
+            if (e.skip) y += load_up_to(e.skip + at, count);
+            if (count == kLanes) {
+                store(e.out + at, y);
+            } else {
+                store_some(e.out + at, y, count);
+            }
+        }
+    }
+}
+
+template <int kPixels, typename T>
+static void run_tile(const Tile& tile, const Epilogue<T>& epilogue) {
+    Sums<kPixels> sums;
+    accumulate(tile, sums);
+    if (tile.last) {
+        finish(sums, epilogue);
+    } else {
+        spill(tile, sums);
+    }
+}
+
+// Calls run_tile<pixels> for a count known at run time.
+template <typename T, int kPixels = kTilePixels>
+static inline void run_tile_of(int pixels, const Tile& tile, const Epilogue<T>& epilogue) {
+    if constexpr (kPixels == 0) {
+        return;
+    } else if (pixels == kPixels) {
+        run_tile<kPixels>(tile, epilogue);
+    } else {
+        run_tile_of<T, kPixels - 1>(pixels, tile, epilogue);
+    }
+}
+
+// A convolution's geometry.
+struct Shape {
+    int64_t c, chunk, kernel_h, kernel_w, stride, out_w, out_c;
+
+    int64_t chunks() const { return (c + chunk - 1) / chunk; }
+    int64_t chunk_width(int64_t i) const { return i + 1 < chunks() ? chunk : c - i * chunk; }
+    int64_t panel_floats() const { return kernel_h * kernel_w * c * kPanel; }
+    int64_t columns() const { return (out_w - 1) * stride + kernel_w; }
+    int64_t input_rows(int64_t out_rows) const { return (out_rows - 1) * stride + kernel_h; }
+};
+
+// Where output element (row, column, channel) of the strip goes.
+template <typename T>
+struct Output {
+    T* out;
+    const T *residual, *skip;
+    const float *scale, *shift;
+    int64_t row, pixel;
+    float slope;
+};
+
+// A packed strip, or with strides the single chunk of an input used in place.
+struct Input {
+    const float* data;
+    int64_t row, column;  // floats; 0 for a packed strip, where they follow from the chunk's width
+};
+
+// All pixels of `out_rows` output rows, for the weight panels [panel_begin, panel_end).
+template <typename T>
+static void convolve_strip(const Shape& s, const Input& input, int64_t out_rows, int64_t panel_begin,
+                           int64_t panel_end, const float* weight, float* sums, const Output<T>& o) {
+    const int64_t columns = s.columns(), rows = s.input_rows(out_rows);
+    const int64_t tiles = (s.out_w + kTilePixels - 1) / kTilePixels;
+    for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
+        const float* w = weight + panel * s.panel_floats();
+        const float* chunk_data = input.data;
+        const int64_t oc = panel * kPanel;
+        for (int64_t i = 0; i < s.chunks(); ++i) {
+            const int64_t width = s.chunk_width(i);
+            const int64_t column = input.column ? input.column : width;
+            const int64_t row = input.row ? input.row : columns * width;
+            Tile tile;
+            tile.input_row = row;
+            tile.input_pixel = s.stride * column;
+            tile.weight = w;
+            tile.kernel_h = s.kernel_h;
+            tile.run = s.kernel_w * width;
+            tile.first = i == 0;
+            tile.last = i + 1 == s.chunks();
+            for (int64_t y = 0; y < out_rows; ++y) {
+                for (int64_t t = 0; t < tiles; ++t) {
+                    // Tiles of nearly equal size: a narrow last one would waste most of the registers.
+                    const int64_t x = t * s.out_w / tiles, next = (t + 1) * s.out_w / tiles;
+                    const int64_t at = y * o.row + x * o.pixel + oc;
+                    tile.input = chunk_data + y * s.stride * row + x * s.stride * column;
+                    tile.sums = sums + (y * s.out_w + x) * kPanel;
+                    Epilogue<T> e;
+                    e.scale = o.scale ? o.scale + oc : nullptr;
+                    e.shift = o.shift ? o.shift + oc : nullptr;
+                    e.residual = o.residual ? o.residual + at : nullptr;
+                    e.skip = o.skip ? o.skip + at : nullptr;
+                    e.out = o.out + at;
+                    e.pixel = o.pixel;
+                    e.channels = static_cast<int>(s.out_c - oc < kPanel ? s.out_c - oc : kPanel);
+                    e.slope = o.slope;
+                    run_tile_of<T>(static_cast<int>(next - x), tile, e);
+                }
+            }
+            w += tile.kernel_h * tile.run * kPanel;
+            chunk_data += rows * columns * width;
+        }
+    }
+}
+
+}  // namespace SHELFKERN_ISA
+}  // namespace shelfkern

@@ -1,0 +1,72 @@
+#include <atomic>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace shelfkern {
+
+namespace baseline {
+extern const Kernels table;
+}
+#if defined(SHELFKERN_X86)
+namespace avx2 {
+extern const Kernels table;
+}
+namespace avx512 {
+extern const Kernels table;
+}
+#endif
+
+namespace {
+
+struct Runnable {
+    const Kernels* tables[4] = {};
+    const char* names[4] = {};
+    int count = 0;
+
+    void add(const Kernels& table) {
+        tables[count] = &table;
+        names[count++] = table.isa;
+    }
+
+    Runnable() {
+#if defined(SHELFKERN_X86)
+        __builtin_cpu_init();
+        const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+        const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
+                                __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                                __builtin_cpu_supports("avx512vl");
+        if (has_avx512) add(avx512::table);
+        if (has_avx2) add(avx2::table);
+#endif
+        add(baseline::table);
+    }
+};
+
+const Runnable& runnable() {
+    static const Runnable instance;
+    return instance;
+}
+
+std::atomic<const Kernels*> chosen{nullptr};
+
+}  // namespace
+
+const Kernels& kernels() {
+    const Kernels* table = chosen.load(std::memory_order_relaxed);
+    return table ? *table : *runnable().tables[0];
+}
+
+bool force_isa(const char* isa) {
+    for (int i = 0; i < runnable().count; ++i) {
+        if (std::strcmp(runnable().names[i], isa) == 0) {
+            chosen = runnable().tables[i];
+            return true;
+        }
+    }
+    return false;
+}
+
+const char* const* runnable_isas() { return runnable().names; }
+
+}  // namespace shelfkern

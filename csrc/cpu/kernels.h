@@ -1,0 +1,95 @@
+// The CPU kernels' arguments, and the table through which one instruction set's are called.
+//
+// Storage is NHWC, contiguous unless strides are given; sizes are trusted: Python checked them.
+#pragma once
+
+#include <cstdint>
+
+namespace shelfkern {
+
+enum class DType : int { f32 = 0, bf16 = 1, u8 = 2 };
+
+// skip + gate[n, c] * nearest_x2(x). x: n h w c; skip, out: n 2h 2w c; gate: n c float32 or null.
+struct UpsampleAdd {
+    const void *x, *skip;
+    const float* gate;
+    void* out;
+    DType dtype;
+    int64_t n, h, w, c;
+    int threads;
+};
+
+// sigmoid(scale * (weight @ mean_hw(x)) + shift). x: n hw c; weight: k c float32; out: n k float32.
+struct AttentionGate {
+    const void* x;
+    const float *weight, *scale, *shift;
+    float* out;
+    DType dtype;
+    int64_t n, hw, c, k;
+    int threads;
+};
+
+// Bilinear resize of scores (n h w c) to full_h x full_w, of which the first out_h x out_w are made.
+// upsample_bilinear writes n c out_h out_w in dtype; upsample_argmax n out_h out_w uint8.
+struct Resize {
+    const void* scores;
+    void* out;
+    DType dtype;
+    int64_t n, h, w, c, full_h, full_w, out_h, out_w;
+    bool align_corners;
+    int threads;
+};
+
+// out = act(scale * conv(x, weight) + shift + residual) + skip.
+//
+// x: n h w c. out, residual and skip share strides (in elements), so that a transposed convolution's
+// parities can write interleaved pixels. Weights: per panel of 16 output channels and chunk of input
+// channels, kernel_h x kernel_w x chunk x 16 float32 (ops/conv_bn_act.py packs them).
+struct Conv {
+    const void* x;
+    const float* weight;
+    const float *scale, *shift;  // per output channel; null: 1 and 0
+    const void *residual, *skip;  // or null
+    void* out;
+    DType dtype;
+    int64_t n, h, w, c, out_h, out_w, out_c;
+    int64_t kernel_h, kernel_w, stride, pad_h, pad_w, chunk;
+    int64_t stride_n, stride_h, stride_w;
+    float slope;  // of the activation: 0 relu, 1 none
+    int threads;
+};
+
+// max_pool3x3s2(act(scale * conv7x7s2(image) + shift)) of an image n image_h image_w, seen as h x w
+// with zeros beyond it after normalisation. u8 images are NHWC and normalised by image * factor +
+// offset per channel; float ones NCHW and normalised already.
+struct Stem {
+    const void* image;
+    const float *factor, *offset;
+    const float *weight, *scale, *shift;
+    void* out;
+    DType image_dtype, dtype;
+    int64_t n, image_h, image_w, h, w, out_c;
+    float slope;
+    int threads;
+};
+
+struct Kernels {
+    const char* isa;
+    void (*upsample_add)(const UpsampleAdd&);
+    void (*attention_gate)(const AttentionGate&);
+    void (*upsample_bilinear)(const Resize&);
+    void (*upsample_argmax)(const Resize&);
+    void (*conv_bn_act)(const Conv&);
+    void (*stem)(const Stem&);
+};
+
+// The best table that this CPU can run, or the one that `force_isa` chose.
+const Kernels& kernels();
+
+// Chooses by name; false if it was not compiled or this CPU cannot run it.
+bool force_isa(const char* isa);
+
+// Names of the compiled tables that this CPU can run, best first, ended by null.
+const char* const* runnable_isas();
+
+}  // namespace shelfkern

@@ -1,0 +1,133 @@
+// The bilinear resize that upsample_bilinear and upsample_argmax share.
+//
+// A row of the result is made in two steps: the two source rows are blended once, class by class, into
+// a short row; then every vector of neighbouring result pixels picks its sources out of a few
+// consecutive floats of that row by an in-register permutation.
+#pragma once
+
+#include "../common/parallel.h"
+#include "kernels.h"
+#include "vec.h"
+
+namespace shelfkern {
+namespace SHELFKERN_ISA {
+
+// Where one result coordinate reads: source `first` and the next one, which has weight `fraction`.
+struct Tap {
+    int64_t first, next;
+    float fraction;
+};
+
+// The coordinates that torch.nn.functional.interpolate uses, computed in float32 as it does.
+static inline Tap tap(int64_t i, int64_t extent, int64_t full, bool align_corners) {
+    float source;
+    if (align_corners) {
+        const float step = full > 1 ? static_cast<float>(extent - 1) / static_cast<float>(full - 1) : 0;
+        source = step * static_cast<float>(i);
+    } else {
+        const float step = static_cast<float>(extent) / static_cast<float>(full);
+        source = step * (static_cast<float>(i) + 0.5f) - 0.5f;
+        source = source < 0 ? 0 : source;
+    }
+    int64_t first = static_cast<int64_t>(source);
+    first = first < extent - 1 ? first : extent - 1;
+    const float fraction = source - static_cast<float>(first);
+    return {first, first + 1 < extent ? first + 1 : first, fraction < 1 ? fraction : 1};
+}
+
+// The horizontal taps of one vector of result pixels.
+struct Columns {
+    vi first, next;  // lanes of the kLanes floats from `base`
+    vf fraction;
+    int64_t base;
+    bool narrow;  // whether kLanes floats reach all of them
+};
+
+// Fills columns for result pixels [0, width), the last vector repeating its last pixel.
+static inline void make_columns(const Resize& a, Columns* columns, int64_t* first, int64_t* next) {
+    const int64_t vectors = (a.out_w + kLanes - 1) / kLanes;
+    for (int64_t v = 0; v < vectors; ++v) {
+        Columns& column = columns[v];
+        column.narrow = true;
+        for (int lane = 0; lane < kLanes; ++lane) {
+            const int64_t x = v * kLanes + lane;
+            const Tap t = tap(x < a.out_w ? x : a.out_w - 1, a.w, a.full_w, a.align_corners);
+            if (lane == 0) column.base = t.first;
+            first[x] = t.first;
+            next[x] = t.next;
+            column.first[lane] = static_cast<int32_t>(t.first - column.base);
+            column.next[lane] = static_cast<int32_t>(t.next - column.base);
+            column.fraction[lane] = t.fraction;
+            if (t.next - column.base >= kLanes) column.narrow = false;
+        }
+    }
+}
+
+static inline vf gather(const float* row, const int64_t* index) {
+    vf v;
+    for (int lane = 0; lane < kLanes; ++lane) v[lane] = row[index[lane]];
+    return v;
+}
+
+// kLanes result pixels of one class from its blended row. The row must be readable for kLanes floats
+// beyond its end.
+static inline vf resize_columns(const float* row, const Columns& column, const int64_t* first,
+                                const int64_t* next) {
+    vf left, right;
+    if (column.narrow) {
+        const vf near = load(row + column.base);
+        left = __builtin_shuffle(near, column.first);
+        right = __builtin_shuffle(near, column.next);
+    } else {
+        left = gather(row, first);
+        right = gather(row, next);
+    }
+    return left + (right - left) * column.fraction;
+}
+
+// Floats between the classes' blended rows.
+static inline int64_t blended_stride(const Resize& a) { return (a.w + kLanes + 15) / 16 * 16; }
+
+// Blends two source rows (w c) into c rows of w floats.
+template <typename T>
+static void blend_rows(const Resize& a, const T* scores, int64_t n, int64_t y, float* blended) {
+    const Tap t = tap(y, a.h, a.full_h, a.align_corners);
+    const T* top = scores + (n * a.h + t.first) * a.w * a.c;
+    const T* bottom = scores + (n * a.h + t.next) * a.w * a.c;
+    const int64_t stride = blended_stride(a);
+    for (int64_t x = 0; x < a.w; ++x) {
+        for (int64_t k = 0; k < a.c; ++k) {
+            const float from = load_one(top + x * a.c + k), to = load_one(bottom + x * a.c + k);
+            blended[k * stride + x] = from + (to - from) * t.fraction;
+        }
+    }
+}
+
+// Rows of the result in one task.
+constexpr int64_t kRowsPerTask = 8;
+
+// Calls row(n, y, blended, columns, first, next) for every result row, in parallel.
+template <typename T, typename Row>
+static void for_each_row(const Resize& a, const Row& row) {
+    const int64_t vectors = (a.out_w + kLanes - 1) / kLanes;
+    const int64_t column_bytes = vectors * static_cast<int64_t>(sizeof(Columns));
+    const int64_t index_bytes = vectors * kLanes * 8;
+    char* memory = static_cast<char*>(thread_scratch(0, column_bytes + 2 * index_bytes));
+    Columns* columns = reinterpret_cast<Columns*>(memory);
+    int64_t* first = reinterpret_cast<int64_t*>(memory + column_bytes);
+    int64_t* next = reinterpret_cast<int64_t*>(memory + column_bytes + index_bytes);
+    make_columns(a, columns, first, next);
+    const int64_t pieces = (a.out_h + kRowsPerTask - 1) / kRowsPerTask;
+    const int64_t blended_bytes = a.c * blended_stride(a) * 4;
+    parallel_for(a.threads, a.n * pieces, [&](int64_t task) {
+        const int64_t n = task / pieces, begin = task % pieces * kRowsPerTask;
+        float* blended = static_cast<float*>(thread_scratch(1, blended_bytes));
+        for (int64_t y = begin; y < begin + kRowsPerTask && y < a.out_h; ++y) {
+            blend_rows(a, static_cast<const T*>(a.scores), n, y, blended);
+            row(n, y, blended, columns, first, next);
+        }
+    });
+}
+
+}  // namespace SHELFKERN_ISA
+}  // namespace shelfkern

@@ -1,0 +1,29 @@
+// One instruction set's kernels, collected.
+#include "kernels.h"
+
+#define SHELFKERN_QUOTE(name) #name
+#define SHELFKERN_NAME(name) SHELFKERN_QUOTE(name)
+
+namespace shelfkern {
+namespace SHELFKERN_ISA {
+
+void upsample_add(const UpsampleAdd&);
+void attention_gate(const AttentionGate&);
+void upsample_bilinear(const Resize&);
+void upsample_argmax(const Resize&);
+void conv_bn_act(const Conv&);
+void stem(const Stem&);
+
+extern const Kernels table;
+const Kernels table = {
+    SHELFKERN_NAME(SHELFKERN_ISA),
+    upsample_add,
+    attention_gate,
+    upsample_bilinear,
+    upsample_argmax,
+    conv_bn_act,
+    stem,
+};
+
+}  // namespace SHELFKERN_ISA
+}  // namespace shelfkern

@@ -1,0 +1,86 @@
+// Vectors of the instruction set a file is compiled for, as compiler extensions: no intrinsics, so
+// that one source serves them all.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace shelfkern {
+namespace SHELFKERN_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(4 * kLanes)));
+typedef int32_t vi __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t vu __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t vh __attribute__((vector_size(2 * kLanes)));
+typedef uint8_t vb __attribute__((vector_size(kLanes)));
+
+struct bf16 {
+    uint16_t bits;
+};
+
+template <typename V>
+static inline V load_vector(const void* p) {
+    V v;
+    std::memcpy(&v, p, sizeof(V));
+    return v;
+}
+
+static inline vf splat(float s) {
+#if defined(__AVX512F__)
+    return vf{s, s, s, s, s, s, s, s, s, s, s, s, s, s, s, s};
+#elif defined(__AVX2__)
+    return vf{s, s, s, s, s, s, s, s};
+#else
+    return vf{s, s, s, s};
+#endif
+}
+
+static inline vf load(const float* p) { return load_vector<vf>(p); }
+static inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof(v)); }
+
+static inline vf load(const bf16* p) {
+    const vu bits = __builtin_convertvector(load_vector<vh>(p), vu) << 16;
+    return (vf)bits;  // between vectors a cast keeps the bits
+}
+
+// Rounds to nearest, ties to even; NaN stays NaN.
+static inline void store(bf16* p, vf v) {
+    const vu bits = (vu)v;
+    const vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const vu nan = (bits >> 16) | 0x40;
+    const vh half = __builtin_convertvector(v == v ? rounded : nan, vh);
+    std::memcpy(p, &half, sizeof(half));
+}
+
+static inline float load_one(const float* p) { return *p; }
+static inline float load_one(const bf16* p) {
+    const uint32_t bits = static_cast<uint32_t>(p->bits) << 16;
+    float f;
+    std::memcpy(&f, &bits, sizeof(f));
+    return f;
+}
+static inline void store_one(float* p, float f) { *p = f; }
+static inline void store_one(bf16* p, float f) {
+    uint32_t bits;
+    std::memcpy(&bits, &f, sizeof(bits));
+    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    p->bits = static_cast<uint16_t>(f == f ? rounded : (bits >> 16) | 0x40);
+}
+
+// relu for slope 0, leaky relu, nothing for slope 1; -inf and NaN as torch has them.
+static inline vf activate(vf v, float slope) {
+    const vf zero = {};
+    return zero > v ? (slope == 0 ? zero : v * splat(slope)) : v;
+}
+static inline float activate(float v, float slope) { return 0 > v ? (slope == 0 ? 0 : v * slope) : v; }
+
+}  // namespace SHELFKERN_ISA
+}  // namespace shelfkern

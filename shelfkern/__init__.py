@@ -1,0 +1,12 @@
+"""shelfkern: ShelfNet for fast semantic segmentation, with fused kernels.
+
+    model = shelfkern.nn.from_weights("camvid")
+    fast = shelfkern.accelerate(model)
+    labels = fast.predict(images)
+"""
+
+from . import nn, ops
+from .engine import FastShelfNet, accelerate
+from .version import __version__
+
+__all__ = ["FastShelfNet", "__version__", "accelerate", "nn", "ops"]

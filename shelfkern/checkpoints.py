@@ -1,0 +1,145 @@
+"""Checkpoint files: the authors' ShelfNets, torchvision's backbones, state dicts in general."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .files import replacing
+from .nn import ShelfNet, published, shelfnet18_lw, shelfnet34_lw, shelfnet50, shelfnet101
+from .nn.backbone import RESNET_STAGES, ResNet
+from .nn.weights import read_safetensors
+
+PathOrState = str | os.PathLike[str] | Mapping[str, Any]
+
+
+def load(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads a state dict from a .safetensors file or one of torch.save, onto the CPU.
+
+    Files of torch.save are read with weights_only=True, so they cannot run code. A state dict under
+    `state_dict` is taken out, and `module.` prefixes are dropped.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        RuntimeError: the file is cut short, of another kind, holds no mapping or more than weights.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint {path} is not a file")
+    if path.suffix == ".safetensors":
+        return dict(read_safetensors(path)[0])
+    try:
+        return published.unwrap(_load_torch(path))
+    except TypeError as error:
+        raise RuntimeError(f"{path} holds no state dict: {error}") from error
+
+
+def _load_torch(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Unsupported" in str(error):
+            raise RuntimeError(
+                f"{path} holds Python objects beside weights and is not unpickled, "
+                "save its state dict alone where you trust it"
+            ) from error
+        raise RuntimeError(f"{path} is damaged or no PyTorch file") from error
+    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, UnicodeError) as error:
+        # torch reports damage as whatever its readers of zip files and pickles trip over.
+        raise RuntimeError(f"{path} is cut short, damaged or no PyTorch file") from error
+
+
+def save(model_or_state: nn.Module | Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Writes a state dict, as .safetensors or by torch.save according to the name, in one step.
+
+    `shelfkern.nn.save_weights` writes a file that also says which model it belongs to.
+
+    Raises:
+        ValueError: the name ends in .safetensors and a value is not a tensor.
+    """
+    state = model_or_state.state_dict() if isinstance(model_or_state, nn.Module) else model_or_state
+    with replacing(path) as temporary:
+        if Path(path).suffix == ".safetensors":
+            save_file(_flat_tensors(state), temporary)
+        else:
+            torch.save(dict(state), temporary)
+
+
+def _flat_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"state has {name} of type {type(value).__name__}, safetensors hold tensors only")
+    # Cloned, since safetensors refuses tensors that share memory.
+    return {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
+
+
+def load_resnet(backbone: ResNet, path_or_state: PathOrState) -> None:
+    """Loads torchvision's ResNet weights, classifier or not, into a backbone.
+
+    Raises:
+        RuntimeError: another depth or width, or tensors are missing; the backbone is left as it was.
+    """
+    state = published.unwrap(_state(path_or_state))
+    state = {name: value for name, value in state.items() if not name.startswith("fc.")}
+    published.count_no_batches(state, backbone)
+    expected = backbone.state_dict()
+    theirs, ours = _resnet_name(state), _resnet_name(expected)
+    if theirs is not None and theirs != ours:
+        raise RuntimeError(f"state_dict is a {theirs}'s, the backbone is a {ours}")
+    published.check_names(state, expected)
+    published.check_values(state, expected)
+    published.check_shapes(state, expected)
+    backbone.load_state_dict(state)
+
+
+def _state(path_or_state: PathOrState) -> Mapping[str, Any]:
+    return load(path_or_state) if isinstance(path_or_state, (str, os.PathLike)) else path_or_state
+
+
+def _resnet_name(state: Mapping[str, Any]) -> str | None:
+    kind = "bottleneck" if "layer1.0.conv3.weight" in state else "basic"
+    blocks = {tuple(name.split(".")[:2]) for name in state}
+    depths = tuple(sum(stage == f"layer{i}" for stage, *_ in blocks) for i in range(1, 5))
+    return next((name for name, stages in RESNET_STAGES.items() if stages == (kind, depths)), None)
+
+
+def save_published(model: ShelfNet, path: str | os.PathLike[str]) -> None:
+    """Writes a model as the authors did: `published.to_published` says how and what it raises.
+
+    ShelfNet50 and 101 go under the key `state_dict`, the real-time models as they are.
+    """
+    state = published.to_published(model)
+    wrapped = {"state_dict": state} if model.config.head == "linear" else state
+    with replacing(path) as temporary:
+        torch.save(wrapped, temporary)
+
+
+def from_published(path_or_state: PathOrState) -> ShelfNet:
+    """Builds the one of the four published models that an authors' checkpoint belongs to, in eval mode.
+
+    Raises:
+        RuntimeError: it is none of the four, or incomplete.
+    """
+    state = published.unwrap(_state(path_or_state))
+    root = "pretrained." if "pretrained.conv1.weight" in state else "backbone."
+    head = state.get("head.final.weight" if root == "pretrained." else "conv_out.conv_out.weight")
+    backbone = _resnet_name({k.removeprefix(root): v for k, v in state.items() if k.startswith(root)})
+    build = {
+        ("pretrained.", "resnet50"): shelfnet50,
+        ("pretrained.", "resnet101"): shelfnet101,
+        ("backbone.", "resnet18"): shelfnet18_lw,
+        ("backbone.", "resnet34"): shelfnet34_lw,
+    }.get((root, backbone))
+    if build is None or not isinstance(head, Tensor) or head.dim() == 0:
+        raise RuntimeError("state_dict is none of the four published models'")
+    with torch.device("meta"):
+        model = build(num_classes=len(head))
+    model.load_state_dict(state, assign=True)
+    return model.eval()

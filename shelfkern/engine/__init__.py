@@ -1,0 +1,6 @@
+"""From a model to its fast twin: folded weights, a static plan over one arena, kernels."""
+
+from .accelerate import FastShelfNet, accelerate
+from .plan import Plan
+
+__all__ = ["FastShelfNet", "Plan", "accelerate"]

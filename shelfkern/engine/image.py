@@ -1,0 +1,52 @@
+"""Images on their way in: raw uint8 NHWC or normalised float NCHW, checked and padded."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..nn.shelfnet import STRIDE, check_image_size
+
+
+@dataclasses.dataclass(frozen=True)
+class Normalisation:
+    """Of raw images: (image / 255 - mean) / std, RGB. The defaults are ImageNet's."""
+
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+
+def image_size(image: Tensor) -> tuple[int, int, int]:
+    """(N, H, W) of uint8 NHWC or float NCHW images.
+
+    Raises:
+        TypeError: neither uint8 nor floating.
+        ValueError: not NHWC or NCHW with three channels and at least 32 x 32 pixels.
+    """
+    if image.dtype is torch.uint8:
+        if image.ndim != 4 or image.shape[3] != 3:
+            raise ValueError(f"images is uint8 {tuple(image.shape)}, raw images must be (N, H, W, 3)")
+        n, h, w, c = image.shape
+        check_image_size((n, c, h, w))
+        return n, h, w
+    if not image.is_floating_point():
+        raise TypeError(f"images is {image.dtype}, it may be uint8 (N, H, W, 3) or floating (N, 3, H, W)")
+    check_image_size(tuple(image.shape))
+    return image.shape[0], image.shape[2], image.shape[3]
+
+
+def padded(extent: int) -> int:
+    """The next multiple of the network's stride, 32."""
+    return -(-extent // STRIDE) * STRIDE
+
+
+def prepare_image(image: Tensor, h: int, w: int, normalisation: Normalisation) -> Tensor:
+    """Normalised float32 channels_last images (N, 3, h, w), zeros beyond the given ones."""
+    if image.dtype is torch.uint8:
+        mean, std = image.new_tensor([normalisation.mean, normalisation.std], dtype=torch.float32)
+        image = ((image.float() / 255 - mean) / std).permute(0, 3, 1, 2)
+    image = F.pad(image.float(), (0, w - image.shape[3], 0, h - image.shape[2]))
+    return image.contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,107 @@
+"""The native backend: a plan's steps as shelfkern's C++ kernels, writing into the arena."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .. import native, ops
+from . import plan as p
+from .image import Normalisation
+from .kernel import Kernel
+
+Run = Callable[[Sequence[Tensor], Tensor], Tensor]
+
+
+def reason(op: str) -> str | None:
+    """Why the native kernel of an op cannot run here, None if it can."""
+    return native.why_not or native.disabled.get(op)
+
+
+def can_prepare(step: p.Step) -> str | None:
+    """Why a step has no native kernel here, None if it has."""
+    if type(step) not in _PREPARE:
+        return f"{step.op} has no native kernel"
+    if isinstance(step, p.Conv) and not step.inputs:
+        return "a convolution of the image without pooling has no native kernel"
+    return reason(step.op)
+
+
+def prepare(step: p.Step, dtype: torch.dtype, normalisation: Normalisation) -> Kernel:
+    """The kernel of a step for which `can_prepare` gives None."""
+    return Kernel(_PREPARE[type(step)](step, normalisation), in_arena=True)
+
+
+def _stem(step: p.Stem, normalisation: Normalisation) -> Run:
+    packed = ops.pack_conv(step.weight, stride=2, padding=3)
+
+    def run(inputs: Sequence[Tensor], out: Tensor) -> Tensor:
+        ops.stem_out(
+            inputs[0], normalisation.mean, normalisation.std, packed, step.scale, step.shift, out, step.act.slope
+        )
+        return out
+
+    return run
+
+
+def _conv(step: p.Conv, normalisation: Normalisation) -> Run:
+    packed = ops.pack_conv(step.weight, stride=step.stride, padding=step.padding)
+
+    def run(inputs: Sequence[Tensor], out: Tensor) -> Tensor:
+        residual = inputs[1] if step.residual else None
+        skip = inputs[-1] if step.skip else None
+        ops.conv_bn_act_out(
+            inputs[0], packed, step.scale, step.shift, residual, skip, out, step.act.slope
+        )
+        return out
+
+    return run
+
+
+def _shared_block(step: p.SharedBlockStep, normalisation: Normalisation) -> Run:
+    packed = ops.pack_conv(step.weight, stride=1, padding=1)
+    affine = (step.scale1, step.shift1, step.scale2, step.shift2)
+
+    def run(inputs: Sequence[Tensor], out: Tensor) -> Tensor:
+        ops.shared_block_out(inputs[0], packed, *affine, out, step.act.slope, step.skip)
+        return out
+
+    return run
+
+
+def _attention_gate(step: p.AttentionGate, normalisation: Normalisation) -> Run:
+    def run(inputs: Sequence[Tensor], out: Tensor) -> Tensor:
+        ops.attention_gate_out(inputs[0], step.weight, step.scale, step.shift, out)
+        return out
+
+    return run
+
+
+def _upsample_add(step: p.UpsampleAdd, normalisation: Normalisation) -> Run:
+    def run(inputs: Sequence[Tensor], out: Tensor) -> Tensor:
+        ops.upsample_add_out(*inputs, out)
+        return out
+
+    return run
+
+
+def _deconv_add(step: p.DeconvAdd, normalisation: Normalisation) -> Run:
+    packed = ops.pack_deconv(step.weight)
+
+    def run(inputs: Sequence[Tensor], out: Tensor) -> Tensor:
+        ops.deconv_add_out(inputs[0], packed, step.bias, inputs[1], out)
+        return out
+
+    return run
+
+
+_PREPARE: dict[type[p.Step], Callable[..., Run]] = {
+    p.Stem: _stem,
+    p.Conv: _conv,
+    p.SharedBlockStep: _shared_block,
+    p.AttentionGate: _attention_gate,
+    p.UpsampleAdd: _upsample_add,
+    p.DeconvAdd: _deconv_add,
+}

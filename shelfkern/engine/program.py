@@ -1,0 +1,108 @@
+"""A plan bound to kernels: what runs."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import native, ops
+from . import arena, library, native_kernels
+from .image import Normalisation
+from .kernel import Destination, Kernel
+from .plan import Plan, Step
+from .workspace import Size, Workspace, WorkspacePool
+
+log = logging.getLogger(__name__)
+
+
+class Program:
+    """Kernels for each step of a plan, and the final resize. Immutable; may run in several threads."""
+
+    def __init__(
+        self, plan: Plan, dtype: torch.dtype, backend: str, normalisation: Normalisation, align_corners: bool
+    ) -> None:
+        self.plan = plan
+        self.dtype = dtype
+        self.backend = backend
+        self.align_corners = align_corners
+        self.normalisation = normalisation
+        self.kernels = [self._kernel(step) for step in plan.steps]
+        last_uses = plan.last_uses()
+        self._dead_after = [
+            [value.index for value in set(step.inputs) if last_uses[value] == index]
+            for index, step in enumerate(plan.steps)
+        ]
+        self.pool = WorkspacePool(self._workspace)
+
+    def _kernel(self, step: Step) -> Kernel:
+        """The native kernel where it can run and may, the library's otherwise."""
+        if self.backend != "library":
+            reason = native_kernels.can_prepare(step)
+            if reason is None:
+                return native_kernels.prepare(step, self.dtype, self.normalisation)
+            self._reject(step.op, reason)
+        return library.prepare(step, self.dtype, self.normalisation)
+
+    def _reject(self, op: str, reason: str) -> None:
+        if self.backend == "native":
+            raise RuntimeError(f"backend is 'native', which cannot run {op}: {reason}")
+        _log_once(f"{op} runs on the library backend: {reason}")
+
+    def _workspace(self, size: Size) -> Workspace:
+        steps = list(zip(self.plan.steps, self.kernels, strict=True))
+        values = {step.output for step, kernel in steps if kernel.in_arena}
+        layout = arena.lay_out(self.plan, values, *size, self.dtype)
+        memory = native.empty((layout.size,), torch.uint8)
+        destinations: list[Destination] = [
+            arena.view(memory, layout, step.output, *size, self.dtype)
+            if kernel.in_arena
+            else step.output.shape(*size)
+            for step, kernel in steps
+        ]
+        return Workspace(memory, destinations)
+
+    def low_resolution_scores(self, images: Tensor, workspace: Workspace) -> Tensor:
+        """Scores (N, classes, H / stride, W / stride) of checked images, in the workspace's memory."""
+        values: list[Tensor | None] = [None] * (self.plan.scores.index + 1)
+        for step, kernel, destination, dead in zip(
+            self.plan.steps, self.kernels, workspace.destinations, self._dead_after, strict=True
+        ):
+            inputs = [values[value.index] for value in step.inputs] or [images]
+            values[step.output.index] = kernel.run(inputs, destination)
+            for index in dead:
+                values[index] = None
+        return values[self.plan.scores.index]
+
+    def resize(self, scores: Tensor, full: tuple[int, int], size: tuple[int, int]) -> Tensor:
+        """Scores resized to `full` (padded) pixels and cropped to `size`, contiguous, in `dtype`."""
+        out = native.empty((*scores.shape[:2], *size), self.dtype)
+        if self._reason("upsample_bilinear") is None:
+            ops.upsample_bilinear_out(scores, full, out, self.align_corners)
+        else:
+            resized = F.interpolate(scores, full, mode="bilinear", align_corners=self.align_corners)
+            out.copy_(resized[:, :, : size[0], : size[1]])
+        return out
+
+    def argmax(self, scores: Tensor, full: tuple[int, int], size: tuple[int, int]) -> Tensor:
+        """Labels (N, H, W) uint8 of `resize`, without making it."""
+        out = native.empty((scores.shape[0], *size), torch.uint8)
+        if self._reason("upsample_argmax") is None:
+            ops.upsample_argmax_out(scores, full, out, self.align_corners)
+        else:
+            library.upsample_argmax_out(scores, full, out, self.align_corners)
+        return out
+
+    def _reason(self, op: str) -> str | None:
+        return "backend is 'library'" if self.backend == "library" else native_kernels.reason(op)
+
+
+_logged: set[str] = set()
+
+
+def _log_once(message: str) -> None:
+    if message not in _logged:
+        _logged.add(message)
+        log.info(message)

@@ -1,0 +1,59 @@
+"""Memory of forward passes: an arena and its views per input size, reused from call to call."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+
+from torch import Tensor
+
+Size = tuple[int, int, int]
+
+
+class Workspace:
+    """An arena and, for each step, where its result goes: a view of the arena, or only a shape."""
+
+    def __init__(self, arena: Tensor, destinations: list[Tensor | tuple[int, ...]]) -> None:
+        self.arena = arena
+        self.destinations = destinations
+
+
+class WorkspacePool:
+    """Workspaces by size (n, h, w). A call has one to itself; idle ones are kept, up to `keep`.
+
+    The least recently used leave first, so that memory stays bounded when sizes vary.
+    """
+
+    def __init__(self, build: Callable[[Size], Workspace], keep: int = 4) -> None:
+        self._build = build
+        self._keep = keep
+        self._idle: collections.deque[tuple[Size, Workspace]] = collections.deque()
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def borrow(self, size: Size) -> Iterator[Workspace]:
+        """A workspace for this size that no other call has."""
+        workspace = self._take(size) or self._build(size)
+        try:
+            yield workspace
+        finally:
+            with self._lock:
+                self._idle.append((size, workspace))
+                while len(self._idle) > self._keep:
+                    self._idle.popleft()
+
+    def _take(self, size: Size) -> Workspace | None:
+        with self._lock:
+            for index in range(len(self._idle) - 1, -1, -1):
+                if self._idle[index][0] == size:
+                    workspace = self._idle[index][1]
+                    del self._idle[index]
+                    return workspace
+        return None
+
+    def bytes(self) -> int:
+        """Bytes of the idle arenas."""
+        with self._lock:
+            return sum(workspace.arena.numel() for _, workspace in self._idle)

@@ -1,0 +1,96 @@
+"""The compiled module `shelfkern._native`: loaded if it can be, otherwise the reason why not.
+
+Kernels take addresses and sizes; shelfkern/ops checks tensors before their addresses come here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import re
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+# As the enums in csrc/cpu/kernels.h and csrc/cuda/upsample_add.h.
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2, torch.float16: 3}
+
+_RUNTIMES = re.compile(r"/lib(gomp|iomp5|omp)[-.\w]*\.so[.\d]*$")
+
+
+def _load() -> tuple[ModuleType | None, str | None]:
+    try:
+        from . import _native
+    except ImportError as error:
+        if "_native" in str(error) and "cannot import name" in str(error):
+            return None, "shelfkern was installed without a C++ compiler; install one and reinstall"
+        return None, f"shelfkern._native does not load: {error}"
+    return _native, None
+
+
+def _openmp_runtime() -> tuple[str, int] | None:
+    """Path and GOMP_parallel of the OpenMP runtime that torch uses in this process."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return None
+    paths = {line.split(maxsplit=5)[-1] for line in maps.read_text().splitlines() if "/" in line}
+    # torch's own comes first where another library brought one too.
+    torch_home = str(Path(torch.__file__).parent)
+    for path in sorted(filter(_RUNTIMES.search, paths), key=lambda path: not path.startswith(torch_home)):
+        try:
+            entry = ctypes.cast(ctypes.CDLL(path).GOMP_parallel, ctypes.c_void_p).value
+        except (OSError, AttributeError):
+            continue
+        if entry:
+            return path, entry
+    return None
+
+
+module, why_not = _load()
+thread_runtime = "threads of its own"
+disabled: dict[str, str] = {}
+
+
+def _start() -> None:
+    global thread_runtime
+    if module is None:
+        return
+    runtime = _openmp_runtime()
+    if runtime is not None:
+        thread_runtime = runtime[0]
+        module.set_parallel_runtime(runtime[1])
+    isa = os.environ.get("SHELFKERN_ISA")
+    if isa and not module.force_isa(isa):
+        raise ImportError(f"SHELFKERN_ISA is {isa!r}, this CPU can run {', '.join(module.isas())}")
+
+
+_start()
+
+
+def reason(op: str) -> str | None:
+    """Why an op's native kernel cannot run in this process, None if it can."""
+    return why_not or disabled.get(op)
+
+
+def disable(op: str, because: str) -> None:
+    """Switches an op's native kernel off in this process."""
+    disabled[op] = because
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """An uninitialised CPU tensor whose memory is reused once it and all its views are gone.
+
+    Fresh memory of many megabytes costs a page fault every 4 KiB, more than most kernels that fill it.
+    """
+    nbytes = math.prod(shape) * dtype.itemsize
+    if module is None or nbytes == 0:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(module.Buffer(nbytes), dtype=dtype).view(shape)
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where a tensor's first element is; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()

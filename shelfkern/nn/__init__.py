@@ -1,0 +1,27 @@
+"""The reference model: plain torch.nn modules, written to be read beside the paper."""
+
+from .paths import count_paths
+from .shelfnet import (
+    ShelfNet,
+    ShelfNetConfig,
+    ShelfNetOutput,
+    shelfnet18_lw,
+    shelfnet34_lw,
+    shelfnet50,
+    shelfnet101,
+)
+from .weights import from_weights, save_weights, shipped_weights
+
+__all__ = [
+    "ShelfNet",
+    "ShelfNetConfig",
+    "ShelfNetOutput",
+    "count_paths",
+    "from_weights",
+    "save_weights",
+    "shelfnet18_lw",
+    "shelfnet34_lw",
+    "shelfnet50",
+    "shelfnet101",
+    "shipped_weights",
+]

@@ -1,0 +1,253 @@
+"""ShelfNet (Zhuang et al., arXiv 1811.11254): the reference model, plain torch.nn."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import published
+from .backbone import RESNET_STAGES, ResNet, init_weights
+from .blocks import BackboneHead, ConvHead, LinearHead, PresenceHead
+from .shelf import MERGES, Shelf
+
+STRIDE = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class ShelfNetConfig:
+    """What a ShelfNet is made of. The defaults are ShelfNet50's.
+
+    Attributes:
+        num_classes: classes of the scores.
+        backbone: "resnet18", "resnet34", "resnet50", "resnet101" or "resnet152".
+        backbone_width: channels of the stem; stages have 1, 2, 4, 8 times as many (times 4 in bottlenecks).
+        widths: channels of the shelf's levels, fine to coarse; 2 to 5 levels, the coarsest at stride 32.
+        merge: "deconv" or "attention".
+        pairs: encoder-decoder pairs (paper 3.1): 1 is a U-Net-like network, 2 the published shelf.
+        lateral: whether column 1 has 1x1 convolutions.
+        negative_slope: of the leaky ReLU; 0 is ReLU.
+        dropout: probability of Dropout2d inside the shared blocks.
+        head: "linear" (1x1, align_corners, aux on the backbone) or "conv" (3x3, aux on the next two levels).
+        head_width: channels inside the main head, "conv" only.
+        aux: whether there are auxiliary heads (used in training only).
+        presence: whether there is an SE head (used in training only).
+    """
+
+    num_classes: int = 21
+    backbone: str = "resnet50"
+    backbone_width: int = 64
+    widths: tuple[int, ...] = (64, 128, 256, 512)
+    merge: str = "deconv"
+    pairs: int = 2
+    lateral: bool = True
+    negative_slope: float = 0.0
+    dropout: float = 0.25
+    head: str = "linear"
+    head_width: int = 64
+    aux: bool = True
+    presence: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.widths, (tuple, list)):
+            raise ValueError(f"widths is {self.widths!r}, it may be 2 to 5 integers")
+        object.__setattr__(self, "widths", tuple(self.widths))
+        _check_choice("backbone", self.backbone, RESNET_STAGES)
+        _check_choice("merge", self.merge, MERGES)
+        _check_choice("head", self.head, ("linear", "conv"))
+        if not 2 <= len(self.widths) <= 5:
+            raise ValueError(f"widths has {len(self.widths)} levels, it may have 2 to 5")
+        for name in ("num_classes", "backbone_width", "pairs", "head_width"):
+            _check_positive(name, getattr(self, name))
+        for width in self.widths:
+            _check_positive("widths", width)
+        if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout!r}, it may be from 0 up to, not including, 1")
+        if not isinstance(self.negative_slope, (int, float)) or not self.negative_slope >= 0:
+            raise ValueError(f"negative_slope is {self.negative_slope!r}, it may be any number from 0")
+
+    @property
+    def levels(self) -> int:
+        """Number of levels."""
+        return len(self.widths)
+
+
+def _check_choice(name: str, value: object, choices: Any) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}, it may be one of {', '.join(choices)}")
+
+
+def _check_positive(name: str, value: int) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} is {value!r}, it may be any integer from 1")
+
+
+class ShelfNetOutput(NamedTuple):
+    """All outputs of a ShelfNet.
+
+    Attributes:
+        scores: (N, classes, H, W), at the input's size.
+        aux: auxiliary scores, each as `scores`; fine to coarse.
+        presence: (N, classes) logits of the SE head, or None.
+    """
+
+    scores: Tensor
+    aux: tuple[Tensor, ...]
+    presence: Tensor | None
+
+
+class ShelfNet(nn.Module):
+    """ShelfNet: a ResNet, a shelf of up and down columns over its features, and heads.
+
+    In eval mode `model(x)` gives the scores (N, classes, H, W); in train mode a `ShelfNetOutput`.
+    Inputs are (N, 3, H, W) with H, W >= 32, any floating dtype and memory format, normalised as for
+    ImageNet. Sizes that are not multiples of 32 are padded with zeros at the bottom and right inside,
+    and the outputs cropped.
+
+    `load_state_dict` takes this model's own keys or a checkpoint of the authors as it is.
+
+    Attributes:
+        config: what the model is made of.
+        classes: a name per class, where known; `from_weights` sets it.
+        palette: an (r, g, b) per class, where known; `from_weights` sets it.
+    """
+
+    classes: tuple[str, ...] | None = None
+    palette: tuple[tuple[int, int, int], ...] | None = None
+
+    def __init__(self, config: ShelfNetConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = config or ShelfNetConfig()
+        self.backbone = ResNet(config.backbone, config.backbone_width, config.negative_slope)
+        channels = self.backbone.channels[-config.levels :]
+        if not config.lateral and tuple(channels) != config.widths:
+            raise ValueError(f"widths is {config.widths}, without lateral it must be {tuple(channels)}")
+        self.shelf = Shelf(
+            channels,
+            config.widths,
+            config.merge,
+            config.pairs,
+            config.lateral,
+            config.dropout,
+            config.negative_slope,
+        )
+        self.head, self.aux_heads = self._heads()
+        self.presence_head = PresenceHead(config.widths[-1], config.num_classes) if config.presence else None
+        init_weights(self)
+
+    def _heads(self) -> tuple[nn.Module, nn.ModuleList]:
+        config = self.config
+        if config.head == "linear":
+            aux = [BackboneHead(self.backbone.channels[-2], config.num_classes)] if config.aux else []
+            return LinearHead(config.widths[0], config.num_classes), nn.ModuleList(aux)
+        widths = config.widths[1:3] if config.aux else ()
+        aux = [ConvHead(w, 64, config.num_classes, config.negative_slope) for w in widths]
+        head = ConvHead(config.widths[0], config.head_width, config.num_classes, config.negative_slope)
+        return head, nn.ModuleList(aux)
+
+    @property
+    def align_corners(self) -> bool:
+        """Of the final bilinear resize: both published heads align corners."""
+        return True
+
+    def forward(self, x: Tensor) -> Tensor | ShelfNetOutput:
+        if self.training:
+            return self.forward_heads(x)
+        padded = self._pad(x)
+        levels = self.shelf(self.backbone(padded)[-self.config.levels :])
+        return self._resize(self.head(levels[0]), padded, x)
+
+    def forward_heads(self, x: Tensor) -> ShelfNetOutput:
+        """All outputs, in train and in eval mode."""
+        padded = self._pad(x)
+        features = self.backbone(padded)
+        levels = self.shelf(features[-self.config.levels :])
+        sources = features[-2:-1] if self.config.head == "linear" else levels[1:3]
+        aux = tuple(
+            self._resize(head(source), padded, x)
+            for head, source in zip(self.aux_heads, sources, strict=False)
+        )
+        presence = None if self.presence_head is None else self.presence_head(levels[-1])
+        return ShelfNetOutput(self._resize(self.head(levels[0]), padded, x), aux, presence)
+
+    def _pad(self, x: Tensor) -> Tensor:
+        check_image_size(tuple(x.shape))
+        # Written as 32 * k and never skipped, so that torch.export sees one program with simple sizes.
+        height, width = (STRIDE * ((size + STRIDE - 1) // STRIDE) for size in x.shape[2:])
+        return F.pad(x, (0, width - x.shape[3], 0, height - x.shape[2]))
+
+    def _resize(self, scores: Tensor, padded: Tensor, x: Tensor) -> Tensor:
+        full = F.interpolate(scores, padded.shape[2:], mode="bilinear", align_corners=self.align_corners)
+        return _crop(full, *x.shape[2:])
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Loads this model's own keys or an authors' checkpoint, wrapped or not.
+
+        Raises:
+            TypeError: state_dict is not a mapping of names.
+            RuntimeError: a tensor is missing, unexpected or of another shape; the model is left as it was.
+        """
+        state = published.adapt(state_dict, self)
+        published.check(state, self, strict)
+        return super().load_state_dict(state, strict=strict, assign=assign)
+
+
+def _crop(x: Tensor, height: int, width: int) -> Tensor:
+    if not torch.compiler.is_exporting():
+        return x[:, :, :height, :width]
+    # Whether a slice is contiguous depends on whether it cuts; an exported program would be tied to that.
+    rows, columns = (torch.arange(size, device=x.device) for size in (height, width))
+    return x.index_select(2, rows).index_select(3, columns)
+
+
+def check_image_size(shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless shape is (N, 3, H, W) with H, W >= 32."""
+    if len(shape) != 4 or shape[1] != 3:
+        raise ValueError(f"x is {tuple(shape)}, it must be (N, 3, H, W)")
+    if shape[2] < STRIDE or shape[3] < STRIDE:
+        raise ValueError(f"x is {shape[2]} x {shape[3]} pixels, height and width must be at least {STRIDE}")
+
+
+_REAL_TIME = ShelfNetConfig(
+    num_classes=19,
+    backbone="resnet18",
+    widths=(64, 128, 256),
+    merge="attention",
+    negative_slope=0.01,
+    dropout=0.1,
+    head="conv",
+    presence=False,
+)
+
+
+def shelfnet18_lw(num_classes: int = 19, **changes: Any) -> ShelfNet:
+    """ShelfNet18-lw, the real-time model: 14.6 M parameters, 12.5 GMAC at 512x512.
+
+    `changes` are other fields of `ShelfNetConfig`.
+    """
+    return ShelfNet(dataclasses.replace(_REAL_TIME, num_classes=num_classes, **changes))
+
+
+def shelfnet34_lw(num_classes: int = 19, **changes: Any) -> ShelfNet:
+    """ShelfNet34-lw: 33.8 M parameters, 30.3 GMAC at 512x512; no lateral convolutions, no dropout."""
+    published_fields = dict(
+        backbone="resnet34", widths=(128, 256, 512), lateral=False, dropout=0.0, head_width=128
+    )
+    fields = {**published_fields, **changes}
+    return ShelfNet(dataclasses.replace(_REAL_TIME, num_classes=num_classes, **fields))
+
+
+def shelfnet50(num_classes: int = 21, **changes: Any) -> ShelfNet:
+    """ShelfNet50: 41.1 M parameters, 42.1 GMAC at 512x512."""
+    return ShelfNet(ShelfNetConfig(num_classes=num_classes, **changes))
+
+
+def shelfnet101(num_classes: int = 21, **changes: Any) -> ShelfNet:
+    """ShelfNet101: 60.1 M parameters, 61.5 GMAC at 512x512."""
+    return ShelfNet(ShelfNetConfig(**{"num_classes": num_classes, "backbone": "resnet101", **changes}))

@@ -1,0 +1,181 @@
+"""Weights files of this library: safetensors that say which model they belong to.
+
+The metadata holds `config` (JSON of the `ShelfNetConfig` fields), `normalisation` (JSON of mean and std)
+and, where known, `classes` (JSON list of names) and `palette` (JSON list of [r, g, b]).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..files import replacing
+from .shelfnet import ShelfNet, ShelfNetConfig
+
+NORMALISATION = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+
+_OWN_METADATA = ("config", "classes", "palette", "normalisation")
+
+
+def shipped_weights() -> list[str]:
+    """Names that `from_weights` takes: the weights inside the package."""
+    folder = resources.files("shelfkern").joinpath("weights")
+    if not folder.is_dir():
+        return []
+    suffix = ".safetensors"
+    return sorted(f.name.removesuffix(suffix) for f in folder.iterdir() if f.name.endswith(suffix))
+
+
+def from_weights(
+    name_or_path: str | os.PathLike[str], device: torch.device | str | None = None
+) -> ShelfNet:
+    """Builds the model that a weights file belongs to, in float32 and eval mode.
+
+    Args:
+        name_or_path: a shipped name (see `shipped_weights`) or a file that `save_weights` wrote.
+        device: where the model is put; the CPU by default.
+
+    Returns:
+        The model; `model.classes` and `model.palette` are set where the file knows them.
+
+    Raises:
+        FileNotFoundError: neither a shipped name nor a file.
+        RuntimeError: the file is cut short, not one of this library's, or does not fit its own config.
+    """
+    shipped = shipped_weights()
+    if name_or_path in shipped:
+        resource = resources.files("shelfkern").joinpath("weights", f"{name_or_path}.safetensors")
+        with resources.as_file(resource) as path:
+            return _from_file(path, device)
+    path = Path(name_or_path)
+    if not path.is_file():
+        names = ", ".join(shipped) or "none"
+        raise FileNotFoundError(f"weights {str(path)!r} is neither a file nor a shipped name ({names})")
+    return _from_file(path, device)
+
+
+def save_weights(
+    model: ShelfNet,
+    path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype = torch.float16,
+    classes: Sequence[str] | None = None,
+    palette: Sequence[Sequence[int]] | None = None,
+    extra: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a model to a safetensors file that `from_weights` reads.
+
+    Args:
+        model: any ShelfNet; its tensors may be on any device and in any memory format.
+        path: the file; replaced in one step.
+        dtype: of the convolutions' and linear layers' weights. Norms and biases are small and decide
+            more, so they are stored as float32.
+        classes: a name per class; `model.classes` by default.
+        palette: an (r, g, b) of 0 to 255 per class; `model.palette` by default.
+        extra: further metadata, such as the training command or its result.
+
+    Raises:
+        ValueError: `classes`, `palette` or `extra` do not fit, or a weight is too large for `dtype`.
+    """
+    classes, palette = classes or model.classes, palette or model.palette
+    metadata = _metadata(model.config, classes, palette, extra or {})
+    state = {name: _stored(name, value, dtype) for name, value in model.state_dict().items()}
+    with replacing(path) as temporary:
+        save_file(state, temporary, metadata)
+
+
+def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file, all in memory.
+
+    Raises:
+        RuntimeError: the file is cut short or no safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            # Copies: the file may be replaced while the tensors live, and mapped pages would follow it.
+            return {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata() or {}
+    except SafetensorError as error:
+        raise RuntimeError(f"{path} is cut short or no safetensors file ({error})") from error
+
+
+def _metadata(
+    config: ShelfNetConfig,
+    classes: Sequence[str] | None,
+    palette: Sequence[Sequence[int]] | None,
+    extra: Mapping[str, str],
+) -> dict[str, str]:
+    taken = [key for key in extra if key in _OWN_METADATA]
+    if taken:
+        raise ValueError(f"extra has the key {taken[0]!r}, it may be any but {', '.join(_OWN_METADATA)}")
+    known: dict[str, Any] = {"config": dataclasses.asdict(config), "normalisation": NORMALISATION}
+    if classes is not None:
+        known["classes"] = _checked_classes(classes, config.num_classes)
+    if palette is not None:
+        known["palette"] = _checked_palette(palette, config.num_classes)
+    return {**extra, **{key: json.dumps(value) for key, value in known.items()}}
+
+
+def _stored(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    value = value.detach().cpu().contiguous()
+    if not value.is_floating_point():
+        return value
+    stored = value.to(dtype if value.dim() > 1 else torch.float32)
+    if torch.isinf(stored).any() and not torch.isinf(value).any():
+        limit = torch.finfo(dtype).max
+        raise ValueError(f"{name} reaches {value.abs().max():.6g}, dtype {dtype} ends at {limit:.6g}")
+    return stored
+
+
+def _from_file(path: Path, device: torch.device | str | None) -> ShelfNet:
+    state, metadata = read_safetensors(path)
+    if "config" not in metadata:
+        raise RuntimeError(f"{path} has no model config in its metadata, save_weights writes one that has")
+    try:
+        config = ShelfNetConfig(**json.loads(metadata["config"]))
+        known = {key: json.loads(metadata[key]) for key in _OWN_METADATA if key in metadata}
+        if known.get("normalisation", NORMALISATION) != NORMALISATION:
+            raise ValueError(f"normalisation is {known['normalisation']}, it must be {NORMALISATION}")
+        model = _build(config, state, device)
+        if "classes" in known:
+            model.classes = _checked_classes(known["classes"], config.num_classes)
+        if "palette" in known:
+            model.palette = _checked_palette(known["palette"], config.num_classes)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise RuntimeError(f"{path} does not fit its own metadata: {error}") from error
+    return model.eval()
+
+
+def _build(config: ShelfNetConfig, state: dict[str, Tensor], device: torch.device | str | None) -> ShelfNet:
+    # Built without memory: the initial values would be thrown away and the random state disturbed.
+    with torch.device("meta"):
+        model = ShelfNet(config)
+    full = {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
+    model.load_state_dict(full, assign=True)
+    return model.to(device) if device is not None else model
+
+
+def _checked_classes(classes: Sequence[str], num_classes: int) -> tuple[str, ...]:
+    if isinstance(classes, str) or not all(isinstance(name, str) for name in classes):
+        raise ValueError(f"classes is {classes!r}, it must be a list of names")
+    if len(classes) != num_classes:
+        raise ValueError(f"classes has {len(classes)} names, the model has {num_classes} classes")
+    return tuple(classes)
+
+
+def _checked_palette(palette: Sequence[Sequence[int]], num_classes: int) -> tuple[tuple[int, int, int], ...]:
+    if len(palette) != num_classes:
+        raise ValueError(f"palette has {len(palette)} colours, the model has {num_classes} classes")
+    for colour in palette:
+        if len(colour) != 3 or not all(0 <= int(c) <= 255 for c in colour):
+            raise ValueError(f"palette has the colour {colour!r}, it must be (r, g, b) from 0 to 255")
+    return tuple((int(r), int(g), int(b)) for r, g, b in palette)

@@ -1,0 +1,330 @@
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+from models import CONFIGS, build
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import shelfkern
+from shelfkern import native
+from shelfkern.engine import library, native_kernels
+from shelfkern.engine.workspace import Workspace, WorkspacePool
+
+needs_native = pytest.mark.skipif(native.why_not is not None, reason=f"no native kernels: {native.why_not}")
+BACKENDS = [pytest.param("native", marks=needs_native), "library"]
+SIZES = [(1, 64, 64), (3, 33, 70), (1, 95, 32), (2, 128, 65)]
+
+
+def images(n, h, w, seed=0):
+    return torch.randn(n, 3, h, w, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_as_exact_as_eager(fast, model, inputs, dtype):
+    """The error against float64 is at most twice that of eager torch in the same dtype.
+
+    Root mean squares, pooled over the inputs: the largest error of one small input is a lottery.
+    """
+    exact, eager = copy.deepcopy(model).double(), copy.deepcopy(model).to(dtype)
+    errors, allowed = [], []
+    for x in inputs:
+        result, truth = fast(x), exact(x.double())
+        assert result.shape == truth.shape and result.dtype is dtype
+        assert result.isfinite().all()
+        errors.append(((result.double() - truth) / truth.std()).flatten())
+        allowed.append(((eager(x.to(dtype)).double() - truth) / truth.std()).flatten())
+    assert torch.cat(errors).square().mean() <= 4 * torch.cat(allowed).square().mean()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_scores_equal_the_model(name, dtype, backend):
+    if name == "five_levels" and backend == "native":
+        backend = "auto"
+    model = build(CONFIGS[name])
+    fast = shelfkern.accelerate(model, dtype=dtype, backend=backend)
+    assert_as_exact_as_eager(fast, model, [images(*size) for size in SIZES], dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [(1, 64, 64), (2, 45, 83)])
+@pytest.mark.parametrize("name", ["attention", "deconv"])
+@torch.no_grad()
+def test_labels_are_the_argmax_of_the_scores(name, size, backend):
+    fast = shelfkern.accelerate(build(CONFIGS[name]), backend=backend)
+    x = images(*size)
+    scores, labels = fast(x), fast.predict(x)
+    assert labels.dtype is torch.uint8 and labels.shape == (size[0], *size[1:])
+    chosen = scores.gather(1, labels.long()[:, None])[:, 0]
+    # Ties within rounding may go either way.
+    assert (scores.amax(1) - chosen).max() <= 1e-5 * scores.std()
+    assert (labels == scores.argmax(1)).float().mean() >= 0.999
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@torch.no_grad()
+def test_raw_images_are_normalised(backend):
+    model = build(CONFIGS["attention"])
+    raw = torch.randint(0, 256, (2, 50, 75, 3), dtype=torch.uint8)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    x = ((raw / 255 - mean) / std).permute(0, 3, 1, 2)
+    labels = shelfkern.accelerate(model, backend=backend).predict(raw)
+    assert (labels == model(x).argmax(1)).float().mean() >= 0.999
+
+
+class _LargestTensor(TorchDispatchMode):
+    """Remembers the most elements that any torch call made."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_predict_makes_no_full_size_scores(backend, monkeypatch):
+    config = CONFIGS["deconv"]
+    fast = shelfkern.accelerate(build(config), backend=backend)
+    asked = []
+    empty = native.empty
+    monkeypatch.setattr(native, "empty", lambda shape, dtype: asked.append(torch.Size(shape)) or empty(shape, dtype))
+    x = images(1, 256, 256)
+    fast.predict(x)
+    labels = [shape for shape in asked if shape[-2:] == (256, 256)]
+    assert [shape.numel() for shape in labels] == [256 * 256]
+    with _LargestTensor() as mode:
+        fast.predict(x)
+    assert mode.largest < config.num_classes * 256 * 256
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "sliced", "expanded", "double", "bfloat16"])
+@torch.no_grad()
+def test_any_strides_and_floating_dtypes(layout):
+    model = build(CONFIGS["attention"])
+    base = images(2, 80, 96)
+    x = {
+        "channels_last": lambda: base.contiguous(memory_format=torch.channels_last),
+        "sliced": lambda: base[:, :, 3:70, 5::2][:, :, :, :40],
+        "expanded": lambda: base[:1].expand(3, -1, -1, -1),
+        "double": lambda: base.double(),
+        "bfloat16": lambda: base.bfloat16(),
+    }[layout]()
+    assert_as_exact_as_eager(shelfkern.accelerate(model), model, [x], torch.float32)
+
+
+@torch.no_grad()
+def test_empty_batch():
+    fast = shelfkern.accelerate(build(CONFIGS["attention"]))
+    assert fast(images(0, 64, 64)).shape == (0, 7, 64, 64)
+    assert fast.predict(images(0, 64, 64)).shape == (0, 64, 64)
+
+
+@torch.no_grad()
+def test_sizes_may_change_from_call_to_call_in_bounded_memory():
+    model = build(CONFIGS["attention"])
+    fast = shelfkern.accelerate(model)
+    x = images(1, 64, 64)
+    first = fast(x)
+    for extent in range(32, 32 * 12, 32):
+        fast(images(1, 32, extent))
+    assert torch.equal(fast(x), first)
+    pool = fast._program().pool
+    assert len(pool._idle) <= 4
+
+
+@torch.no_grad()
+def test_results_outlive_later_calls():
+    fast = shelfkern.accelerate(build(CONFIGS["attention"]))
+    x = images(1, 64, 64)
+    first, labels = fast(x), fast.predict(x)
+    kept, kept_labels = first.clone(), labels.clone()
+    fast(-x), fast.predict(-x)
+    assert torch.equal(first, kept) and torch.equal(labels, kept_labels)
+
+
+@torch.no_grad()
+def test_calls_from_many_threads():
+    fast = shelfkern.accelerate(build(CONFIGS["attention"]))
+    inputs = [images(1, 64, 32 * (1 + i % 3), seed=i) for i in range(12)]
+    expected = [fast(x).clone() for x in inputs]
+    wrong = []
+
+    def work(offset):
+        for i in range(len(inputs)):
+            j = (i + offset) % len(inputs)
+            if not torch.equal(fast(inputs[j]), expected[j]):
+                wrong.append(j)
+
+    threads = [threading.Thread(target=work, args=(3 * i,)) for i in range(4)]
+    [t.start() for t in threads], [t.join() for t in threads]
+    assert not wrong
+
+
+def _optimizer_step(model):
+    loss = model.train()(images(2, 64, 64)).scores.square().mean()
+    loss.backward()
+    torch.optim.SGD(model.parameters(), 0.1).step()
+    model.eval()
+
+
+def _load_state_dict(model):
+    model.load_state_dict({k: v + 0.01 * v.is_floating_point() for k, v in model.state_dict().items()})
+
+
+def _write_through_data(model):
+    model.head.classify.weight.data.mul_(2)
+
+
+def _write_through_numpy(model):
+    model.shelf.columns[0].bottom.bn2.running_mean.numpy()[:] += 1
+
+
+def _replace_parameter(model):
+    model.head.classify.weight = torch.nn.Parameter(model.head.classify.weight * 3)
+
+
+def _replace_module(model):
+    model.head = build(CONFIGS["attention"], seed=5).head
+
+
+def _change_dtype(model):
+    model.double()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _optimizer_step,
+        _load_state_dict,
+        _write_through_data,
+        _write_through_numpy,
+        _replace_parameter,
+        _replace_module,
+        _change_dtype,
+    ],
+)
+def test_a_changed_model_is_never_stale(change):
+    model = build(CONFIGS["attention"])
+    fast = shelfkern.accelerate(model)
+    x = images(1, 64, 64)
+    before = fast(x)
+    change(model)
+    after = fast(x)
+    with torch.no_grad():
+        eager = model(x.to(next(model.parameters()).dtype)).float()
+    torch.testing.assert_close(after, eager, rtol=1e-4, atol=1e-4 * eager.std().item())
+    assert change is _change_dtype or not torch.allclose(before, after, rtol=1e-3)
+
+
+def test_an_unchanged_model_is_not_folded_again():
+    fast = shelfkern.accelerate(build(CONFIGS["attention"]))
+    program = fast._program()
+    fast(images(1, 64, 64))
+    assert fast._program() is program
+    fast.refresh()
+    assert fast._program() is not program
+
+
+def test_the_source_is_left_untouched():
+    model = build(CONFIGS["attention"]).train()
+    before = copy.deepcopy(model.state_dict())
+    fast = shelfkern.accelerate(model)
+    fast(images(1, 64, 64))
+    assert model.training
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert not fast.state_dict() and not list(fast.parameters())
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+@torch.no_grad()
+def test_copies(copier):
+    fast = shelfkern.accelerate(build(CONFIGS["attention"]))
+    x = images(1, 64, 64)
+    assert torch.equal(copier(fast)(x), fast(x))
+
+
+@torch.no_grad()
+def test_without_onednn_calls(monkeypatch):
+    monkeypatch.setattr(library, "onednn_reason", lambda: "switched off")
+    model = build(CONFIGS["attention"])
+    fast = shelfkern.accelerate(model, backend="library")
+    assert_as_exact_as_eager(fast, model, [images(*size) for size in SIZES], torch.float32)
+
+
+def test_native_by_name_says_why_it_cannot_run(monkeypatch):
+    monkeypatch.setattr(native_kernels, "reason", lambda op: "switched off by this test")
+    model = build(CONFIGS["attention"])
+    with pytest.raises(RuntimeError, match="backend is 'native', which cannot run stem: switched off by this test"):
+        shelfkern.accelerate(model, backend="native")
+    assert shelfkern.accelerate(model).predict(images(1, 64, 64)).shape == (1, 64, 64)
+
+
+def _eval_model():
+    return build(CONFIGS["attention"])
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda: shelfkern.accelerate(torch.nn.ReLU()), TypeError, "model is a ReLU, it must be a"),
+        (lambda: shelfkern.accelerate(_eval_model(), dtype=torch.int8), ValueError, "dtype is torch.int8"),
+        (lambda: shelfkern.accelerate(_eval_model(), device="cuda"), ValueError, "device is 'cuda', it may"),
+        (lambda: shelfkern.accelerate(_eval_model(), backend="fast"), ValueError, "backend is 'fast'"),
+    ],
+)
+def test_bad_arguments(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    "bad, error, message",
+    [
+        (torch.zeros(1, 3, 31, 64), ValueError, "x is 31 x 64 pixels, height and width must be at least 32"),
+        (torch.zeros(1, 4, 64, 64), ValueError, r"x is \(1, 4, 64, 64\), it must be \(N, 3, H, W\)"),
+        (torch.zeros(3, 64, 64), ValueError, r"x is \(3, 64, 64\)"),
+        (torch.zeros(1, 3, 64, 64, dtype=torch.int32), TypeError, "images is torch.int32"),
+        (torch.zeros(1, 64, 64, 3, dtype=torch.uint8), TypeError, "x is uint8"),
+    ],
+)
+def test_bad_inputs(bad, error, message):
+    fast = shelfkern.accelerate(_eval_model())
+    with pytest.raises(error, match=message):
+        fast(bad)
+
+
+def test_predict_refuses_other_raw_layouts():
+    fast = shelfkern.accelerate(_eval_model())
+    with pytest.raises(ValueError, match=r"images is uint8 \(1, 3, 64, 64\), raw images must be \(N, H, W, 3\)"):
+        fast.predict(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+
+
+def test_train_mode_raises():
+    fast = shelfkern.accelerate(_eval_model())
+    assert not fast.training
+    with pytest.raises(RuntimeError, match="the accelerated module is in train mode"):
+        fast.train()(images(1, 64, 64))
+
+
+def test_workspace_pool_forgets_the_least_recently_used():
+    built = []
+
+    def make(size):
+        built.append(size)
+        return Workspace(torch.empty(8, dtype=torch.uint8), [])
+
+    pool = WorkspacePool(make, keep=2)
+    for size in [(1, 1, 1), (2, 2, 2), (1, 1, 1), (3, 3, 3), (1, 1, 1), (2, 2, 2)]:
+        with pool.borrow(size):
+            pass
+    assert built == [(1, 1, 1), (2, 2, 2), (3, 3, 3), (2, 2, 2)]
+    with pool.borrow((2, 2, 2)) as first, pool.borrow((2, 2, 2)) as second:
+        assert first is not second
+    assert pool.bytes() <= 2 * 8

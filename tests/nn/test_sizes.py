@@ -1,0 +1,58 @@
+"""Any height and width from 32: padded inside, cropped after."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+PUBLISHED_KINDS = ["shelfnet18_lw", "shelfnet50"]
+
+
+@pytest.mark.parametrize("height, width", [(33, 64), (32, 97), (45, 71), (63, 32)])
+@pytest.mark.parametrize("name", PUBLISHED_KINDS)
+@torch.no_grad()
+def test_odd_sizes_are_padded_and_cropped(narrow, name: str, height: int, width: int) -> None:
+    model, image = narrow(name), torch.randn(2, 3, height, width)
+    padded = F.pad(image, (0, -width % 32, 0, -height % 32))
+    assert padded.shape[2] % 32 == 0 and padded.shape[3] % 32 == 0
+    out, expected = model.forward_heads(image), model.forward_heads(padded)
+    for a, b in zip((out.scores, *out.aux), (expected.scores, *expected.aux), strict=True):
+        assert a.shape == (2, 5, height, width)
+        assert torch.equal(a, b[:, :, :height, :width])
+
+
+@pytest.mark.parametrize("name", PUBLISHED_KINDS)
+@torch.no_grad()
+def test_multiples_of_32_are_untouched(narrow, name: str) -> None:
+    model, image = narrow(name), torch.randn(1, 3, 64, 96)
+    levels = model.shelf(model.backbone(image)[-model.config.levels :])
+    scores = F.interpolate(model.head(levels[0]), (64, 96), mode="bilinear", align_corners=True)
+    assert torch.equal(model(image), scores)
+
+
+@pytest.mark.parametrize("name", PUBLISHED_KINDS)
+def test_train_outputs_have_the_inputs_size(narrow, name: str) -> None:
+    out = narrow(name).train()(torch.randn(2, 3, 50, 70))
+    assert out.scores.shape == (2, 5, 50, 70)
+    assert [a.shape for a in out.aux] == [(2, 5, 50, 70)] * (1 if name == "shelfnet50" else 2)
+    assert (out.presence is None) if name == "shelfnet18_lw" else (out.presence.shape == (2, 5))
+
+
+@pytest.mark.parametrize(
+    "shape, sentence",
+    [
+        ((1, 3, 31, 64), "x is 31 x 64 pixels, height and width must be at least 32"),
+        ((1, 3, 64, 0), "x is 64 x 0 pixels, height and width must be at least 32"),
+        ((1, 4, 64, 64), r"x is \(1, 4, 64, 64\), it must be \(N, 3, H, W\)"),
+        ((3, 64, 64), r"x is \(3, 64, 64\), it must be \(N, 3, H, W\)"),
+    ],
+)
+def test_other_inputs_are_refused(narrow, shape: tuple[int, ...], sentence: str) -> None:
+    with pytest.raises(ValueError, match=f"^{sentence}$"):
+        narrow("shelfnet18_lw")(torch.zeros(shape))
+
+
+@torch.no_grad()
+def test_empty_batch(narrow) -> None:
+    assert narrow("shelfnet18_lw")(torch.zeros(0, 3, 40, 64)).shape == (0, 5, 40, 64)

@@ -1,0 +1,174 @@
+"""What users of torch.nn expect to work, works."""
+
+from __future__ import annotations
+
+import copy
+import io
+import os
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.export import Dim
+from torch.testing import assert_close
+
+from shelfkern.nn import ShelfNet, ShelfNetConfig
+
+KINDS = ["shelfnet18_lw", "shelfnet50"]
+
+# Compilers take seconds for each deep model and see the same block types in this one.
+SHALLOW = {
+    "attention": dict(merge="attention", head="conv", negative_slope=0.01, presence=False),
+    "deconv": dict(merge="deconv", head="linear"),
+}
+
+
+def shallow(merge: str) -> ShelfNet:
+    config = ShelfNetConfig(5, "resnet18", 4, (4, 8), head_width=4, dropout=0.0, **SHALLOW[merge])
+    return ShelfNet(config).eval()
+
+
+def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> None:
+    assert_close(a, b, rtol=0, atol=tolerance * b.std().item())
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("training", [False, True])
+def test_compile_sees_one_graph(narrow, name: str, training: bool) -> None:
+    model, image = narrow(name, dropout=0.0).train(training), torch.randn(2, 3, 50, 64)
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="eager")
+    out, expected = compiled(image), model(image)
+    if training:
+        assert type(out) is type(expected)
+        out, expected = out.scores, expected.scores
+    close(out, expected)
+
+
+@pytest.mark.parametrize("merge", list(SHALLOW))
+def test_compile_trains(merge: str) -> None:
+    model = shallow(merge).train()
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
+    image = torch.randn(2, 3, 64, 64)
+    for module in (model, compiled):
+        out = module(image)
+        (out.scores.square().mean() + sum(a.square().mean() for a in out.aux)).backward()
+    gradient = compiled.get_submodule("backbone.conv1").weight.grad
+    close(gradient, model.backbone.conv1.weight.grad, 1e-3)
+
+
+@pytest.mark.parametrize("merge", list(SHALLOW))
+@torch.no_grad()
+def test_export_with_dynamic_batch_and_size(merge: str) -> None:
+    model = shallow(merge)
+    # Not 32: a level of one pixel has every memory format at once, to which export would tie the program.
+    sizes = {0: Dim("batch"), 2: Dim("height", min=33), 3: Dim("width", min=33)}
+    program = torch.export.export(model, (torch.randn(2, 3, 70, 101),), dynamic_shapes=(sizes,))
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    buffer.seek(0)
+    exported = torch.export.load(buffer).module()
+    for shape in [(1, 3, 33, 200), (3, 3, 64, 96), (2, 3, 128, 64), (1, 3, 101, 99)]:
+        image = torch.randn(shape)
+        close(exported(image), model(image))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_export_of_a_published_model(narrow, name: str) -> None:
+    model = narrow(name)
+    program = torch.export.export(model, (torch.randn(1, 3, 64, 64),))
+    image = torch.randn(1, 3, 64, 64)
+    close(program.module()(image), model(image))
+
+
+@torch.no_grad()
+def test_channels_last_gives_the_same(narrow, model_name: str) -> None:
+    model, image = narrow(model_name), torch.randn(2, 3, 64, 96)
+    expected = model(image)
+    model.to(memory_format=torch.channels_last)
+    out = model(image.to(memory_format=torch.channels_last))
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    close(out, expected, 1e-4)
+    close(model(image), expected, 1e-4)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_autocast_trains_in_bfloat16(narrow, name: str) -> None:
+    model = narrow(name).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(torch.randn(2, 3, 64, 64))
+        assert model.backbone.conv1(torch.randn(1, 3, 32, 32)).dtype == torch.bfloat16
+        loss = out.scores.float().square().mean()
+    loss.backward()
+    assert model.backbone.conv1.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_every_floating_dtype(narrow, model_name: str, dtype: torch.dtype) -> None:
+    out = narrow(model_name).to(dtype)(torch.randn(1, 3, 40, 64, dtype=dtype))
+    assert out.dtype == dtype and out.isfinite().all()
+
+
+@pytest.mark.parametrize("twin", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+@torch.no_grad()
+def test_twins(narrow, model_name: str, twin) -> None:
+    model, image = narrow(model_name), torch.randn(1, 3, 32, 64)
+    other = twin(model)
+    expected = model(image)
+    assert torch.equal(other(image), expected) and other.config == model.config
+    other.backbone.conv1.weight.zero_()
+    assert torch.equal(model(image), expected)
+
+
+def test_convert_sync_batchnorm(narrow, model_name: str) -> None:
+    model = narrow(model_name)
+    state, image = model.state_dict(), torch.randn(1, 3, 32, 64)
+    expected = model(image)
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
+    assert not any(type(m) is nn.BatchNorm2d for m in converted.modules())
+    assert torch.equal(converted(image), expected)
+    converted.load_state_dict(state)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_gradients_of_two_processes_are_averaged(narrow, name: str, tmp_path) -> None:
+    model = narrow(name, dropout=0.0)
+    for module in model.modules():  # batch statistics would differ between one batch and its halves
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.0
+    images = torch.randn(4, 3, 32, 64)
+    torch.save((model, images), tmp_path / "case.pt")
+    torch.multiprocessing.spawn(_train_half, (str(tmp_path),), nprocs=2)
+    gradients = torch.load(tmp_path / "gradients.pt")
+    losses = [_loss(model, half) for half in images.chunk(2)]
+    (sum(losses) / 2).backward()
+    expected = {n: p.grad for n, p in model.named_parameters()}
+    assert gradients.keys() == expected.keys()
+    for parameter, gradient in gradients.items():
+        assert_close(gradient, expected[parameter], rtol=1e-3, atol=1e-4 * expected[parameter].abs().max().item())
+
+
+def _loss(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    out = model.train()(images)
+    presence = 0.0 if out.presence is None else out.presence.sigmoid().mean()
+    return sum(scores.sigmoid().mean() for scores in (out.scores, *out.aux)) + presence
+
+
+def _train_half(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    store = torch.distributed.FileStore(os.path.join(folder, "store"), 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    model, images = torch.load(os.path.join(folder, "case.pt"), weights_only=False)
+    parallel = nn.parallel.DistributedDataParallel(model)
+    _loss(parallel, images.chunk(2)[rank]).backward()
+    if rank == 0:
+        torch.save({n: p.grad for n, p in model.named_parameters()}, os.path.join(folder, "gradients.pt"))
+    torch.distributed.destroy_process_group()

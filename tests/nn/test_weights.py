@@ -1,0 +1,170 @@
+"""Weights files: what is stored, what comes back, and files that do not fit."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import pickle
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+from shelfkern.nn import from_weights, save_weights, shipped_weights, weights
+
+CLASSES = ("sky", "road", "tree", "car", "person")
+PALETTE = ((0, 0, 0), (1, 2, 3), (255, 0, 255), (9, 9, 9), (4, 5, 6))
+
+
+@pytest.fixture
+def model(narrow):
+    return narrow("shelfnet18_lw")
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "model.safetensors"
+
+
+def metadata(path) -> dict[str, str]:
+    with safe_open(path, "pt") as file:
+        return file.metadata()
+
+
+def test_float32_round_trip_is_exact(model, path) -> None:
+    model.to(memory_format=torch.channels_last)
+    save_weights(model, path, dtype=torch.float32)
+    again = from_weights(path)
+    assert again.config == model.config and not again.training
+    assert all(torch.equal(v, again.state_dict()[n]) for n, v in model.state_dict().items())
+
+
+@torch.no_grad()
+def test_float16_file_gives_a_float32_model(model, path) -> None:
+    save_weights(model, path)
+    stored = load_file(path)
+    assert stored["backbone.conv1.weight"].dtype == torch.float16
+    assert stored["backbone.bn1.running_var"].dtype == torch.float32
+    again = from_weights(path)
+    assert {p.dtype for p in again.parameters()} == {torch.float32}
+    assert all(p.requires_grad for p in again.parameters())
+    image = torch.randn(1, 3, 64, 64)
+    expected = model(image)
+    assert_close(again(image), expected, rtol=0, atol=0.02 * expected.std().item())
+
+
+def test_names_and_colours_come_back_and_stay(model, path) -> None:
+    save_weights(model, path, classes=CLASSES, palette=PALETTE, extra={"mIoU": "61.2"})
+    again = from_weights(path)
+    for copied in (again, copy.deepcopy(again), pickle.loads(pickle.dumps(again))):
+        assert (copied.classes, copied.palette) == (CLASSES, PALETTE)
+    assert metadata(path)["mIoU"] == "61.2"
+    save_weights(again, path)
+    assert from_weights(path).palette == PALETTE
+
+
+def test_unknown_names_and_colours_are_none(model, path) -> None:
+    save_weights(model, path)
+    assert from_weights(path).classes is None and from_weights(path).palette is None
+
+
+def test_building_leaves_the_random_state(model, path) -> None:
+    save_weights(model, path)
+    before = torch.random.get_rng_state()
+    from_weights(path)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_the_model_does_not_follow_the_file(model, path) -> None:
+    save_weights(model, path, dtype=torch.float32)
+    again = from_weights(path)
+    path.write_bytes(b"\0" * path.stat().st_size)
+    assert torch.equal(again.backbone.conv1.weight, model.backbone.conv1.weight)
+
+
+def test_unknown_name_lists_the_shipped(monkeypatch) -> None:
+    monkeypatch.setattr(weights, "shipped_weights", lambda: ["camvid", "city"])
+    with pytest.raises(FileNotFoundError, match=r"'nosuch' is neither a file nor a shipped name \(camvid, city\)$"):
+        from_weights("nosuch")
+
+
+@pytest.mark.parametrize("name", shipped_weights())
+def test_shipped_weights_load(name: str) -> None:
+    model = from_weights(name)
+    assert len(model.classes) == len(model.palette) == model.config.num_classes
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        ({"classes": ["a"]}, "classes has 1 names, the model has 5 classes"),
+        ({"classes": "abcde"}, "classes is 'abcde', it must be a list of names"),
+        ({"palette": [(0, 0, 0)]}, "palette has 1 colours, the model has 5 classes"),
+        ({"palette": [(0, 0, 256)] * 5}, r"palette has the colour \(0, 0, 256\), it must be \(r, g, b\)"),
+        ({"extra": {"config": "x"}}, "extra has the key 'config', it may be any but config, "),
+    ],
+)
+def test_what_does_not_fit_is_not_written(model, path, options: dict, sentence: str) -> None:
+    with pytest.raises(ValueError, match=f"^{sentence}"):
+        save_weights(model, path, **options)
+    assert os.listdir(path.parent) == []
+
+
+def test_overflow_in_half_precision_is_named(model, path) -> None:
+    model.head.classify.weight.data[0, 0, 0, 0] = 1e6
+    with pytest.raises(ValueError, match=r"^head\.classify\.weight reaches 1e\+06, dtype torch\.float16 ends at 65504"):
+        save_weights(model, path)
+    save_weights(model, path, dtype=torch.bfloat16)
+
+
+def test_an_interrupted_write_leaves_the_old_file(model, path, monkeypatch) -> None:
+    save_weights(model, path)
+    before = path.read_bytes()
+
+    def half_written(state, temporary, metadata) -> None:
+        temporary.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(weights, "save_file", half_written)
+    with pytest.raises(KeyboardInterrupt):
+        save_weights(model, path)
+    assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]
+
+
+def corrupted(path, **changes: str | None) -> None:
+    """Rewrites a weights file with some of its metadata changed, or removed for None."""
+    known = metadata(path) | changes
+    save_file(load_file(path), path, {key: value for key, value in known.items() if value is not None})
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"config": None}, "has no model config in its metadata"),
+        ({"config": "{"}, "does not fit its own metadata"),
+        ({"config": "[1]"}, "does not fit its own metadata"),
+        ({"config": '{"nosuch": 1}'}, "does not fit its own metadata: .*nosuch"),
+        ({"config": json.dumps({"num_classes": 5})}, "does not fit its own metadata: state_dict lacks"),
+        ({"classes": '["a"]'}, "does not fit its own metadata: classes has 1 names"),
+        ({"normalisation": '{"mean": [0, 0, 0]}'}, "does not fit its own metadata: normalisation is "),
+    ],
+)
+def test_unfit_files_are_named(model, path, changes: dict, sentence: str) -> None:
+    save_weights(model, path, classes=CLASSES)
+    corrupted(path, **changes)
+    with pytest.raises(RuntimeError, match=sentence) as info:
+        from_weights(path)
+    assert str(info.value).startswith(str(path)) and "\n" not in str(info.value)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -1])
+def test_files_cut_short_are_named(model, path, keep: int) -> None:
+    save_weights(model, path)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(RuntimeError, match="is cut short or no safetensors file") as info:
+        from_weights(path)
+    assert str(info.value).startswith(str(path))
