@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,13 +46,13 @@ def _load_torch(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error):
+        if refused := re.search(r"GLOBAL (\S+)", str(error)):
             raise RuntimeError(
-                f"{path} holds Python objects beside weights and is not unpickled, "
+                f"{path} holds {refused[1]} beside weights and is not unpickled, "
                 "save its state dict alone where you trust it"
             ) from error
-        raise RuntimeError(f"{path} is damaged or no PyTorch file") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, UnicodeError) as error:
+        raise RuntimeError(f"{path} is cut short, damaged or no PyTorch file") from error
+    except (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError) as error:
         # torch reports damage as whatever its readers of zip files and pickles trip over.
         raise RuntimeError(f"{path} is cut short, damaged or no PyTorch file") from error
 

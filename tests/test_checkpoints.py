@@ -17,6 +17,15 @@ NARROW_LW = dict(backbone_width=4, widths=(4, 8, 12), head_width=4)
 NARROW_50 = dict(backbone_width=4, widths=(4, 8, 12, 16))
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Layers this small spend their time waiting for a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(params=[".safetensors", ".pth", ".pt"])
 def path(request, tmp_path):
     return tmp_path / f"model{request.param}"
@@ -65,7 +74,7 @@ def test_old_files_cut_short_are_named(tmp_path, keep: int) -> None:
     path = tmp_path / "a.pth"
     torch.save({"a": torch.ones(50)}, path, _use_new_zipfile_serialization=False)
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(RuntimeError, match="is cut short|is damaged") as info:
+    with pytest.raises(RuntimeError, match="is cut short") as info:
         checkpoints.load(path)
     assert "\n" not in str(info.value)
 
@@ -73,7 +82,7 @@ def test_old_files_cut_short_are_named(tmp_path, keep: int) -> None:
 @pytest.mark.parametrize("content", [b"<html>not found</html>", b"PK\x03\x04" + bytes(100), bytes(200)])
 def test_files_of_another_kind_are_named(path, content: bytes) -> None:
     path.write_bytes(content)
-    with pytest.raises(RuntimeError, match="cut short|damaged") as info:
+    with pytest.raises(RuntimeError, match="is cut short") as info:
         checkpoints.load(path)
     assert str(info.value).startswith(str(path)) and "\n" not in str(info.value)
 
@@ -90,10 +99,10 @@ class _Payload:
 def test_code_in_a_pickle_is_not_run(tmp_path, zipped: bool) -> None:
     path, victim = tmp_path / "a.pth", tmp_path / "victim"
     torch.save({"a": _Payload(str(victim))}, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(RuntimeError, match="holds Python objects beside weights") as info:
+    with pytest.raises(RuntimeError, match=f"holds {os.mkdir.__module__}.mkdir beside weights") as info:
         checkpoints.load(path)
     assert not victim.exists() and "\n" not in str(info.value)
-    path.write_bytes(pickle.dumps(_Payload(str(victim))))
+    path.write_bytes(pickle.dumps(_Payload(str(victim)), protocol=2))
     with pytest.raises(RuntimeError):
         checkpoints.load(path)
     assert not victim.exists()

@@ -29,28 +29,35 @@ def value_bytes(value: Value, n: int, h: int, w: int, dtype: torch.dtype) -> int
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def lay_out(
-    plan: Plan, values: set[Value], n: int, h: int, w: int, dtype: torch.dtype
-) -> Layout:
-    """Places `values` so that values alive at the same time never overlap.
+def lay_out(plan: Plan, values: set[Value], n: int, h: int, w: int, dtype: torch.dtype) -> Layout:
+    """Places `values` so that those alive at the same time never overlap.
 
     Greedy by size: the largest first, each at the lowest offset free over its whole life. A value
     lives from the step that writes it to the last that reads it, both included: no step writes over
     what it reads.
     """
-    born = {step.output: index for index, step in enumerate(plan.steps) if step.output in values}
-    dies = plan.last_uses()
-    sizes = {value: value_bytes(value, n, h, w, dtype) for value in born}
+    lives = {value: life for value, life in _lives(plan).items() if value in values}
+    sizes = {value: value_bytes(value, n, h, w, dtype) for value in lives}
     offsets: dict[Value, int] = {}
-    for value in sorted(born, key=lambda v: (-sizes[v], born[v])):
+    for value in sorted(lives, key=lambda v: (-sizes[v], v.index)):
+        born, dies = lives[value]
         neighbours = sorted(
             (offsets[other], offsets[other] + sizes[other])
             for other in offsets
-            if born[other] <= dies[value] and born[value] <= dies[other]
+            if lives[other][0] <= dies and born <= lives[other][1]
         )
         offsets[value] = _first_gap(neighbours, sizes[value])
     total = max((offsets[v] + sizes[v] for v in offsets), default=0)
     return Layout(offsets, total)
+
+
+def _lives(plan: Plan) -> dict[Value, tuple[int, int]]:
+    """First and last step of every value's life."""
+    dies = plan.last_uses()
+    lives = {step.output: (index, dies[step.output]) for index, step in enumerate(plan.steps)}
+    for index, step in enumerate(plan.steps):
+        lives.update({value: (index, index) for value in step.temporaries})
+    return lives
 
 
 def _first_gap(taken: list[tuple[int, int]], size: int) -> int:

@@ -16,7 +16,8 @@ class Kernel:
     """A step bound to an implementation.
 
     Attributes:
-        run: takes the step's inputs (the images, where it has none) and its destination; gives the result.
+        run: takes the step's inputs (the images, where it has none; then, in the arena, its temporaries)
+            and its destination; gives the result.
         in_arena: whether it writes into the arena; otherwise the result is a tensor of its own.
     """
 

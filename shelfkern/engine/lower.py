@@ -193,6 +193,7 @@ def _shared_block(lowering: Lowering, block: blocks.SharedBlock, x: p.Value) -> 
         scale2,
         shift2,
         _activation(block.act),
+        lowering.value(x.channels, x.stride),
         skip=type(block) is blocks.EntryBlock,
     )
     return lowering.emit(step)

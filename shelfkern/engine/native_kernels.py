@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import native, ops
+from ..ops.stem import affine
 from . import plan as p
 from .image import Normalisation
 from .kernel import Kernel
@@ -17,7 +18,7 @@ Run = Callable[[Sequence[Tensor], Tensor], Tensor]
 
 def reason(op: str) -> str | None:
     """Why the native kernel of an op cannot run here, None if it can."""
-    return native.why_not or native.disabled.get(op)
+    return native.reason(op)
 
 
 def can_prepare(step: p.Step) -> str | None:
@@ -36,10 +37,12 @@ def prepare(step: p.Step, dtype: torch.dtype, normalisation: Normalisation) -> K
 
 def _stem(step: p.Stem, normalisation: Normalisation) -> Run:
     packed = ops.pack_conv(step.weight, stride=2, padding=3)
+    factor, offset = affine(torch.tensor(normalisation.mean), torch.tensor(normalisation.std))
 
     def run(inputs: Sequence[Tensor], out: Tensor) -> Tensor:
+        image = inputs[0] if inputs[0].dtype is torch.uint8 else inputs[0].float()
         ops.stem_out(
-            inputs[0], normalisation.mean, normalisation.std, packed, step.scale, step.shift, out, step.act.slope
+            image.contiguous(), packed, step.scale, step.shift, factor, offset, out, step.act.slope
         )
         return out
 
@@ -62,10 +65,11 @@ def _conv(step: p.Conv, normalisation: Normalisation) -> Run:
 
 def _shared_block(step: p.SharedBlockStep, normalisation: Normalisation) -> Run:
     packed = ops.pack_conv(step.weight, stride=1, padding=1)
-    affine = (step.scale1, step.shift1, step.scale2, step.shift2)
+    norms = (step.scale1, step.shift1, step.scale2, step.shift2)
 
     def run(inputs: Sequence[Tensor], out: Tensor) -> Tensor:
-        ops.shared_block_out(inputs[0], packed, *affine, out, step.act.slope, step.skip)
+        x, hidden = inputs
+        ops.shared_block_out(x, packed, *norms, hidden, out, step.act.slope, step.skip)
         return out
 
     return run

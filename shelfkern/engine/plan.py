@@ -47,7 +47,7 @@ class Step:
     Attributes:
         name: the module it came from.
         inputs: activations read, in the op's order.
-        output: activation written.
+        output: activation written; never one of the inputs.
     """
 
     op: ClassVar[str]
@@ -55,6 +55,11 @@ class Step:
     name: str
     inputs: tuple[Value, ...]
     output: Value
+
+    @property
+    def temporaries(self) -> tuple[Value, ...]:
+        """Activations that live only inside the step."""
+        return ()
 
     def macs_per_output(self) -> int:
         """Multiply-adds for each element written."""
@@ -128,7 +133,12 @@ class SharedBlockStep(Step):
     scale2: Tensor
     shift2: Tensor
     act: Activation
+    hidden: Value
     skip: bool = False
+
+    @property
+    def temporaries(self) -> tuple[Value, ...]:
+        return (self.hidden,)
 
     def macs_per_output(self) -> int:
         return 2 * self.weight[0].numel()

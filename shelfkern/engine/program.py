@@ -12,7 +12,7 @@ from .. import native, ops
 from . import arena, library, native_kernels
 from .image import Normalisation
 from .kernel import Destination, Kernel
-from .plan import Plan, Step
+from .plan import Plan, Step, Value
 from .workspace import Size, Workspace, WorkspacePool
 
 log = logging.getLogger(__name__)
@@ -52,28 +52,31 @@ class Program:
         _log_once(f"{op} runs on the library backend: {reason}")
 
     def _workspace(self, size: Size) -> Workspace:
-        steps = list(zip(self.plan.steps, self.kernels, strict=True))
-        values = {step.output for step, kernel in steps if kernel.in_arena}
+        steps = [step for step, kernel in zip(self.plan.steps, self.kernels, strict=True) if kernel.in_arena]
+        values = {value for step in steps for value in (step.output, *step.temporaries)}
         layout = arena.lay_out(self.plan, values, *size, self.dtype)
         memory = native.empty((layout.size,), torch.uint8)
-        destinations: list[Destination] = [
-            arena.view(memory, layout, step.output, *size, self.dtype)
-            if kernel.in_arena
-            else step.output.shape(*size)
-            for step, kernel in steps
-        ]
-        return Workspace(memory, destinations)
+
+        def place(value: Value) -> Destination:
+            if value not in values:
+                return value.shape(*size)
+            return arena.view(memory, layout, value, *size, self.dtype)
+
+        return Workspace(
+            memory,
+            [place(step.output) for step in self.plan.steps],
+            [[place(value) for value in step.temporaries] for step in self.plan.steps],
+        )
 
     def low_resolution_scores(self, images: Tensor, workspace: Workspace) -> Tensor:
         """Scores (N, classes, H / stride, W / stride) of checked images, in the workspace's memory."""
-        values: list[Tensor | None] = [None] * (self.plan.scores.index + 1)
-        for step, kernel, destination, dead in zip(
-            self.plan.steps, self.kernels, workspace.destinations, self._dead_after, strict=True
-        ):
+        values: dict[int, Tensor] = {}
+        for index, (step, kernel) in enumerate(zip(self.plan.steps, self.kernels, strict=True)):
             inputs = [values[value.index] for value in step.inputs] or [images]
-            values[step.output.index] = kernel.run(inputs, destination)
-            for index in dead:
-                values[index] = None
+            inputs += workspace.temporaries[index] if kernel.in_arena else []
+            values[step.output.index] = kernel.run(inputs, workspace.destinations[index])
+            for dead in self._dead_after[index]:
+                del values[dead]
         return values[self.plan.scores.index]
 
     def resize(self, scores: Tensor, full: tuple[int, int], size: tuple[int, int]) -> Tensor:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import threading
 from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
+from .kernel import Destination
+
 Size = tuple[int, int, int]
 
 
+@dataclasses.dataclass(frozen=True)
 class Workspace:
-    """An arena and, for each step, where its result goes: a view of the arena, or only a shape."""
+    """An arena, and for each step where its result and its temporaries go."""
 
-    def __init__(self, arena: Tensor, destinations: list[Tensor | tuple[int, ...]]) -> None:
-        self.arena = arena
-        self.destinations = destinations
+    arena: Tensor
+    destinations: list[Destination]
+    temporaries: list[list[Destination]]
 
 
 class WorkspacePool:

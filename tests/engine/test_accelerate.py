@@ -318,7 +318,7 @@ def test_workspace_pool_forgets_the_least_recently_used():
 
     def make(size):
         built.append(size)
-        return Workspace(torch.empty(8, dtype=torch.uint8), [])
+        return Workspace(torch.empty(8, dtype=torch.uint8), [], [])
 
     pool = WorkspacePool(make, keep=2)
     for size in [(1, 1, 1), (2, 2, 2), (1, 1, 1), (3, 3, 3), (1, 1, 1), (2, 2, 2)]:

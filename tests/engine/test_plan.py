@@ -44,9 +44,6 @@ def test_multiply_adds_equal_those_of_the_model(name):
         for s in plan.steps
         if s.op == "upsample_add"
     )
-    transposed = [s for s in plan.steps if s.op == "deconv_add"]
-    # The counter charges a transposed convolution for all nine taps at each input pixel, as the plan does.
-    assert transposed or merges or name
     assert plan.macs(2, 64, 96) - merges == counter.get_total_flops() // 2
 
 
@@ -79,7 +76,7 @@ def test_print_shows_every_step():
 @pytest.mark.parametrize("name", CONFIGS)
 def test_arena_never_overlaps_what_lives_together(name):
     plan = lower(build(CONFIGS[name]))
-    values = {step.output for step in plan.steps}
+    values = {value for step in plan.steps for value in (step.output, *step.temporaries)}
     size = (2, 64, 96)
     layout = arena.lay_out(plan, values, *size, torch.float32)
     bytes_of = {v: arena.value_bytes(v, *size, torch.float32) for v in values}
@@ -87,7 +84,8 @@ def test_arena_never_overlaps_what_lives_together(name):
     alive = []
     for index, step in enumerate(plan.steps):
         alive = [v for v in alive if dies[v] >= index] + [step.output]
-        spans = sorted((layout.offsets[v], layout.offsets[v] + bytes_of[v]) for v in alive)
+        together = [*alive, *step.temporaries]
+        spans = sorted((layout.offsets[v], layout.offsets[v] + bytes_of[v]) for v in together)
         assert all(first[1] <= second[0] for first, second in zip(spans, spans[1:]))
         assert spans[-1][1] <= layout.size
     assert layout.size < sum(bytes_of.values()) / 2

@@ -1,0 +1,31 @@
+"""The fused ops, one file each. In every file: reference, can-run check, kernel, registered op, public op."""
+
+from .attention_gate import attention_gate, attention_gate_out, attention_gate_reference
+from .conv_bn_act import PackedConv, conv_bn_act, conv_bn_act_out, conv_bn_act_reference, pack_conv
+from .deconv_add import deconv_add, deconv_add_out, deconv_add_reference, pack_deconv
+from .shared_block import shared_block, shared_block_out, shared_block_reference
+from .stem import stem, stem_out, stem_reference
+from .upsample_add import upsample_add, upsample_add_out, upsample_add_reference
+from .upsample_argmax import upsample_argmax, upsample_argmax_out, upsample_argmax_reference
+from .upsample_bilinear import upsample_bilinear, upsample_bilinear_out, upsample_bilinear_reference
+
+NAMES = (
+    "attention_gate",
+    "conv_bn_act",
+    "deconv_add",
+    "shared_block",
+    "stem",
+    "upsample_add",
+    "upsample_argmax",
+    "upsample_bilinear",
+)
+
+__all__ = [
+    "NAMES",
+    "PackedConv",
+    *NAMES,
+    *(f"{name}_out" for name in NAMES),
+    *(f"{name}_reference" for name in NAMES),
+    "pack_conv",
+    "pack_deconv",
+]

@@ -1,0 +1,110 @@
+"""What every op shares: checks of tensors, layouts, the choice of a backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import native
+
+BACKENDS = ("auto", "native", "reference")
+NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def check_4d(op: str, name: str, x: Tensor) -> None:
+    """Raises unless x is a floating (N, C, H, W) tensor."""
+    if not x.is_floating_point():
+        raise TypeError(f"{op}: {name} is {x.dtype}, it must be floating")
+    if x.ndim != 4:
+        raise ValueError(f"{op}: {name} is {tuple(x.shape)}, it must be (N, C, H, W)")
+
+
+def check_shape(op: str, name: str, x: Tensor, shape: tuple[int, ...], why: str) -> None:
+    """Raises unless x has this shape; `why` says what asks for it."""
+    if tuple(x.shape) != tuple(shape):
+        raise ValueError(f"{op}: {name} is {tuple(x.shape)}, {why} needs {tuple(shape)}")
+
+
+def check_same(op: str, name: str, x: Tensor, like: Tensor) -> None:
+    """Raises unless x has the device and dtype of `like`, which the op calls x."""
+    if x.device != like.device:
+        raise ValueError(f"{op}: {name} is on {x.device}, x is on {like.device}: they must be on one device")
+    if x.dtype != like.dtype:
+        raise TypeError(f"{op}: {name} is {x.dtype}, x is {like.dtype}: they must have one dtype")
+
+
+def check_slope(op: str, slope: float | None) -> None:
+    """Raises unless slope is None or from 0 to 1."""
+    if slope is not None and not 0 <= slope <= 1:
+        raise ValueError(f"{op}: slope is {slope}, it may be None (no activation) or from 0 (relu) to 1")
+
+
+def native_reason(op: str, x: Tensor) -> str | None:
+    """Why the native kernel cannot take x, None if it can."""
+    if native.reason(op) is not None:
+        return native.reason(op)
+    if x.device.type != "cpu":
+        return f"x is on {x.device}, the native kernel runs on the cpu"
+    if x.dtype not in NATIVE_DTYPES:
+        return f"x is {x.dtype}, the native kernel takes float32 and bfloat16"
+    return None
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd would record a call with these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def choose(op: str, backend: str, reason: str | None, tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether the native kernel runs: by name if it can, with "auto" where it can.
+
+    Raises:
+        ValueError: backend is none of `BACKENDS`.
+        RuntimeError: backend="native" and it cannot run, or autograd would need its gradient.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"{op}: backend is {backend!r}, it may be one of {', '.join(BACKENDS)}")
+    if needs_grad(*tensors) and reason is None:
+        reason = "an input requires grad, and the native kernel has no gradient"
+    if backend == "native" and reason is not None:
+        raise RuntimeError(f"{op}: backend is 'native', which cannot run: {reason}")
+    return backend != "reference" and reason is None
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """x in NHWC storage, without strides left over from dimensions of size 1."""
+    n, c, h, w = x.shape
+    if x.stride() == (h * w * c, 1, w * c, c):
+        return x
+    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
+def empty_channels_last(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """An uninitialised (N, C, H, W) tensor in NHWC storage, of x's dtype."""
+    n, c, h, w = shape
+    return x.new_empty((n, h, w, c)).permute(0, 3, 1, 2)
+
+
+def float32(x: Tensor) -> Tensor:
+    """x as the contiguous float32 that kernels take parameters in."""
+    return x.detach().to(torch.float32).contiguous()
+
+
+def activate(x: Tensor, slope: float | None) -> Tensor:
+    """relu for slope 0, leaky relu, or with None nothing."""
+    if slope is None:
+        return x
+    return torch.nn.functional.leaky_relu(x, slope) if slope else torch.relu(x)
+
+
+def native_slope(slope: float | None) -> float:
+    """A slope as kernels take it: 1 is no activation."""
+    return 1.0 if slope is None else slope
+
+
+def custom_op(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """Registers a function as shelfkern::name, which torch.compile and torch.export see as one op."""
+    return torch.library.custom_op(f"shelfkern::{name}", mutates_args=())

@@ -1,0 +1,51 @@
+"""Sizes and checks that upsample_bilinear and upsample_argmax share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import native
+from . import _common as common
+
+Size = tuple[int, int]
+
+
+def reference(scores: Tensor, size: Size, crop: Size, align_corners: bool) -> Tensor:
+    """The bilinear resize to `size`, then its first `crop` rows and columns."""
+    full = F.interpolate(scores, size, mode="bilinear", align_corners=align_corners)
+    return full[:, :, : crop[0], : crop[1]]
+
+
+def reason(op: str, scores: Tensor) -> str | None:
+    """Why the native kernel cannot take scores, None if it can."""
+    if scores.shape[2] * scores.shape[3] == 0:
+        return "scores has no pixels"
+    return common.native_reason(op, scores)
+
+
+def check(op: str, scores: Tensor, size: Size, crop: Size | None) -> Size:
+    """Checks the arguments; gives the crop, by default the whole size."""
+    common.check_4d(op, "scores", scores)
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"{op}: size is {size}, it must be (height, width) of at least 1")
+    crop = size if crop is None else crop
+    if len(crop) != 2 or min(crop) < 1 or crop[0] > size[0] or crop[1] > size[1]:
+        raise ValueError(f"{op}: crop is {crop}, it may be from (1, 1) to size {size}")
+    return crop
+
+
+def run_native(op: str, scores: Tensor, size: Size, out: Tensor, align_corners: bool) -> None:
+    """The native kernel into `out`, whose last two dimensions are the crop; unchecked."""
+    n, c, h, w = scores.shape
+    getattr(native.module, op)(
+        scores.data_ptr(),
+        out.data_ptr(),
+        native.DTYPE_CODES[scores.dtype],
+        n, h, w, c,
+        *size,
+        *out.shape[-2:],
+        align_corners,
+        torch.get_num_threads(),
+    )  # fmt: skip

@@ -1,0 +1,79 @@
+"""attention_gate: sigmoid(scale * (w @ mean_hw(x)) + shift), the gate of attention refinement."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import native
+from . import _common as common
+
+OP = "attention_gate"
+
+
+def attention_gate_reference(x: Tensor, w: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """The same in torch calls, for any device and dtype; differentiable. Half dtypes compute in float32."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    pooled = x.to(dtype).mean((2, 3))
+    return torch.sigmoid(scale.to(dtype) * (pooled @ w.to(dtype).T) + shift.to(dtype))
+
+
+def can_run(x: Tensor) -> str | None:
+    """Why the native kernel cannot take x, None if it can."""
+    if x.shape[2] * x.shape[3] == 0:
+        return "x has no pixels"
+    return common.native_reason(OP, x)
+
+
+def attention_gate_out(x: Tensor, w: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:
+    """The native kernel into `out` (N, K) float32, unchecked: NHWC storage, parameters float32."""
+    n, c, height, width = x.shape
+    native.module.attention_gate(
+        x.data_ptr(),
+        w.data_ptr(),
+        scale.data_ptr(),
+        shift.data_ptr(),
+        out.data_ptr(),
+        native.DTYPE_CODES[x.dtype],
+        n, height * width, c, w.shape[0],
+        torch.get_num_threads(),
+    )  # fmt: skip
+
+
+@common.custom_op(OP)
+def _op(x: Tensor, w: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    out = x.new_empty((x.shape[0], w.shape[0]), dtype=torch.float32)
+    parameters = (common.float32(w), common.float32(scale), common.float32(shift))
+    attention_gate_out(common.channels_last(x), *parameters, out)
+    return out
+
+
+@_op.register_fake
+def _(x: Tensor, w: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], w.shape[0]), dtype=torch.float32)
+
+
+def attention_gate(x: Tensor, w: Tensor, scale: Tensor, shift: Tensor, *, backend: str = "auto") -> Tensor:
+    """sigmoid(scale * (w @ mean over H, W of x) + shift).
+
+    Args:
+        x: (N, C, H, W), floating, any strides.
+        w: (K, C), the 1x1 convolution's weights.
+        scale, shift: (K,), the folded batch norm.
+        backend: "native", "reference", or "auto": native where it can.
+
+    Returns:
+        (N, K) float32 (float64 for a float64 x).
+
+    Raises:
+        ValueError, TypeError: a shape, device or dtype does not fit; the message names it.
+        RuntimeError: backend="native" and the native kernel cannot run.
+    """
+    common.check_4d(OP, "x", x)
+    if w.ndim != 2 or w.shape[1] != x.shape[1]:
+        raise ValueError(f"{OP}: w is {tuple(w.shape)}, x of {tuple(x.shape)} needs (K, {x.shape[1]})")
+    for name, value in (("scale", scale), ("shift", shift)):
+        common.check_shape(OP, name, value, (w.shape[0],), f"w of {tuple(w.shape)}")
+    if common.choose(OP, backend, can_run(x), (x, w, scale, shift)):
+        return _op(x, w, scale, shift)
+    return attention_gate_reference(x, w, scale, shift)

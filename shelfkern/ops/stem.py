@@ -1,0 +1,163 @@
+"""stem: from an image to pooled features; the largest activations of the network are never stored."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import native
+from . import _common as common
+from .conv_bn_act import PackedConv, conv_bn_act_reference, pack_conv
+
+OP = "stem"
+Size = tuple[int, int]
+
+
+def normalise(image: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """uint8 (N, H, W, 3) -> (image / 255 - mean) / std as (N, 3, H, W), dtype of mean."""
+    return ((image.to(mean.dtype) / 255 - mean) / std).permute(0, 3, 1, 2)
+
+
+def stem_reference(
+    image: Tensor, w: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, std: Tensor, size: Size,
+    slope: float | None = 0.0,
+) -> Tensor:  # fmt: skip
+    """The same in torch calls, for any device and dtype; differentiable."""
+    x = normalise(image, mean.to(w.dtype), std.to(w.dtype)) if image.dtype is torch.uint8 else image
+    x = F.pad(x, (0, size[1] - x.shape[3], 0, size[0] - x.shape[2]))
+    return F.max_pool2d(conv_bn_act_reference(x, w, scale, shift, stride=2, padding=3, slope=slope), 3, 2, 1)
+
+
+def can_run(image: Tensor) -> str | None:
+    """Why the native kernel cannot take the image, None if it can."""
+    if native.reason(OP) is not None:
+        return native.reason(OP)
+    if image.device.type != "cpu":
+        return f"image is on {image.device}, the native kernel runs on the cpu"
+    if image.dtype not in (torch.uint8, torch.float32):
+        return f"image is {image.dtype}, the native kernel takes uint8 and float32"
+    return None
+
+
+def affine(mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+    """Factor and offset per channel, float32: (v / 255 - mean) / std = v * factor + offset."""
+    mean, std = mean.double(), std.double()
+    return common.float32(1 / (255 * std)), common.float32(-mean / std)
+
+
+def stem_out(
+    image: Tensor,
+    packed: PackedConv,
+    scale: Tensor,
+    shift: Tensor,
+    factor: Tensor,
+    offset: Tensor,
+    out: Tensor,
+    slope: float | None,
+) -> None:
+    """The native kernel into `out` (N, K, H / 4, W / 4), unchecked: image contiguous, out in NHWC storage."""
+    raw = image.dtype is torch.uint8
+    n, k, out_h, out_w = out.shape
+    image_h, image_w = image.shape[1:3] if raw else image.shape[2:]
+    native.module.stem(
+        image.data_ptr(),
+        factor.data_ptr(),
+        offset.data_ptr(),
+        packed.data.data_ptr(),
+        scale.data_ptr(),
+        shift.data_ptr(),
+        out.data_ptr(),
+        native.DTYPE_CODES[image.dtype],
+        native.DTYPE_CODES[out.dtype],
+        n, image_h, image_w, 4 * out_h, 4 * out_w, k,
+        common.native_slope(slope),
+        torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _empty(image: Tensor, w: Tensor, size: list[int]) -> Tensor:
+    return image.new_empty((image.shape[0], size[0] // 4, size[1] // 4, w.shape[0]), dtype=w.dtype).permute(
+        0, 3, 1, 2
+    )
+
+
+@common.custom_op(OP)
+def _op(
+    image: Tensor, w: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, std: Tensor, size: list[int],
+    slope: float | None,
+) -> Tensor:  # fmt: skip
+    out = _empty(image, w, size)
+    packed = pack_conv(w, stride=2, padding=3)
+    parameters = (common.float32(scale), common.float32(shift), *affine(mean, std))
+    stem_out(image.contiguous(), packed, *parameters, out, slope)
+    return out
+
+
+@_op.register_fake
+def _(
+    image: Tensor, w: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, std: Tensor, size: list[int],
+    slope: float | None,
+) -> Tensor:  # fmt: skip
+    return _empty(image, w, size)
+
+
+def stem(
+    image: Tensor,
+    w: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    *,
+    size: Size | None = None,
+    slope: float | None = 0.0,
+    backend: str = "auto",
+) -> Tensor:
+    """max_pool3x3s2(act(scale * conv7x7s2((image / 255 - mean) / std) + shift)).
+
+    Args:
+        image: uint8 (N, H, W, 3), or (N, 3, H, W) of w's dtype, which is taken as normalised already.
+        w: (K, 3, 7, 7), stride 2, padding 3.
+        scale, shift: (K,), the folded batch norm.
+        mean, std: (3,), of raw images.
+        size: height and width that the image is seen as, with zeros beyond it after normalisation, as
+            the network pads; multiples of 4, by default the image's own.
+        slope: of the activation: 0 relu, up to 1 leaky relu, None nothing.
+        backend: "native", "reference", or "auto": native where it can.
+
+    Returns:
+        (N, K, height / 4, width / 4), dtype of w.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+        RuntimeError: backend="native" and the native kernel cannot run.
+    """
+    size = _check(image, w, size)
+    for name, value in (("scale", scale), ("shift", shift)):
+        common.check_shape(OP, name, value, (w.shape[0],), f"w of {tuple(w.shape)}")
+    for name, value in (("mean", mean), ("std", std)):
+        common.check_shape(OP, name, value, (3,), "an RGB image")
+    common.check_slope(OP, slope)
+    reason = can_run(image) or common.native_reason(OP, w)
+    tensors = (image, w, scale, shift, mean, std)
+    if common.choose(OP, backend, reason, tensors):
+        return _op(*tensors, list(size), slope)
+    return stem_reference(*tensors, size, slope)
+
+
+def _check(image: Tensor, w: Tensor, size: Size | None) -> Size:
+    raw = image.dtype is torch.uint8
+    channels = 3 if raw else 1
+    if image.ndim != 4 or image.shape[channels] != 3:
+        layout = "(N, H, W, 3)" if raw else "(N, 3, H, W)"
+        raise ValueError(f"{OP}: image is {image.dtype} {tuple(image.shape)}, it must be {layout}")
+    if not raw and image.dtype != w.dtype:
+        raise TypeError(f"{OP}: image is {image.dtype}, it may be uint8 or w's {w.dtype}")
+    if w.ndim != 4 or tuple(w.shape[1:]) != (3, 7, 7):
+        raise ValueError(f"{OP}: w is {tuple(w.shape)}, it must be (K, 3, 7, 7)")
+    own = tuple(image.shape[1:3] if raw else image.shape[2:])
+    size = own if size is None else size
+    if len(size) != 2 or size[0] < own[0] or size[1] < own[1] or size[0] % 4 or size[1] % 4 or min(size) < 4:
+        raise ValueError(f"{OP}: size is {size}, it must be multiples of 4 of at least the image's {own}")
+    return size

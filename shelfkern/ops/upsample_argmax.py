@@ -1,0 +1,76 @@
+"""upsample_argmax: the best class of every pixel, without full-size scores."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _common as common
+from . import _resize as resize
+
+OP = "upsample_argmax"
+MAX_CLASSES = 256
+
+
+def upsample_argmax_reference(
+    scores: Tensor, size: tuple[int, int], crop: tuple[int, int], align_corners: bool = True
+) -> Tensor:
+    """The same in torch calls, for any device and dtype. Half dtypes are resized in float32."""
+    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    return resize.reference(wide, size, crop, align_corners).argmax(1).to(torch.uint8)
+
+
+def can_run(scores: Tensor) -> str | None:
+    """Why the native kernel cannot take scores, None if it can."""
+    return resize.reason(OP, scores)
+
+
+def upsample_argmax_out(scores: Tensor, size: tuple[int, int], out: Tensor, align_corners: bool) -> None:
+    """The native kernel into the contiguous uint8 `out` (N, crop), unchecked: scores in NHWC storage."""
+    resize.run_native(OP, scores, size, out, align_corners)
+
+
+@common.custom_op(OP)
+def _op(scores: Tensor, size: list[int], crop: list[int], align_corners: bool) -> Tensor:
+    out = scores.new_empty((scores.shape[0], *crop), dtype=torch.uint8)
+    upsample_argmax_out(common.channels_last(scores), tuple(size), out, align_corners)
+    return out
+
+
+@_op.register_fake
+def _(scores: Tensor, size: list[int], crop: list[int], align_corners: bool) -> Tensor:
+    return scores.new_empty((scores.shape[0], *crop), dtype=torch.uint8)
+
+
+def upsample_argmax(
+    scores: Tensor,
+    size: tuple[int, int],
+    crop: tuple[int, int] | None = None,
+    align_corners: bool = True,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Argmax over classes of the bilinear resize of scores; of equal ones, the first.
+
+    Args:
+        scores: (N, C, h, w), floating, any strides, C from 1 to 256.
+        size: (H, W) of the whole result.
+        crop: rows and columns of it to make, from the top left; all by default.
+        align_corners: as of torch.nn.functional.interpolate.
+        backend: "native", "reference", or "auto": native where it can.
+
+    Returns:
+        (N, *crop) uint8. Resized in float32, so that scores within rounding of each other may go
+        either way.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+        RuntimeError: backend="native" and the native kernel cannot run.
+    """
+    crop = resize.check(OP, scores, size, crop)
+    if not 1 <= scores.shape[1] <= MAX_CLASSES:
+        raise ValueError(f"{OP}: scores has {scores.shape[1]} classes, it may have 1 to {MAX_CLASSES}")
+    # Labels carry no gradient: nothing is lost where autograd is on.
+    if common.choose(OP, backend, can_run(scores), ()):
+        return _op(scores, list(size), list(crop), align_corners)
+    return upsample_argmax_reference(scores, size, crop, align_corners)
