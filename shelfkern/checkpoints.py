@@ -18,6 +18,13 @@ from .nn import ShelfNet, published, shelfnet18_lw, shelfnet34_lw, shelfnet50, s
 from .nn.backbone import RESNET_STAGES, ResNet
 from .nn.weights import read_safetensors
 
+_PUBLISHED = {
+    "pretrained.resnet50": shelfnet50,
+    "pretrained.resnet101": shelfnet101,
+    "backbone.resnet18": shelfnet18_lw,
+    "backbone.resnet34": shelfnet34_lw,
+}
+
 PathOrState = str | os.PathLike[str] | Mapping[str, Any]
 
 
@@ -76,7 +83,7 @@ def save(model_or_state: nn.Module | Mapping[str, Any], path: str | os.PathLike[
 def _flat_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
     for name, value in state.items():
         if not isinstance(value, Tensor):
-            raise ValueError(f"state has {name} of type {type(value).__name__}, safetensors hold tensors only")
+            raise ValueError(f"state has {name} of type {type(value).__name__}, it must be a tensor")
     # Cloned, since safetensors refuses tensors that share memory.
     return {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
 
@@ -132,12 +139,7 @@ def from_published(path_or_state: PathOrState) -> ShelfNet:
     root = "pretrained." if "pretrained.conv1.weight" in state else "backbone."
     head = state.get("head.final.weight" if root == "pretrained." else "conv_out.conv_out.weight")
     backbone = _resnet_name({k.removeprefix(root): v for k, v in state.items() if k.startswith(root)})
-    build = {
-        ("pretrained.", "resnet50"): shelfnet50,
-        ("pretrained.", "resnet101"): shelfnet101,
-        ("backbone.", "resnet18"): shelfnet18_lw,
-        ("backbone.", "resnet34"): shelfnet34_lw,
-    }.get((root, backbone))
+    build = _PUBLISHED.get(f"{root}{backbone}")
     if build is None or not isinstance(head, Tensor) or head.dim() == 0:
         raise RuntimeError("state_dict is none of the four published models'")
     with torch.device("meta"):

@@ -12,7 +12,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from .backbone import ResNet
-from .blocks import ConvBNAct, DeconvMerge, AttentionMerge, Downsample, SharedBlock
+from .blocks import AttentionMerge, ConvBNAct, DeconvMerge, Downsample, SharedBlock
 from .shelfnet import ShelfNet
 
 _LEAVES = (SharedBlock, AttentionMerge, DeconvMerge, Downsample, ConvBNAct, nn.Sequential)

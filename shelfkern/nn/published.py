@@ -144,7 +144,7 @@ def unwrap(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(state_dict, Mapping):
         inner = state_dict.get("state_dict", state_dict)
     if not isinstance(inner, Mapping):
-        raise TypeError(f"state_dict is of type {type(inner).__name__}, it must be a mapping of names to tensors")
+        raise TypeError(f"state_dict is of type {type(inner).__name__}, it must map names to tensors")
     odd = [key for key in inner if not isinstance(key, str)]
     if odd:
         raise TypeError(f"state_dict has the key {odd[0]!r}, keys must be names")
@@ -329,7 +329,7 @@ def _subtract_eps(state: dict[str, Tensor], norm: str) -> None:
     name = f"{norm}.weight"
     smallest = state[name].min().item()
     if smallest < EPS:
-        raise ValueError(f"{name} has a magnitude of {smallest:.3g}, the authors' format holds none below {EPS}")
+        raise ValueError(f"{name} has the magnitude {smallest:.3g}, the authors' format needs at least {EPS}")
     state[name] -= EPS
 
 

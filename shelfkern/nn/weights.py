@@ -36,9 +36,7 @@ def shipped_weights() -> list[str]:
     return sorted(f.name.removesuffix(suffix) for f in folder.iterdir() if f.name.endswith(suffix))
 
 
-def from_weights(
-    name_or_path: str | os.PathLike[str], device: torch.device | str | None = None
-) -> ShelfNet:
+def from_weights(name_or_path: str | os.PathLike[str], device: torch.device | str | None = None) -> ShelfNet:
     """Builds the model that a weights file belongs to, in float32 and eval mode.
 
     Args:

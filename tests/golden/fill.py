@@ -20,7 +20,7 @@ SAMPLES = 4096
 
 
 def published_shapes(model: str) -> dict[str, list[int]]:
-    """Names and shapes of the authors' checkpoint of "shelfnet18_lw", "shelfnet34_lw", "shelfnet50" or 101."""
+    """Names and shapes of the authors' checkpoint, for "shelfnet18_lw", "shelfnet34_lw" and so on."""
     return json.loads((FOLDER / f"keys_{model}.json").read_text())
 
 

@@ -87,7 +87,7 @@ def test_the_model_does_not_follow_the_file(model, path) -> None:
 
 def test_unknown_name_lists_the_shipped(monkeypatch) -> None:
     monkeypatch.setattr(weights, "shipped_weights", lambda: ["camvid", "city"])
-    with pytest.raises(FileNotFoundError, match=r"'nosuch' is neither a file nor a shipped name \(camvid, city\)$"):
+    with pytest.raises(FileNotFoundError, match=r"'nosuch' .* nor a shipped name \(camvid, city\)$"):
         from_weights("nosuch")
 
 
@@ -116,7 +116,7 @@ def test_what_does_not_fit_is_not_written(model, path, options: dict, sentence: 
 
 def test_overflow_in_half_precision_is_named(model, path) -> None:
     model.head.classify.weight.data[0, 0, 0, 0] = 1e6
-    with pytest.raises(ValueError, match=r"^head\.classify\.weight reaches 1e\+06, dtype torch\.float16 ends at 65504"):
+    with pytest.raises(ValueError, match=r"^head\.classify\.weight reaches 1e\+06, .* ends at 65504$"):
         save_weights(model, path)
     save_weights(model, path, dtype=torch.bfloat16)
 

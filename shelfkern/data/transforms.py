@@ -1,0 +1,76 @@
+"""Augmentation of an image and its mask together, as published for the real-time models.
+
+Random scale, crop, colour jitter and mirror. All randomness comes from the generator given.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image, ImageEnhance
+
+SCALES = (0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
+JITTER = 0.5
+MEAN = np.array([0.485, 0.456, 0.406], np.float32)
+STD = np.array([0.229, 0.224, 0.225], np.float32)
+
+
+def augment(
+    image: Image.Image, mask: Image.Image, size: tuple[int, int], ignore: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """A random crop of a randomly scaled, jittered and mirrored image.
+
+    Args:
+        image, mask: RGB image, and mask of class indices of the same size.
+        size: (height, width) of the crop; what it has beyond the image is black and `ignore`.
+        ignore: index that training ignores.
+        rng: the randomness.
+
+    Returns:
+        the crop as uint8 (height, width, 3), and its mask as uint8 (height, width).
+    """
+    image, mask = scaled_crop(image, mask, rng.choice(SCALES), size, ignore, rng)
+    pixels, labels = np.asarray(jitter(image, rng)), np.asarray(mask)
+    if rng.random() < 0.5:
+        pixels, labels = pixels[:, ::-1], labels[:, ::-1]
+    return pixels, labels
+
+
+def scaled_crop(
+    image: Image.Image,
+    mask: Image.Image,
+    scale: float,
+    size: tuple[int, int],
+    ignore: int,
+    rng: np.random.Generator,
+) -> tuple[Image.Image, Image.Image]:
+    """A random window of the image scaled by `scale` (bilinear, the mask nearest), padded to `size`.
+
+    Only the window is resampled, not the whole image.
+    """
+    height, width = size
+    scaled_w, scaled_h = round(image.width * scale), round(image.height * scale)
+    x = int(rng.integers(0, max(scaled_w - width, 0) + 1))
+    y = int(rng.integers(0, max(scaled_h - height, 0) + 1))
+    inner = (min(width, scaled_w), min(height, scaled_h))
+    box = (x / scale, y / scale)
+    box += (min((x + inner[0]) / scale, image.width), min((y + inner[1]) / scale, image.height))
+    image = image.resize(inner, Image.Resampling.BILINEAR, box=box)
+    mask = mask.resize(inner, Image.Resampling.NEAREST, box=box)
+    if inner == (width, height):
+        return image, mask
+    padded, padded_mask = Image.new("RGB", (width, height)), Image.new("L", (width, height), ignore)
+    padded.paste(image)
+    padded_mask.paste(mask)
+    return padded, padded_mask
+
+
+def jitter(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Brightness, contrast and saturation, each times 0.5 to 1.5."""
+    for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+        image = enhance(image).enhance(rng.uniform(1 - JITTER, 1 + JITTER))
+    return image
+
+
+def normalise(pixels: np.ndarray) -> np.ndarray:
+    """uint8 RGB (..., 3) -> float32 (pixels / 255 - mean) / std, ImageNet's."""
+    return (pixels.astype(np.float32) / 255 - MEAN) / STD
