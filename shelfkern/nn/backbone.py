@@ -104,7 +104,7 @@ class ResNet(nn.Module):
     @property
     def stages(self) -> list[nn.Module]:
         """The four stages, at strides 4, 8, 16 and 32."""
-        return [self.layer1, self.layer2, self.layer3, self.layer4]
+        return [self.get_submodule(f"layer{i}") for i in range(1, 5)]
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """(N, 3, H, W) -> features at strides 2, 4, 8, 16, 32 with `self.channels` channels."""

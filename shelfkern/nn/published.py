@@ -340,8 +340,8 @@ def _their_name(name: str, table: list[tuple[str, str]]) -> str:
 
 def _unused_tensors(model: ShelfNet) -> dict[str, Tensor]:
     block = SharedBlock(model.config.widths[0], dropout=0.0, negative_slope=0.0)
-    nn.init.zeros_(block.conv.weight)
-    nn.init.zeros_(block.conv.bias)
+    for parameter in block.conv.parameters():
+        nn.init.zeros_(parameter)
     names = dict(block.state_dict())
     inconv, fc = unused_prefixes(model.config)
     if model.config.head == "conv":

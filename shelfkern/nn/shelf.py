@@ -8,6 +8,7 @@ a column also receiving the same level of the column before.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import Tensor, nn
 
@@ -57,7 +58,7 @@ class DownColumn(nn.Module):
         super().__init__()
         self.entry = EntryBlock(widths[0], dropout, negative_slope)
         self.blocks = nn.ModuleList(SharedBlock(w, dropout, negative_slope) for w in widths[:-1])
-        self.downs = nn.ModuleList(Downsample(i, o) for i, o in zip(widths[:-1], widths[1:], strict=True))
+        self.downs = nn.ModuleList(Downsample(i, o) for i, o in pairwise(widths))
         self.bottom = SharedBlock(widths[-1], dropout, negative_slope)
 
     def forward(self, levels: list[Tensor]) -> list[Tensor]:

@@ -141,6 +141,7 @@ class ShelfNet(nn.Module):
 
     def _heads(self) -> tuple[nn.Module, nn.ModuleList]:
         config = self.config
+        aux: list[nn.Module]
         if config.head == "linear":
             aux = [BackboneHead(self.backbone.channels[-2], config.num_classes)] if config.aux else []
             return LinearHead(config.widths[0], config.num_classes), nn.ModuleList(aux)

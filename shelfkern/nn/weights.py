@@ -52,7 +52,7 @@ def from_weights(name_or_path: str | os.PathLike[str], device: torch.device | st
     """
     shipped = shipped_weights()
     if name_or_path in shipped:
-        resource = resources.files("shelfkern").joinpath("weights", f"{name_or_path}.safetensors")
+        resource = resources.files("shelfkern").joinpath("weights").joinpath(f"{name_or_path}.safetensors")
         with resources.as_file(resource) as path:
             return _from_file(path, device)
     path = Path(name_or_path)
@@ -100,8 +100,9 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
     """
     try:
         with safe_open(path, framework="pt") as file:
-            # Copies: the file may be replaced while the tensors live, and mapped pages would follow it.
-            return {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata() or {}
+            names = file.keys()
+            # Copies: the file may be rewritten while the tensors live, and mapped pages would follow it.
+            return {name: file.get_tensor(name).clone() for name in names}, file.metadata() or {}
     except SafetensorError as error:
         raise RuntimeError(f"{path} is cut short or no safetensors file ({error})") from error
 

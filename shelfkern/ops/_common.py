@@ -14,8 +14,15 @@ BACKENDS = ("auto", "native", "reference")
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 
 
+def check_tensor(op: str, name: str, x: object) -> None:
+    """Raises unless x is a tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} is {type(x).__name__}, it must be a tensor")
+
+
 def check_4d(op: str, name: str, x: Tensor) -> None:
     """Raises unless x is a floating (N, C, H, W) tensor."""
+    check_tensor(op, name, x)
     if not x.is_floating_point():
         raise TypeError(f"{op}: {name} is {x.dtype}, it must be floating")
     if x.ndim != 4:
@@ -24,14 +31,20 @@ def check_4d(op: str, name: str, x: Tensor) -> None:
 
 def check_shape(op: str, name: str, x: Tensor, shape: tuple[int, ...], why: str) -> None:
     """Raises unless x has this shape; `why` says what asks for it."""
+    check_tensor(op, name, x)
     if tuple(x.shape) != tuple(shape):
         raise ValueError(f"{op}: {name} is {tuple(x.shape)}, {why} needs {tuple(shape)}")
 
 
-def check_same(op: str, name: str, x: Tensor, like: Tensor) -> None:
-    """Raises unless x has the device and dtype of `like`, which the op calls x."""
+def check_device(op: str, name: str, x: Tensor, like: Tensor) -> None:
+    """Raises unless x is where `like` is, which the op calls x."""
     if x.device != like.device:
         raise ValueError(f"{op}: {name} is on {x.device}, x is on {like.device}: they must be on one device")
+
+
+def check_same(op: str, name: str, x: Tensor, like: Tensor) -> None:
+    """Raises unless x has the device and dtype of `like`, which the op calls x."""
+    check_device(op, name, x, like)
     if x.dtype != like.dtype:
         raise TypeError(f"{op}: {name} is {x.dtype}, x is {like.dtype}: they must have one dtype")
 
@@ -107,4 +120,5 @@ def native_slope(slope: float | None) -> float:
 
 def custom_op(name: str) -> Callable[[Callable[..., Any]], Any]:
     """Registers a function as shelfkern::name, which torch.compile and torch.export see as one op."""
-    return torch.library.custom_op(f"shelfkern::{name}", mutates_args=())
+    # On other devices' tensors the kernel would take their addresses for its own.
+    return torch.library.custom_op(f"shelfkern::{name}", mutates_args=(), device_types="cpu")

@@ -70,10 +70,13 @@ def attention_gate(x: Tensor, w: Tensor, scale: Tensor, shift: Tensor, *, backen
         RuntimeError: backend="native" and the native kernel cannot run.
     """
     common.check_4d(OP, "x", x)
+    common.check_tensor(OP, "w", w)
     if w.ndim != 2 or w.shape[1] != x.shape[1]:
         raise ValueError(f"{OP}: w is {tuple(w.shape)}, x of {tuple(x.shape)} needs (K, {x.shape[1]})")
     for name, value in (("scale", scale), ("shift", shift)):
         common.check_shape(OP, name, value, (w.shape[0],), f"w of {tuple(w.shape)}")
+    for name, value in (("w", w), ("scale", scale), ("shift", shift)):
+        common.check_device(OP, name, value, x)
     if common.choose(OP, backend, can_run(x), (x, w, scale, shift)):
         return _op(x, w, scale, shift)
     return attention_gate_reference(x, w, scale, shift)

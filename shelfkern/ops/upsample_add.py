@@ -73,6 +73,7 @@ def upsample_add(x: Tensor, skip: Tensor, gate: Tensor | None = None, *, backend
     common.check_same(OP, "skip", skip, x)
     if gate is not None:
         common.check_shape(OP, "gate", gate, (n, c), f"x of {tuple(x.shape)}")
+        common.check_device(OP, "gate", gate, x)
     if common.choose(OP, backend, can_run(x), (x, skip, gate)):
         return _op(x, skip, gate)
     return upsample_add_reference(x, skip, gate)

@@ -1,0 +1,35 @@
+"""The command line: one file a command."""
+
+from __future__ import annotations
+
+import signal
+
+import click
+
+from ..version import __version__
+from .bench import bench
+from .doctor import doctor
+from .segment import segment
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="shelfkern")
+def commands() -> None:
+    """ShelfNet for fast semantic segmentation."""
+
+
+commands.add_command(segment)
+commands.add_command(bench)
+commands.add_command(doctor)
+
+
+def main() -> None:
+    """Runs a command. Ctrl-C ends with the shell's status for it, 130, and one line."""
+    try:
+        commands.main(standalone_mode=False)
+    except click.Abort:
+        click.echo("interrupted", err=True)
+        raise SystemExit(128 + signal.SIGINT) from None
+    except click.ClickException as error:
+        error.show()
+        raise SystemExit(error.exit_code) from None

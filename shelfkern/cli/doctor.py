@@ -1,0 +1,76 @@
+"""`shelfkern doctor`: what runs here, what does not and why."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+import click
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from .. import native
+from ..engine.library import onednn_reason
+from ..ops import selftest
+from ..timing import cpu_name
+from ..version import __version__
+
+
+def version_of(package: str) -> str:
+    """A package's installed version, or that it is missing."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def facts() -> list[tuple[str, str]]:
+    """Versions and hardware, by name."""
+    module = native.module
+    cuda_build = module.cuda_archs if module else ""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"
+    return [
+        ("shelfkern", __version__),
+        ("python", platform.python_version()),
+        ("torch", torch.__version__),
+        ("triton", version_of("triton")),
+        ("av (videos)", version_of("av")),
+        ("cpu", f"{cpu_name()}, {torch.get_num_threads()} threads for torch"),
+        ("instruction sets", ", ".join(module.isas()) + f" ({module.isa()} in use)" if module else "-"),
+        ("threads", native.thread_runtime if module else "-"),
+        ("gpu", gpu),
+        ("cuda kernels", f"compiled for {cuda_build}" if cuda_build else "not compiled: no nvcc when installed"),
+        ("native kernels", f"compiled by {module.compiler}" if module else str(native.why_not)),
+        ("library convolutions", onednn_reason() or "oneDNN with fused epilogues"),
+    ]
+
+
+def kernels_table(results: list[selftest.Result]) -> Table:
+    """Every op's native kernel: right, wrong, or why it cannot run."""
+    table = Table("op", "native kernel", "error", "without it")
+    for result in results:
+        state = "[red]wrong, switched off[/]" if result.failed else "[green]right[/]"
+        if result.error is None:
+            state = f"[yellow]{result.reason}[/]"
+        error = "" if result.error is None else f"{result.error:.1e}"
+        table.add_row(result.op, state, error, "PyTorch's own calls")
+    return table
+
+
+@click.command()
+def doctor() -> None:
+    """Says what runs here and tests every kernel on this machine; exit status 1 if one is wrong."""
+    console = Console()
+    table = Table(show_header=False)
+    for name, value in facts():
+        table.add_row(name, value)
+    console.print(table)
+    results = selftest.run_all()
+    console.print(kernels_table(results))
+    wrong = [result.op for result in results if result.failed]
+    if native.module is None:
+        console.print("To get the native kernels: install a C++ compiler (g++ or clang++), then reinstall shelfkern.")
+    if wrong:
+        console.print(f"Switched off for being wrong here: {', '.join(wrong)}.")
+        raise SystemExit(1)

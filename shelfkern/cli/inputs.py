@@ -1,0 +1,63 @@
+"""What `segment` reads: paths, folders and globs to files, files to RGB images."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm"}
+VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v"}
+
+
+def expand(paths: Iterable[str]) -> Iterator[tuple[Path, Path]]:
+    """Files that the paths name, each with the relative name that its results are called after.
+
+    A folder gives the images and videos in it and below, with their places in it; a pattern what it
+    matches. A path that matches nothing is given as it is, so that it fails by its own name.
+    """
+    for path in paths:
+        matches = [Path(path)] if Path(path).exists() else [Path(p) for p in sorted(glob.glob(path))]
+        for match in matches or [Path(path)]:
+            if match.is_dir():
+                yield from ((file, file.relative_to(match)) for file in _media(match))
+            else:
+                yield match, Path(match.name)
+
+
+def _media(folder: Path) -> list[Path]:
+    suffixes = IMAGE_SUFFIXES | VIDEO_SUFFIXES
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in suffixes and file.is_file())
+
+
+def is_video(path: Path) -> bool:
+    """Whether a file is taken as a video, by its suffix."""
+    return path.suffix.lower() in VIDEO_SUFFIXES
+
+
+def read_image(path: Path) -> Image.Image:
+    """A picture as 8-bit RGB, upright as its EXIF says; transparency on white; the first of several frames.
+
+    Raises:
+        OSError, ValueError: it cannot be read.
+    """
+    with Image.open(path) as file:
+        file.load()
+        image = ImageOps.exif_transpose(file)
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _to_8_bit(image)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    """16-bit integers by their upper half; floats from 0 to 1."""
+    values = np.asarray(image, np.float64)
+    values = values * 255 if image.mode == "F" else values / 257
+    return Image.fromarray(np.clip(np.round(values), 0, 255).astype(np.uint8))

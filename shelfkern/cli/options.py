@@ -1,0 +1,96 @@
+"""Options and their meaning, shared by commands."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch import nn
+
+from .. import checkpoints
+from .. import nn as models
+from ..engine import accelerate
+from ..nn import ShelfNet, from_weights, shipped_weights
+
+MODELS = ("shelfnet18_lw", "shelfnet34_lw", "shelfnet50", "shelfnet101")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+BACKENDS = ("auto", "native", "library", "eager")
+
+
+class Size(click.ParamType):
+    """HEIGHTxWIDTH, or one number for the longer side."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
+        match = re.fullmatch(r"(\d+)(?:x(\d+))?", str(value))
+        if not match:
+            self.fail(f"{value!r} must be HEIGHTxWIDTH, such as 512x1024, or the longer side", param, ctx)
+        size = tuple(int(part) for part in match.groups() if part)
+        if min(size) < 32:
+            self.fail(f"{value!r} must be at least 32 pixels a side", param, ctx)
+        return size
+
+
+def open_model(weights: str, model: str | None) -> ShelfNet:
+    """The model of a shipped name, a file of ours, or an authors' checkpoint, in eval mode.
+
+    Raises:
+        click.ClickException: it cannot be read, or does not fit; one sentence.
+    """
+    try:
+        if weights in shipped_weights() or (model is None and _is_ours(weights)):
+            return from_weights(weights)
+        if model is None:
+            return checkpoints.from_published(weights)
+        state = checkpoints.load(weights)
+        head = state.get("head.classify.weight")
+        classes = {} if head is None else {"num_classes": head.shape[0]}
+        network = getattr(models, model)(**classes)
+        network.load_state_dict(state)
+        return network.eval()
+    except (OSError, RuntimeError, ValueError, TypeError) as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _is_ours(weights: str) -> bool:
+    return Path(weights).suffix == ".safetensors" or not Path(weights).exists()
+
+
+def make_fast(model: ShelfNet, dtype: str, device: str, backend: str) -> Predictor:
+    """The model behind `predict` and scores, accelerated or eager.
+
+    Raises:
+        click.ClickException: the backend cannot run; one sentence.
+    """
+    if backend == "eager":
+        if dtype != "float32" or device != "cpu":
+            raise click.ClickException("backend eager runs in float32 on the cpu")
+        return Eager(model)
+    try:
+        return accelerate(model, DTYPES[dtype], device, backend)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise click.ClickException(str(error)) from error
+
+
+class Eager(nn.Module):
+    """A plain model with the accelerated one's interface."""
+
+    def __init__(self, model: ShelfNet) -> None:
+        super().__init__()
+        self.model = model
+
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Scores of normalised images."""
+        return self.model(x)
+
+    def predict(self, images: torch.Tensor) -> torch.Tensor:
+        """Labels of normalised images."""
+        return self(images).argmax(1).to(torch.uint8)
+
+
+Predictor = Any

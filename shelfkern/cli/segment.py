@@ -1,0 +1,224 @@
+"""`shelfkern segment`: pictures and videos to overlays and labels."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from .. import visualise
+from ..files import replacing
+from ..nn import ShelfNet
+from . import inputs
+from .options import BACKENDS, DTYPES, MODELS, Eager, Predictor, Size, make_fast, open_model
+
+SMALLEST = 32
+
+
+class Segmenter:
+    """A network, and how its labels are named and painted."""
+
+    def __init__(self, model: ShelfNet, fast: Predictor, size: tuple[int, ...] | None) -> None:
+        self.fast = fast
+        self.size = size
+        count = model.config.num_classes
+        self.classes = list(model.classes or (f"class {index}" for index in range(count)))
+        self.palette = list(model.palette or visualise.default_palette(count))
+
+    def network_size(self, image: Image.Image) -> tuple[int, int]:
+        """(width, height) that the network sees: as asked, and never below what it takes."""
+        width, height = image.size
+        if self.size and len(self.size) == 2:
+            return self.size[1], self.size[0]
+        longer = self.size[0] if self.size else max(width, height)
+        scale = max(longer / max(width, height), SMALLEST / min(width, height))
+        return max(SMALLEST, round(width * scale)), max(SMALLEST, round(height * scale))
+
+    def labels(self, image: Image.Image) -> np.ndarray:
+        """Labels (H, W) uint8 at the image's own size."""
+        size = self.network_size(image)
+        resized = image if size == image.size else image.resize(size, Image.Resampling.BILINEAR)
+        labels = self.fast.predict(self._tensor(resized))[0].numpy()
+        if size == image.size:
+            return labels
+        return np.asarray(Image.fromarray(labels).resize(image.size, Image.Resampling.NEAREST))
+
+    def scores(self, image: Image.Image) -> np.ndarray:
+        """Scores (classes, h, w) float32 at the size that the network sees."""
+        resized = image.resize(self.network_size(image), Image.Resampling.BILINEAR)
+        return self.fast(normalised(resized))[0].float().numpy()
+
+    def _tensor(self, image: Image.Image) -> torch.Tensor:
+        if isinstance(self.fast, Eager):
+            return normalised(image)
+        return torch.from_numpy(np.array(image))[None]
+
+    def overlay(self, image: Image.Image, labels: np.ndarray) -> Image.Image:
+        """The painted picture with its legend."""
+        return visualise.overlay(image, labels, self.palette, self.classes)
+
+
+def normalised(image: Image.Image) -> torch.Tensor:
+    """An RGB image as the float (1, 3, H, W) that the network takes."""
+    from ..data.transforms import normalise
+
+    return torch.from_numpy(normalise(np.asarray(image))).permute(2, 0, 1)[None]
+
+
+@dataclasses.dataclass
+class Names:
+    """Output names: after the input's, in its place below `folder`, numbered where two would be one."""
+
+    folder: Path
+    taken: set[Path] = dataclasses.field(default_factory=set)
+
+    def base(self, name: Path) -> Path:
+        """Path without suffixes for an input's results; its folder exists afterwards."""
+        plain = self.folder / name.with_suffix("")
+        base, number = plain, 2
+        while base in self.taken:
+            base, number = plain.with_name(f"{plain.name}-{number}"), number + 1
+        self.taken.add(base)
+        base.parent.mkdir(parents=True, exist_ok=True)
+        return base
+
+
+def segment_image(segmenter: Segmenter, path: Path, base: Path, save_scores: bool) -> int:
+    """Writes one picture's overlay, labels and perhaps scores; gives the number of pictures, 1."""
+    image = inputs.read_image(path)
+    labels = segmenter.labels(image)
+    _save_png(segmenter.overlay(image, labels), base.with_name(f"{base.name}_overlay.png"))
+    _save_png(visualise.label_image(labels, segmenter.palette), base.with_name(f"{base.name}_labels.png"))
+    if save_scores:
+        with replacing(base.with_name(f"{base.name}_scores.npy")) as temporary, temporary.open("wb") as file:
+            np.save(file, segmenter.scores(image))
+    return 1
+
+
+def _save_png(image: Image.Image, path: Path) -> None:
+    with replacing(path) as temporary:
+        image.save(temporary, "PNG")
+
+
+def segment_video(segmenter: Segmenter, path: Path, base: Path) -> int:
+    """Writes a video with every frame painted, legend and all; gives the number of frames."""
+    try:
+        import av
+    except ImportError:
+        raise ValueError("videos need PyAV: pip install 'shelfkern[video]'") from None
+    with av.open(str(path)) as source, replacing(base.with_name(f"{base.name}_overlay.mp4")) as temporary:
+        if not source.streams.video:
+            raise ValueError("it has no video stream")
+        with av.open(str(temporary), "w", format="mp4") as target:
+            return _encode(segmenter, source, target, av)
+
+
+def _encode(segmenter: Segmenter, source: object, target: object, av: object) -> int:
+    rate = source.streams.video[0].average_rate or 25
+    stream, count = None, 0
+    for frame in source.decode(video=0):
+        image = frame.to_image()
+        labels = segmenter.labels(image)
+        painted = visualise.blend(image, labels, segmenter.palette, 0.55)
+        # Chroma subsampling needs even sides.
+        painted = painted.crop((0, 0, painted.width // 2 * 2, painted.height // 2 * 2))
+        if stream is None:
+            stream = target.add_stream("mpeg4", rate=rate)
+            stream.width, stream.height, stream.pix_fmt = painted.width, painted.height, "yuv420p"
+            stream.bit_rate = 8_000_000
+        target.mux(stream.encode(av.VideoFrame.from_image(painted)))
+        count += 1
+    if stream is None:
+        raise ValueError("it has no frames")
+    target.mux(stream.encode())
+    return count
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+
+
+def _tracked(jobs: list[tuple[Path, Path]], done: list[int]) -> Iterator[tuple[Path, Path]]:
+    """The jobs, with a progress bar that shows pictures per second."""
+    started = time.monotonic()
+    with _progress() as progress:
+        task = progress.add_task("segmenting", total=len(jobs), rate="")
+        for job in jobs:
+            yield job
+            rate = done[0] / (time.monotonic() - started)
+            progress.update(task, advance=1, rate=f"{rate:.1f} images/s")
+
+
+@click.command()
+@click.argument("paths", nargs=-1, required=True)
+@click.option("-o", "--output", default="shelfkern_out", type=click.Path(path_type=Path), show_default=True)
+@click.option("--weights", default="camvid", show_default=True, help="A shipped name, or a weights file.")
+@click.option("--model", type=click.Choice(MODELS), help="For a state dict that does not say what it is of.")
+@click.option("--size", type=Size(), help="HEIGHTxWIDTH or longer side that the network sees; own by default.")
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True)
+@click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True)
+@click.option("--save-scores", is_flag=True, help="Also writes class scores as .npy (classes, h, w).")
+def segment(
+    paths: tuple[str, ...],
+    output: Path,
+    weights: str,
+    model: str | None,
+    size: tuple[int, ...] | None,
+    device: str,
+    dtype: str,
+    backend: str,
+    save_scores: bool,
+) -> None:
+    """Segments images, folders, globs and videos.
+
+    For every image NAME: OUTPUT/NAME_overlay.png with a legend and NAME_labels.png, whose pixels are the
+    class indices; for every video NAME_overlay.mp4. Images below 32 pixels a side are enlarged for the
+    network. Files that cannot be read are named and skipped; the exit status is then 1.
+    """
+    network = open_model(weights, model)
+    segmenter = Segmenter(network, make_fast(network, dtype, device, backend), size)
+    jobs = list(inputs.expand(paths))
+    if not jobs:
+        raise click.ClickException(f"{' '.join(paths)} holds no images and no videos")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise click.ClickException(f"output {output} cannot be made: {error.strerror}") from error
+    names, failures, done = Names(output), [], [0]
+    started = time.monotonic()
+    for path, name in _tracked(jobs, done):
+        try:
+            base = names.base(name)
+            if inputs.is_video(path):
+                done[0] += segment_video(segmenter, path, base)
+            else:
+                done[0] += segment_image(segmenter, path, base, save_scores)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            failures.append(path)
+            click.echo(f"{path} is skipped: {_sentence(error)}", err=True)
+    seconds = time.monotonic() - started
+    click.echo(f"{done[0]} images in {seconds:.1f} s, {done[0] / seconds:.1f} images/s, in {output}")
+    if failures:
+        raise SystemExit(1)
+
+
+def _sentence(error: Exception) -> str:
+    strerror = getattr(error, "strerror", None)
+    return strerror if strerror else str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,0 +1,117 @@
+"""Whether each native kernel computes the right thing on this very machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .. import native
+from . import (
+    NAMES,
+    attention_gate,
+    attention_gate_reference,
+    conv_bn_act,
+    conv_bn_act_reference,
+    deconv_add,
+    deconv_add_reference,
+    shared_block,
+    shared_block_reference,
+    stem,
+    stem_reference,
+    upsample_add,
+    upsample_add_reference,
+    upsample_argmax,
+    upsample_argmax_reference,
+    upsample_bilinear,
+    upsample_bilinear_reference,
+)
+
+# Largest error over the truth's largest value. Sums of a few hundred float32 products are good to
+# about 1e-6; labels must be equal.
+LIMIT = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One op's test: `error` is None where the kernel could not run, for `reason`."""
+
+    op: str
+    error: float | None
+    reason: str | None
+
+    @property
+    def failed(self) -> bool:
+        """Whether the kernel ran and was wrong."""
+        return self.error is not None and not self.error <= LIMIT
+
+
+def _random(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64)
+
+
+def _cases() -> dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], tuple, dict]]:
+    """For each op: public op, reference, float64 tensors, other arguments. Odd sizes on purpose."""
+    x, size = _random(2, 19, 7, 9), (13, 20)
+    image = torch.arange(2 * 30 * 33 * 3, dtype=torch.uint8).view(2, 30, 33, 3)
+    norms = [_random(19) for _ in range(4)]
+    mean, std = torch.full((3,), 0.45, dtype=torch.float64), torch.full((3,), 0.25, dtype=torch.float64)
+    stem_weights = (_random(20, 3, 7, 7) / 12, _random(20), _random(20), mean, std)
+    return {
+        "attention_gate": (attention_gate, attention_gate_reference, (x, _random(5, 19), *_pair(5)), {}),
+        "conv_bn_act": (
+            conv_bn_act,
+            conv_bn_act_reference,
+            (x, _random(21, 19, 3, 3) / 13, *_pair(21), _random(2, 21, 4, 5), _random(2, 21, 4, 5)),
+            dict(stride=2, padding=1, slope=0.01),
+        ),
+        "deconv_add": (
+            deconv_add,
+            deconv_add_reference,
+            (x, _random(19, 6, 3, 3) / 6, _random(6), _random(2, 6, 14, 18)),
+            {},
+        ),
+        "shared_block": (
+            shared_block,
+            shared_block_reference,
+            (x, _random(19, 19, 3, 3) / 13, *norms),
+            dict(slope=0.01, skip=True),
+        ),
+        "stem": (stem, stem_reference, (image, *stem_weights), dict(size=(32, 64))),
+        "upsample_add": (upsample_add, upsample_add_reference, (x, _random(2, 19, 14, 18), _random(2, 19)), {}),
+        "upsample_argmax": (upsample_argmax, upsample_argmax_reference, (x,), dict(size=size, crop=(12, 17))),
+        "upsample_bilinear": (
+            upsample_bilinear,
+            upsample_bilinear_reference,
+            (x,),
+            dict(size=size, crop=(12, 17)),
+        ),
+    }
+
+
+def _pair(channels: int) -> tuple[Tensor, Tensor]:
+    return _random(channels), _random(channels, 1)[:, 0]
+
+
+@functools.cache
+def run(op: str) -> Result:
+    """Tests one op's native kernel once a process; a wrong one is switched off for the process."""
+    reason = native.reason(op)
+    if reason is not None:
+        return Result(op, None, reason)
+    public, reference, tensors, arguments = _cases()[op]
+    truth = reference(*tensors, **arguments).double()
+    narrow = [t.float() if t.is_floating_point() else t for t in tensors]
+    found = public(*narrow, **arguments, backend="native").double()
+    result = Result(op, ((found - truth).abs().max() / truth.abs().max()).item(), None)
+    if result.failed:
+        native.disable(op, f"its self-test failed on this machine, with an error of {result.error:.1e}")
+    return result
+
+
+def run_all() -> list[Result]:
+    """Tests every op."""
+    return [run(op) for op in NAMES]
