@@ -41,7 +41,7 @@ def test_save_and_load(path) -> None:
     assert_same(checkpoints.load(path), model.state_dict())
     checkpoints.save(model.state_dict(), path)
     assert_same(checkpoints.load(str(path)), model.state_dict())
-    assert os.listdir(path.parent) == [path.name]
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_tensors_that_share_memory(path) -> None:
@@ -115,7 +115,7 @@ def test_files_without_a_mapping_are_named(tmp_path) -> None:
 
 
 def test_no_such_file(tmp_path) -> None:
-    with pytest.raises(FileNotFoundError, match="nosuch.pth is not a file"):
+    with pytest.raises(FileNotFoundError, match=r"nosuch\.pth is not a file"):
         checkpoints.load(tmp_path / "nosuch.pth")
     with pytest.raises(FileNotFoundError, match="is not a folder"):
         checkpoints.save({}, tmp_path / "nosuch" / "a.pth")
@@ -124,7 +124,7 @@ def test_no_such_file(tmp_path) -> None:
 def test_safetensors_hold_tensors_only(tmp_path) -> None:
     with pytest.raises(ValueError, match="state has epoch of type int"):
         checkpoints.save({"epoch": 3}, tmp_path / "a.safetensors")
-    assert os.listdir(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def torchvision_state(name: str, width: int = 4) -> dict[str, torch.Tensor]:

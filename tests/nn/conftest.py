@@ -11,7 +11,8 @@ import torch
 
 import shelfkern.nn
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for `golden.fill`
+FOLDER = Path(__file__).parent
+sys.path[:0] = [str(FOLDER), str(FOLDER.parent)]  # for `equations`, `two_processes` and `golden.fill`
 
 NARROW = {
     "shelfnet18_lw": dict(backbone_width=8, widths=(8, 16, 24), head_width=8),

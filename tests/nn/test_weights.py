@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import pickle
 
 import pytest
@@ -111,7 +110,7 @@ def test_shipped_weights_load(name: str) -> None:
 def test_what_does_not_fit_is_not_written(model, path, options: dict, sentence: str) -> None:
     with pytest.raises(ValueError, match=f"^{sentence}"):
         save_weights(model, path, **options)
-    assert os.listdir(path.parent) == []
+    assert list(path.parent.iterdir()) == []
 
 
 def test_overflow_in_half_precision_is_named(model, path) -> None:
@@ -132,7 +131,7 @@ def test_an_interrupted_write_leaves_the_old_file(model, path, monkeypatch) -> N
     monkeypatch.setattr(weights, "save_file", half_written)
     with pytest.raises(KeyboardInterrupt):
         save_weights(model, path)
-    assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]
+    assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
 
 
 def corrupted(path, **changes: str | None) -> None:

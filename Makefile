@@ -1,0 +1,65 @@
+# make demo   segments a photo with the weights that ship and says how fast
+# make test   everything that this machine can test
+# make bench  models beside their peers; writes benchmarks/results and the README's table
+# make lint   ruff, mypy, clang-format
+#
+# Each installs what it needs into .venv.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# Pinned, so that every machine runs the same; the package itself takes any torch from 2.10.
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+PIP := $(BIN)/pip --disable-pip-version-check
+SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
+
+.PHONY: demo test bench lint format clean
+
+demo: .venv/.demo
+	$(BIN)/python demo/run.py $(IMAGE)
+
+test: .venv/.test
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: .venv/.bench
+	$(BIN)/python benchmarks/models.py $(ARGS)
+	$(BIN)/python benchmarks/table.py
+
+lint: .venv/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(BIN)/clang-format --dry-run --Werror
+
+format: .venv/.lint
+	$(BIN)/ruff format .
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(BIN)/clang-format -i
+
+.venv/.torch:
+	$(PYTHON) -m venv .venv
+	$(PIP) install -q --upgrade 'pip>=24'
+	$(PIP) install -q $(TORCH) numpy
+	touch $@
+
+.venv/.installed: .venv/.torch $(SOURCES)
+	$(PIP) install -q -e .
+	touch $@
+
+# Only for a photograph that it brings; none of its code runs, so its dependencies stay away.
+.venv/.demo: .venv/.installed
+	$(PIP) install -q --no-deps scikit-learn
+	touch $@
+
+.venv/.test: .venv/.installed
+	$(PIP) install -q -e '.[test]'
+	touch $@
+
+.venv/.bench: .venv/.installed
+	$(PIP) install -q -e '.[bench]'
+	touch $@
+
+.venv/.lint: .venv/.installed
+	$(PIP) install -q -e '.[lint]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info shelfkern/_native*.so shelfkern_out

@@ -1,0 +1,60 @@
+"""What the tests of ops share: inputs, hostile layouts, and the rule by which a result passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from shelfkern import native
+
+needs_native = pytest.mark.skipif(native.why_not is not None, reason=f"no native kernels: {native.why_not}")
+BACKENDS = [pytest.param("native", marks=needs_native), "reference"]
+DTYPES = [torch.float32, torch.bfloat16]
+ISAS = native.module.isas() if native.module else []
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def nhwc(x: Tensor) -> Tensor:
+    """x with NHWC storage, whatever its sizes."""
+    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
+def layouts(x: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Equal tensors that lie differently in memory."""
+    yield "contiguous", x.contiguous()
+    yield "channels_last", nhwc(x)
+    yield "sliced", torch.cat([x, x], 1)[:, : x.shape[1]]
+    yield "strided", x.repeat_interleave(2, 3)[..., ::2]
+    yield "transposed", x.transpose(2, 3).contiguous().transpose(2, 3)
+    yield "offset", nhwc(torch.cat([x[:1], x]))[1:]
+
+
+def poisoned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.full(shape, float("nan"), dtype=dtype)
+
+
+def assert_as_exact(result: Tensor, truth: Tensor, eager: Tensor, floor: float = 0.0) -> None:
+    """Every error is at most twice eager's greatest, or the floor where eager happens to be exact."""
+    assert truth.dtype is torch.float64 and result.shape == truth.shape
+    if truth.numel() == 0:
+        return
+    allowed = max(2 * (eager.double() - truth).abs().max().item(), floor)
+    error = (result.double() - truth).abs().max().item()
+    assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
+
+
+def each_isa(run: Callable[[str], None]) -> None:
+    """Calls run once for every instruction set this CPU has, then goes back to the one chosen before."""
+    before = native.module.isa()
+    try:
+        for isa in ISAS:
+            assert native.module.force_isa(isa)
+            run(isa)
+    finally:
+        native.module.force_isa(before)

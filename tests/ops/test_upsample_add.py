@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from parity import BACKENDS, DTYPES, assert_as_exact, each_isa, layouts, needs_native, nhwc, poisoned, random
+
+from shelfkern import native, ops
+from shelfkern.ops import upsample_add_reference
+
+SHAPES = [
+    (1, 64, 8, 16),
+    (2, 128, 4, 4),
+    (3, 19, 5, 7),
+    (1, 1, 1, 1),
+    (1, 13, 1, 9),
+    (0, 8, 3, 3),
+    (2, 33, 2, 1),
+]
+
+
+def arguments(n, c, h, w, dtype=torch.float32, gated=True):
+    gate = random(n, c, seed=2).sigmoid() if gated else None
+    return random(n, c, h, w, dtype=dtype), random(n, c, 2 * h, 2 * w, dtype=dtype, seed=1), gate
+
+
+def check(result, x, skip, gate):
+    assert result.dtype is x.dtype
+    exact = upsample_add_reference(x.double(), skip.double(), None if gate is None else gate.double())
+    # Where eager is exact by luck, one rounding of the largest value.
+    floor = torch.finfo(x.dtype).eps * float(exact.abs().max()) if exact.numel() else 0.0
+    assert_as_exact(result, exact, upsample_add_reference(x, skip, gate), floor)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_is_the_reference(shape, gated, dtype, backend):
+    x, skip, gate = arguments(*shape, dtype, gated)
+    check(ops.upsample_add(x, skip, gate, backend=backend), x, skip, gate)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_other_dtypes_take_the_reference(dtype):
+    x, skip, gate = arguments(1, 5, 3, 4, dtype)
+    assert torch.equal(ops.upsample_add(x, skip, gate), upsample_add_reference(x, skip, gate))
+    if native.why_not is None:
+        with pytest.raises(RuntimeError, match=f"upsample_add: .*{dtype}"):
+            ops.upsample_add(x, skip, gate, backend="native")
+
+
+@needs_native
+@given(
+    n=st.integers(0, 3), c=st.integers(1, 70), h=st.integers(1, 6), w=st.integers(1, 6),
+    gated=st.booleans(), dtype=st.sampled_from(DTYPES), threads=st.integers(1, 3),
+)  # fmt: skip
+@settings(max_examples=80, deadline=None)
+def test_every_isa_writes_all_of_the_output(n, c, h, w, gated, dtype, threads):
+    x, skip, gate = arguments(n, c, h, w, dtype, gated)
+    x, skip = nhwc(x), nhwc(skip)
+
+    def run(isa):
+        out = poisoned((n, 2 * h, 2 * w, c), dtype)
+        native.module.upsample_add(
+            x.data_ptr(), skip.data_ptr(), native.address(gate), out.data_ptr(),
+            native.DTYPE_CODES[dtype], n, h, w, c, threads,
+        )  # fmt: skip
+        check(out.permute(0, 3, 1, 2), x, skip, gate)
+
+    each_isa(run)
+
+
+@needs_native
+def test_any_strides():
+    x, skip, gate = arguments(2, 12, 3, 5)
+    expected = ops.upsample_add(x, skip, gate)
+    wide_gate = torch.stack([gate, gate], 2)[..., 0]
+    for name, x_layout in layouts(x):
+        for _, skip_layout in layouts(skip):
+            result = ops.upsample_add(x_layout, skip_layout, wide_gate, backend="native")
+            assert torch.equal(result, expected), name
+            assert result.is_contiguous(memory_format=torch.channels_last)
+    one = gate[:1, :1].expand(2, 12)
+    expected = ops.upsample_add(x, skip, one.contiguous())
+    assert torch.equal(ops.upsample_add(x, skip, one, backend="native"), expected)
+    expanded = x[:1, :, :1, :1].expand(2, 12, 3, 5)
+    assert torch.equal(
+        ops.upsample_add(expanded, skip, gate, backend="native"),
+        ops.upsample_add(expanded.contiguous(), skip, gate, backend="native"),
+    )
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "shape", [(2, 64, 3, 5), (1, 8, 2, 2), (1, 7, 3, 4), (3, 1, 1, 1), (0, 16, 2, 2), (1, 4, 30, 40)]
+)
+@pytest.mark.parametrize("gated", [True, False])
+def test_the_gpu_kernel_run_on_the_host(shape, dtype, gated):
+    n, c, h, w = shape
+    x, skip, gate = arguments(*shape, dtype, gated)
+    x, skip = nhwc(x), nhwc(skip)
+    out = poisoned((n, 2 * h, 2 * w, c), dtype)
+    native.module.upsample_add_cuda_on_host(
+        x.data_ptr(),
+        skip.data_ptr(),
+        native.address(gate),
+        out.data_ptr(),
+        native.DTYPE_CODES[dtype],
+        n,
+        h,
+        w,
+        c,
+    )
+    check(out.permute(0, 3, 1, 2), x, skip, gate)
+
+
+@needs_native
+def test_the_gpu_kernel_takes_unaligned_tensors():
+    n, c, h, w = 1, 8, 3, 3
+    x, skip, gate = arguments(n, c, h, w)
+    x = nhwc(x)
+    storage = torch.empty(skip.numel() + 1)
+    shifted = storage[1:].view(n, 2 * h, 2 * w, c).copy_(skip.permute(0, 2, 3, 1))
+    out = poisoned((n, 2 * h, 2 * w, c), torch.float32)
+    native.module.upsample_add_cuda_on_host(
+        x.data_ptr(), shifted.data_ptr(), gate.data_ptr(), out.data_ptr(), 0, n, h, w, c
+    )
+    check(out.permute(0, 3, 1, 2), x, skip, gate)
+
+
+@needs_native
+def test_half_precision_conversions_of_the_gpu_kernel():
+    # Every float16 is kept by 0 + 1 * x: widening and narrowing are inverses, NaN stays NaN.
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)
+    x = every.view(1, 256, 256, 1)
+    skip, out = torch.zeros(1, 512, 512, 1, dtype=torch.float16), poisoned((1, 512, 512, 1), torch.float16)
+    native.module.upsample_add_cuda_on_host(
+        x.data_ptr(), skip.data_ptr(), 0, out.data_ptr(), native.DTYPE_CODES[torch.float16], 1, 256, 256, 1
+    )
+    assert torch.equal(out[0, ::2, ::2].nan_to_num(7), x[0].nan_to_num(7))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_gradient(backend):
+    x, skip, gate = (t.double().requires_grad_() for t in arguments(1, 2, 2, 3))
+    torch.autograd.gradcheck(lambda *args: ops.upsample_add(*args, backend=backend), (x, skip, gate))
+    x = random(1, 2, 2, 3).requires_grad_()
+    assert ops.upsample_add(x, random(1, 2, 4, 6), backend=backend).requires_grad
+
+
+@needs_native
+def test_native_refuses_to_lose_a_gradient():
+    x, skip, gate = arguments(1, 2, 2, 3)
+    for needing in range(3):
+        args = [t.clone().requires_grad_(i == needing) for i, t in enumerate((x, skip, gate))]
+        with pytest.raises(RuntimeError, match="grad"):
+            ops.upsample_add(*args, backend="native")
+        with torch.no_grad():
+            ops.upsample_add(*args, backend="native")
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (dict(x=None), TypeError, "x is NoneType"),
+        (dict(skip=[1.0]), TypeError, "skip is list"),
+        (dict(x=torch.zeros(1, 2, 3)), ValueError, "x is"),
+        (dict(x=torch.zeros(1, 2, 2, 3, dtype=torch.int64)), TypeError, "x is torch.int64"),
+        (dict(skip=torch.zeros(1, 2, 4, 5)), ValueError, r"skip is \(1, 2, 4, 5\).*needs \(1, 2, 4, 6\)"),
+        (dict(skip=torch.zeros(1, 2, 4, 6).bfloat16()), TypeError, "skip is torch.bfloat16"),
+        (dict(skip=torch.zeros(1, 2, 4, 6, device="meta")), ValueError, "skip is on meta"),
+        (dict(gate=torch.zeros(1, 3)), ValueError, r"gate is \(1, 3\).*needs \(1, 2\)"),
+        (dict(gate=torch.zeros(1, 2, device="meta")), ValueError, "gate is on meta"),
+        (dict(backend="gpu"), ValueError, "backend is 'gpu'"),
+    ],
+)
+def test_refusals(change, error, message):
+    arguments = dict(x=torch.zeros(1, 2, 2, 3), skip=torch.zeros(1, 2, 4, 6), gate=torch.zeros(1, 2))
+    with pytest.raises(error, match=f"^upsample_add: {message}"):
+        ops.upsample_add(**{**arguments, **change})
+
+
+@needs_native
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (0, 3, 2, 2), (1, 1, 1, 1)])
+def test_opcheck(shape):
+    torch.library.opcheck(torch.ops.shelfkern.upsample_add.default, arguments(*shape))
+
+
+@needs_native
+def test_compile_and_export():
+    x, skip, gate = arguments(2, 8, 3, 4)
+    expected = ops.upsample_add(x, skip, gate)
+    compiled = torch.compile(lambda *args: ops.upsample_add(*args) * 1, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, skip, gate), expected)
+
+    class Merge(torch.nn.Module):
+        def forward(self, x, skip, gate):
+            return ops.upsample_add(x, skip, gate)
+
+    program = torch.export.export(Merge(), (x, skip, gate))
+    assert "shelfkern.upsample_add" in str(program.graph)
+    assert torch.equal(program.module()(x, skip, gate), expected)

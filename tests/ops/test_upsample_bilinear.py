@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from parity import BACKENDS, DTYPES, assert_as_exact, each_isa, layouts, needs_native, nhwc, poisoned, random
+
+from shelfkern import native, ops
+
+# n, classes, h, w -> full size, crop
+CASES = [
+    ((1, 19, 8, 16), (64, 128), (64, 128)),
+    ((2, 11, 12, 10), (96, 80), (90, 77)),
+    ((1, 5, 7, 9), (14, 18), (13, 18)),
+    ((3, 4, 1, 1), (5, 9), (5, 9)),
+    ((1, 3, 1, 8), (16, 1), (16, 1)),
+    ((1, 3, 6, 1), (1, 40), (1, 33)),
+    ((1, 2, 20, 30), (7, 11), (7, 11)),
+    ((1, 2, 5, 40), (5, 40), (4, 39)),
+    ((1, 2, 3, 4), (11, 301), (11, 301)),
+    ((0, 3, 4, 4), (8, 8), (8, 8)),
+]
+
+
+def truth(scores, size, crop, align_corners):
+    full = torch.nn.functional.interpolate(scores, size, mode="bilinear", align_corners=align_corners)
+    return full[:, :, : crop[0], : crop[1]]
+
+
+def check(result, scores, size, crop, align_corners):
+    assert result.dtype is scores.dtype
+    # Where eager is exact by luck: a source coordinate rounded in float32, and the result once.
+    coordinate = torch.finfo(torch.float32).eps * max(scores.shape[2:])
+    largest = float(scores.abs().max()) if scores.numel() else 0.0
+    floor = (torch.finfo(scores.dtype).eps + 4 * coordinate) * largest
+    args = size, crop, align_corners
+    assert_as_exact(result, truth(scores.double(), *args), truth(scores, *args), floor)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("align_corners", [True, False])
+@pytest.mark.parametrize("shape, size, crop", CASES)
+def test_is_interpolate(shape, size, crop, align_corners, dtype, backend):
+    scores = random(*shape, dtype=dtype)
+    result = ops.upsample_bilinear(scores, size, crop, align_corners, backend=backend)
+    check(result, scores, size, crop, align_corners)
+
+
+sizes = st.integers(1, 40)
+
+
+@needs_native
+@given(
+    n=st.integers(0, 2), c=st.integers(1, 20), h=st.integers(1, 12), w=st.integers(1, 24), height=sizes,
+    width=st.integers(1, 90), keep=st.tuples(st.floats(0, 1), st.floats(0, 1)), align_corners=st.booleans(),
+    dtype=st.sampled_from(DTYPES), threads=st.integers(1, 3),
+)  # fmt: skip
+@settings(max_examples=150, deadline=None)
+def test_every_isa_writes_all_of_the_output(n, c, h, w, height, width, keep, align_corners, dtype, threads):
+    scores = nhwc(random(n, c, h, w, dtype=dtype))
+    crop = max(1, round(height * keep[0])), max(1, round(width * keep[1]))
+
+    def run(isa):
+        out = poisoned((n, c, *crop), dtype)
+        native.module.upsample_bilinear(
+            scores.data_ptr(), out.data_ptr(), native.DTYPE_CODES[dtype], n, h, w, c, height, width, *crop,
+            align_corners, threads,
+        )  # fmt: skip
+        check(out, scores, (height, width), crop, align_corners)
+
+    each_isa(run)
+
+
+@needs_native
+def test_any_strides():
+    scores = random(2, 5, 6, 7)
+    expected = ops.upsample_bilinear(scores, (24, 30))
+    for name, layout in layouts(scores):
+        result = ops.upsample_bilinear(layout, (24, 30), backend="native")
+        assert torch.equal(result, expected) and result.is_contiguous(), name
+    expanded = scores[:1, :1].expand(2, 5, 6, 7)
+    assert torch.equal(
+        ops.upsample_bilinear(expanded, (24, 30), backend="native"),
+        ops.upsample_bilinear(expanded.contiguous(), (24, 30), backend="native"),
+    )
+
+
+def test_a_crop_is_the_corner_of_the_whole():
+    scores = random(1, 4, 6, 9)
+    for backend in ("auto", "reference"):
+        whole = ops.upsample_bilinear(scores, (48, 72), backend=backend)
+        part = ops.upsample_bilinear(scores, (48, 72), (41, 37), backend=backend)
+        assert torch.equal(part, whole[:, :, :41, :37])
+
+
+def test_gradient():
+    scores = random(1, 2, 3, 4).double().requires_grad_()
+    torch.autograd.gradcheck(lambda s: ops.upsample_bilinear(s, (6, 8), (5, 7)), scores)
+
+
+@needs_native
+def test_native_refuses_to_lose_a_gradient():
+    scores = random(1, 2, 3, 4).requires_grad_()
+    assert ops.upsample_bilinear(scores, (6, 8)).requires_grad
+    with pytest.raises(RuntimeError, match="grad"):
+        ops.upsample_bilinear(scores, (6, 8), backend="native")
+
+
+@pytest.mark.parametrize("op", [ops.upsample_bilinear, ops.upsample_argmax])
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (dict(scores=torch.zeros(2, 3, 4)), ValueError, "scores is"),
+        (dict(scores=torch.zeros(1, 2, 3, 4, dtype=torch.uint8)), TypeError, "scores is torch.uint8"),
+        (dict(size=(8,)), ValueError, "size is"),
+        (dict(size=(0, 8)), ValueError, r"size is \(0, 8\)"),
+        (dict(crop=(9, 8)), ValueError, r"crop is \(9, 8\)"),
+        (dict(crop=(0, 8)), ValueError, r"crop is \(0, 8\)"),
+        (dict(backend="gpu"), ValueError, "backend is 'gpu'"),
+    ],
+)
+def test_refusals(op, change, error, message):
+    arguments = dict(scores=torch.zeros(1, 2, 3, 4), size=(8, 8), crop=None)
+    with pytest.raises(error, match=f"^{op.__name__}: {message}"):
+        op(**{**arguments, **change})
+
+
+@needs_native
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (0, 3, 2, 2), (1, 1, 1, 1)])
+def test_opcheck(shape):
+    torch.library.opcheck(
+        torch.ops.shelfkern.upsample_bilinear.default, (random(*shape), [16, 24], [15, 20], True)
+    )
+
+
+@needs_native
+def test_compile_and_export():
+    scores = random(2, 8, 3, 4)
+    expected = ops.upsample_bilinear(scores, (24, 32), (23, 32))
+
+    def resize(scores):
+        return ops.upsample_bilinear(scores, (scores.shape[2] * 8, scores.shape[3] * 8), (23, 32))
+
+    compiled = torch.compile(resize, fullgraph=True, dynamic=True, backend="aot_eager")
+    assert torch.equal(compiled(scores), expected)
+
+    class Resize(torch.nn.Module):
+        def forward(self, scores):
+            return resize(scores)
+
+    program = torch.export.export(Resize(), (scores,))
+    assert "shelfkern.upsample_bilinear" in str(program.graph)
+    assert torch.equal(program.module()(scores), expected)
