@@ -45,24 +45,31 @@ void pack_strip(const Conv& a, const Shape& s, const T* image, int64_t first_row
     }
 }
 
-// How the output is cut into tasks: strips of rows, and groups of weight panels where there are too
-// few strips for the threads.
+// How the output is cut into tasks: strips of rows, and groups of weight panels.
 struct Cut {
     int64_t rows, strips, groups, panels;
 };
 
+// Every task reads its strip of the input and its group of the weights: of the cuts with enough tasks
+// for the threads, the one that reads least.
 Cut cut(const Conv& a, const Shape& s) {
-    Cut c;
+    const int64_t panels = divide_up(a.out_c, kPanel);
     const int64_t row_bytes = s.columns() * min(s.chunk, s.c) * 4;
-    const int64_t fitting = (kStripBytes / row_bytes - s.kernel_h) / s.stride + 1;
-    const int64_t wanted_tasks = a.threads == 1 ? 1 : 4 * a.threads;
-    const int64_t sharing = max(1, a.n * a.out_h / wanted_tasks);
-    c.rows = max(1, min(min(fitting, sharing), a.out_h));
-    c.strips = divide_up(a.out_h, c.rows);
-    c.rows = divide_up(a.out_h, c.strips);
-    c.panels = divide_up(a.out_c, kPanel);
-    c.groups = min(c.panels, max(1, wanted_tasks / max(1, 2 * a.n * c.strips)));
-    return c;
+    const int64_t fitting = max(1, (kStripBytes / row_bytes - s.kernel_h) / s.stride + 1);
+    const int64_t tasks = a.threads == 1 ? 1 : 4 * a.threads;
+    const int64_t weights = panels * s.panel_floats(), input = a.h * a.w * a.c;
+    Cut best{};
+    int64_t least = 0;
+    for (int64_t groups = 1; groups <= divide_up(panels, kMaxPanels); ++groups) {
+        const int64_t strips = max(divide_up(a.out_h, fitting), min(a.out_h, divide_up(tasks, a.n * groups)));
+        const int64_t rows = divide_up(a.out_h, strips), used = divide_up(a.out_h, rows);
+        const int64_t read = used * weights + groups * input;
+        if (groups == 1 || read < least) {
+            best = {rows, used, groups, panels};
+            least = read;
+        }
+    }
+    return best;
 }
 
 // A 1x1 convolution reads a float32 input where it is.
@@ -91,7 +98,7 @@ void run(const Conv& a) {
             pack_strip(a, s, image, y * a.stride - a.pad_h, rows, packed);
             input = {packed, 0, 0};
         }
-        float* sums = static_cast<float*>(thread_scratch(1, out_rows * a.out_w * kPanel * 4));
+        float* sums = static_cast<float*>(thread_scratch(1, out_rows * a.out_w * kMaxPanels * kPanel * 4));
         const int64_t at = n * a.stride_n + y * a.stride_h;
         Output<T> o;
         o.out = static_cast<T*>(a.out) + at;

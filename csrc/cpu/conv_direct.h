@@ -3,9 +3,9 @@
 // A strip of input rows is copied once into thread scratch with its zero borders, as float32, a chunk
 // of channels at a time: [chunk][row][column][channel]. In it the kernel_w taps of one kernel row are
 // kernel_w * chunk consecutive floats, so a convolution is kernel_h dot products of that run for every
-// pixel, and an output tile is a small matrix product: pixels x 16 channels, kept in registers. Sums
-// pass from chunk to chunk through scratch, so that one chunk of weights stays in cache while the
-// strip's pixels go by.
+// pixel, and an output tile is a small matrix product: pixels x panels of 16 channels, kept in
+// registers. Sums pass from chunk to chunk through scratch, so that one chunk of weights stays in
+// cache while the strip's pixels go by.
 #pragma once
 
 #include "kernels.h"
@@ -17,14 +17,17 @@ namespace SHELFKERN_ISA {
 constexpr int kPanel = 16;  // output channels in a weight panel
 constexpr int kPanelVectors = kPanel / kLanes;
 
-// Pixels of a register tile: what fills the register file with sums beside one weight vector and one
-// broadcast. 16 registers of 8 lanes: 6 x 2 sums; 32 of 16 lanes: 24; 16 of 4 lanes: 3 x 4.
+// The shape of a register tile, pixels x panels. Each step of its product loads `panels` panels of
+// weights and one number a pixel; a core that loads as many vectors a cycle as it multiplies stalls
+// unless these are far fewer than the products, so tiles are near square. The sums leave registers for
+// the weights and one broadcast: 12 of 16 registers, 24 of 32. Measured with AVX-512, one thread, in
+// GFLOP/s: 24 x 1 86, 12 x 2 135, 8 x 3 176, 6 x 4 176.
 #if defined(__AVX512F__)
-constexpr int kTilePixels = 24;
-#elif defined(__AVX2__)
-constexpr int kTilePixels = 6;
+constexpr int kMaxPanels = 4;
+constexpr int tile_pixels(int panels) { return panels == 4 ? 6 : panels == 3 ? 8 : 12; }
 #else
-constexpr int kTilePixels = 3;
+constexpr int kMaxPanels = 1;
+constexpr int tile_pixels(int) { return 12 / kPanelVectors; }
 #endif
 
 // One chunk of a strip, and where its sums go.
@@ -32,25 +35,27 @@ struct Tile {
     const float* input;    // first pixel, first tap
     int64_t input_row;     // floats between kernel rows
     int64_t input_pixel;   // floats between neighbouring output pixels
-    const float* weight;   // kernel_h x run x 16
+    const float* weight;   // per panel kernel_h x run x 16
+    int64_t weight_panel;  // floats between panels
     int64_t kernel_h, run;
-    float* sums;           // pixels x 16, carried between chunks
-    bool first, last;      // chunk
+    float* sums;       // pixels x panels x 16, carried between chunks
+    bool first, last;  // chunk
 };
 
-template <int kPixels>
+template <int kPixels, int kPanels>
 struct Sums {
-    vf v[kPixels][kPanelVectors];
+    vf v[kPixels][kPanels * kPanelVectors];
 };
 
-template <int kPixels>
-static inline __attribute__((always_inline)) void accumulate(const Tile& tile, Sums<kPixels>& out) {
-    Sums<kPixels> sums;
+template <int kPixels, int kPanels>
+static inline __attribute__((always_inline)) void accumulate(const Tile& tile, Sums<kPixels, kPanels>& out) {
+    constexpr int kVectors = kPanels * kPanelVectors;
+    Sums<kPixels, kPanels> sums;
 #pragma GCC unroll 32
     for (int p = 0; p < kPixels; ++p) {
 #pragma GCC unroll 4
-        for (int v = 0; v < kPanelVectors; ++v) {
-            sums.v[p][v] = tile.first ? vf{} : load(tile.sums + p * kPanel + v * kLanes);
+        for (int v = 0; v < kVectors; ++v) {
+            sums.v[p][v] = tile.first ? vf{} : load(tile.sums + (p * kVectors + v) * kLanes);
         }
     }
     const float* weight = tile.weight;
@@ -58,28 +63,31 @@ static inline __attribute__((always_inline)) void accumulate(const Tile& tile, S
     for (int64_t r = 0; r < tile.kernel_h; ++r) {
         const float* input = tile.input + r * tile.input_row;
         for (int64_t k = 0; k < tile.run; ++k, ++input, weight += kPanel) {
-            vf w[kPanelVectors];
+            vf w[kVectors];
 #pragma GCC unroll 4
-            for (int v = 0; v < kPanelVectors; ++v) w[v] = load(weight + v * kLanes);
+            for (int v = 0; v < kVectors; ++v) {
+                w[v] = load(weight + v / kPanelVectors * tile.weight_panel + v % kPanelVectors * kLanes);
+            }
 #pragma GCC unroll 32
             for (int p = 0; p < kPixels; ++p) {
                 const vf x = splat(input[p * pixel]);
 #pragma GCC unroll 4
-                for (int v = 0; v < kPanelVectors; ++v) sums.v[p][v] += x * w[v];
+                for (int v = 0; v < kVectors; ++v) sums.v[p][v] += x * w[v];
             }
         }
     }
     out = sums;
 }
 
-template <int kPixels>
-static inline void spill(const Tile& tile, const Sums<kPixels>& sums) {
+template <int kPixels, int kPanels>
+static inline void spill(const Tile& tile, const Sums<kPixels, kPanels>& sums) {
+    constexpr int kVectors = kPanels * kPanelVectors;
     for (int p = 0; p < kPixels; ++p) {
-        for (int v = 0; v < kPanelVectors; ++v) store(tile.sums + p * kPanel + v * kLanes, sums.v[p][v]);
+        for (int v = 0; v < kVectors; ++v) store(tile.sums + (p * kVectors + v) * kLanes, sums.v[p][v]);
     }
 }
 
-// Scale, shift, residual, activation and skip of 16 output channels, or of the `channels` that remain.
+// Scale, shift, residual, activation and skip of a tile's output channels, of which there are `channels`.
 template <typename T>
 struct Epilogue {
     const float *scale, *shift;
@@ -114,9 +122,9 @@ static inline vf load_up_to(const T* p, int count) {
     return count == kLanes ? load(p) : load_some(p, count);
 }
 
-template <int kPixels, typename T>
-static inline void finish(const Sums<kPixels>& sums, const Epilogue<T>& e) {
-    for (int v = 0; v < kPanelVectors; ++v) {
+template <int kPixels, int kPanels, typename T>
+static inline void finish(const Sums<kPixels, kPanels>& sums, const Epilogue<T>& e) {
+    for (int v = 0; v < kPanels * kPanelVectors; ++v) {
         const int first = v * kLanes;
         const int count = e.channels - first < kLanes ? e.channels - first : kLanes;
         if (count <= 0) break;
@@ -137,9 +145,9 @@ static inline void finish(const Sums<kPixels>& sums, const Epilogue<T>& e) {
     }
 }
 
-template <int kPixels, typename T>
+template <int kPixels, int kPanels, typename T>
 static void run_tile(const Tile& tile, const Epilogue<T>& epilogue) {
-    Sums<kPixels> sums;
+    Sums<kPixels, kPanels> sums;
     accumulate(tile, sums);
     if (tile.last) {
         finish(sums, epilogue);
@@ -148,15 +156,12 @@ static void run_tile(const Tile& tile, const Epilogue<T>& epilogue) {
     }
 }
 
-// Calls run_tile<pixels> for a count known at run time.
-template <typename T, int kPixels = kTilePixels>
+// Calls run_tile<pixels, kPanels> for a count of pixels known at run time.
+template <typename T, int kPanels, int kPixels = tile_pixels(kPanels)>
 static inline void run_tile_of(int pixels, const Tile& tile, const Epilogue<T>& epilogue) {
-    if constexpr (kPixels == 0) {
-        return;
-    } else if (pixels == kPixels) {
-        run_tile<kPixels>(tile, epilogue);
-    } else {
-        run_tile_of<T, kPixels - 1>(pixels, tile, epilogue);
+    if constexpr (kPixels > 0) {
+        if (pixels == kPixels) return run_tile<kPixels, kPanels>(tile, epilogue);
+        run_tile_of<T, kPanels, kPixels - 1>(pixels, tile, epilogue);
     }
 }
 
@@ -187,50 +192,76 @@ struct Input {
     int64_t row, column;  // floats; 0 for a packed strip, where they follow from the chunk's width
 };
 
-// All pixels of `out_rows` output rows, for the weight panels [panel_begin, panel_end).
-template <typename T>
-static void convolve_strip(const Shape& s, const Input& input, int64_t out_rows, int64_t panel_begin,
-                           int64_t panel_end, const float* weight, float* sums, const Output<T>& o) {
-    const int64_t columns = s.columns(), rows = s.input_rows(out_rows);
-    const int64_t tiles = (s.out_w + kTilePixels - 1) / kTilePixels;
-    for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
-        const float* w = weight + panel * s.panel_floats();
-        const float* chunk_data = input.data;
-        const int64_t oc = panel * kPanel;
-        for (int64_t i = 0; i < s.chunks(); ++i) {
-            const int64_t width = s.chunk_width(i);
-            const int64_t column = input.column ? input.column : width;
-            const int64_t row = input.row ? input.row : columns * width;
-            Tile tile;
-            tile.input_row = row;
-            tile.input_pixel = s.stride * column;
-            tile.weight = w;
-            tile.kernel_h = s.kernel_h;
-            tile.run = s.kernel_w * width;
-            tile.first = i == 0;
-            tile.last = i + 1 == s.chunks();
-            for (int64_t y = 0; y < out_rows; ++y) {
-                for (int64_t t = 0; t < tiles; ++t) {
-                    // Tiles of nearly equal size: a narrow last one would waste most of the registers.
-                    const int64_t x = t * s.out_w / tiles, next = (t + 1) * s.out_w / tiles;
-                    const int64_t at = y * o.row + x * o.pixel + oc;
-                    tile.input = chunk_data + y * s.stride * row + x * s.stride * column;
-                    tile.sums = sums + (y * s.out_w + x) * kPanel;
-                    Epilogue<T> e;
-                    e.scale = o.scale ? o.scale + oc : nullptr;
-                    e.shift = o.shift ? o.shift + oc : nullptr;
-                    e.residual = o.residual ? o.residual + at : nullptr;
-                    e.skip = o.skip ? o.skip + at : nullptr;
-                    e.out = o.out + at;
-                    e.pixel = o.pixel;
-                    e.channels = static_cast<int>(s.out_c - oc < kPanel ? s.out_c - oc : kPanel);
-                    e.slope = o.slope;
-                    run_tile_of<T>(static_cast<int>(next - x), tile, e);
-                }
-            }
-            w += tile.kernel_h * tile.run * kPanel;
-            chunk_data += rows * columns * width;
+// One chunk of `out_rows` output rows, for kPanels panels from output channel `oc`.
+template <int kPanels, typename T>
+static void convolve_chunk(const Shape& s, Tile tile, int64_t column, int64_t out_rows, int64_t oc, float* sums,
+                           const Output<T>& o) {
+    const float* chunk = tile.input;
+    const int64_t tiles = (s.out_w + tile_pixels(kPanels) - 1) / tile_pixels(kPanels);
+    tile.input_pixel = s.stride * column;
+    Epilogue<T> e;
+    e.scale = o.scale ? o.scale + oc : nullptr;
+    e.shift = o.shift ? o.shift + oc : nullptr;
+    e.pixel = o.pixel;
+    e.channels = static_cast<int>(s.out_c - oc < kPanels * kPanel ? s.out_c - oc : kPanels * kPanel);
+    e.slope = o.slope;
+    for (int64_t y = 0; y < out_rows; ++y) {
+        for (int64_t t = 0; t < tiles; ++t) {
+            // Tiles of nearly equal size: a narrow last one would waste most of the registers.
+            const int64_t x = t * s.out_w / tiles, next = (t + 1) * s.out_w / tiles;
+            const int64_t at = y * o.row + x * o.pixel + oc;
+            tile.input = chunk + y * s.stride * tile.input_row + x * tile.input_pixel;
+            tile.sums = sums + (y * s.out_w + x) * kPanels * kPanel;
+            e.residual = o.residual ? o.residual + at : nullptr;
+            e.skip = o.skip ? o.skip + at : nullptr;
+            e.out = o.out + at;
+            run_tile_of<T, kPanels>(static_cast<int>(next - x), tile, e);
         }
+    }
+}
+
+// Calls convolve_chunk<panels> for a count of panels known at run time.
+template <typename T, int kPanels = kMaxPanels>
+static inline void convolve_chunk_of(int64_t panels, const Shape& s, const Tile& tile, int64_t column,
+                                     int64_t out_rows, int64_t oc, float* sums, const Output<T>& o) {
+    if constexpr (kPanels > 0) {
+        if (panels == kPanels) return convolve_chunk<kPanels>(s, tile, column, out_rows, oc, sums, o);
+        convolve_chunk_of<T, kPanels - 1>(panels, s, tile, column, out_rows, oc, sums, o);
+    }
+}
+
+// All pixels of `out_rows` output rows, for `panels` weight panels, at most kMaxPanels, from `first`.
+template <typename T>
+static void convolve_panels(const Shape& s, const Input& input, int64_t out_rows, int64_t first, int64_t panels,
+                            const float* weight, float* sums, const Output<T>& o) {
+    const int64_t columns = s.columns(), rows = s.input_rows(out_rows);
+    Tile tile;
+    tile.weight_panel = s.panel_floats();
+    tile.weight = weight + first * tile.weight_panel;
+    tile.kernel_h = s.kernel_h;
+    const float* chunk = input.data;
+    for (int64_t i = 0; i < s.chunks(); ++i) {
+        const int64_t width = s.chunk_width(i);
+        const int64_t column = input.column ? input.column : width;
+        tile.input = chunk;
+        tile.input_row = input.row ? input.row : columns * width;
+        tile.run = s.kernel_w * width;
+        tile.first = i == 0;
+        tile.last = i + 1 == s.chunks();
+        convolve_chunk_of<T>(panels, s, tile, column, out_rows, first * kPanel, sums, o);
+        tile.weight += tile.kernel_h * tile.run * kPanel;
+        chunk += rows * columns * width;
+    }
+}
+
+// The same for the weight panels [begin, end), in groups of nearly equal size.
+template <typename T>
+static void convolve_strip(const Shape& s, const Input& input, int64_t out_rows, int64_t begin, int64_t end,
+                           const float* weight, float* sums, const Output<T>& o) {
+    const int64_t groups = (end - begin + kMaxPanels - 1) / kMaxPanels;
+    for (int64_t g = 0; g < groups; ++g) {
+        const int64_t first = begin + (end - begin) * g / groups, next = begin + (end - begin) * (g + 1) / groups;
+        convolve_panels(s, input, out_rows, first, next - first, weight, sums, o);
     }
 }
 

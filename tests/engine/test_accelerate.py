@@ -175,7 +175,8 @@ def _optimizer_step(model):
 
 
 def _load_state_dict(model):
-    model.load_state_dict({k: v + 0.01 * v.is_floating_point() for k, v in model.state_dict().items()})
+    state = model.state_dict()
+    model.load_state_dict({k: v + 0.01 if v.is_floating_point() else v for k, v in state.items()})
 
 
 def _write_through_data(model):
