@@ -32,7 +32,7 @@ def find_cxx() -> str | None:
 
 def find_nvcc() -> str | None:
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    candidates = [os.path.join(home, "bin", "nvcc") for home in homes if home]
+    candidates = [str(Path(home) / "bin" / "nvcc") for home in homes if home]
     return next(filter(None, map(shutil.which, ["nvcc", *candidates])), None)
 
 
@@ -70,9 +70,15 @@ class CMakeBuild(build_ext):
 
 
 def extensions() -> list[Extension]:
-    if wanted("SHELFKERN_NATIVE", find_cxx(), "a C++ compiler"):
+    native = wanted("SHELFKERN_NATIVE", find_cxx(), "a C++ compiler")
+    if switch("SHELFKERN_CUDA") == "1" and not native:
+        raise SystemExit("SHELFKERN_CUDA=1, but it needs a C++ compiler and SHELFKERN_NATIVE auto or 1")
+    if native:
         return [Extension("shelfkern._native", sources=[])]
-    print("shelfkern: no C++ compiler, or SHELFKERN_NATIVE=0: installing without native kernels", file=sys.stderr)
+    print(
+        "shelfkern: no C++ compiler, or SHELFKERN_NATIVE=0: installing without native kernels",
+        file=sys.stderr,
+    )
     return []
 
 

@@ -36,16 +36,16 @@ void attention_gate(Address x, Address weight, Address scale, Address shift, Add
                     int64_t n, int64_t hw, int64_t c, int64_t k, int threads) {
     const py::gil_scoped_release unlocked;
     kernels().attention_gate({pointer(x), pointer<float>(weight), pointer<float>(scale),
-                              pointer<float>(shift), pointer<float>(out), static_cast<DType>(dtype), n, hw,
-                              c, k, threads});
+                              pointer<float>(shift), pointer<float>(out), static_cast<DType>(dtype), n, hw, c,
+                              k, threads});
 }
 
 template <void (*Kernels::*kernel)(const Resize&)>
 void resize(Address scores, Address out, int dtype, int64_t n, int64_t h, int64_t w, int64_t c,
             int64_t full_h, int64_t full_w, int64_t out_h, int64_t out_w, bool align_corners, int threads) {
     const py::gil_scoped_release unlocked;
-    (kernels().*kernel)({pointer(scores), pointer(out), static_cast<DType>(dtype), n, h, w, c, full_h,
-                         full_w, out_h, out_w, align_corners, threads});
+    (kernels().*kernel)({pointer(scores), pointer(out), static_cast<DType>(dtype), n, h, w, c, full_h, full_w,
+                         out_h, out_w, align_corners, threads});
 }
 
 void conv_bn_act(Address x, Address weight, Address scale, Address shift, Address residual, Address skip,
@@ -54,10 +54,32 @@ void conv_bn_act(Address x, Address weight, Address scale, Address shift, Addres
                  int64_t pad_h, int64_t pad_w, int64_t chunk, int64_t stride_n, int64_t stride_h,
                  int64_t stride_w, float slope, int threads) {
     const py::gil_scoped_release unlocked;
-    kernels().conv_bn_act({pointer(x), pointer<float>(weight), pointer<float>(scale), pointer<float>(shift),
-                           pointer(residual), pointer(skip), pointer(out), static_cast<DType>(dtype), n, h,
-                           w, c, out_h, out_w, out_c, kernel_h, kernel_w, stride, pad_h, pad_w, chunk,
-                           stride_n, stride_h, stride_w, slope, threads});
+    kernels().conv_bn_act({pointer(x),
+                           pointer<float>(weight),
+                           pointer<float>(scale),
+                           pointer<float>(shift),
+                           pointer(residual),
+                           pointer(skip),
+                           pointer(out),
+                           static_cast<DType>(dtype),
+                           n,
+                           h,
+                           w,
+                           c,
+                           out_h,
+                           out_w,
+                           out_c,
+                           kernel_h,
+                           kernel_w,
+                           stride,
+                           pad_h,
+                           pad_w,
+                           chunk,
+                           stride_n,
+                           stride_h,
+                           stride_w,
+                           slope,
+                           threads});
 }
 
 void stem(Address image, Address factor, Address offset, Address weight, Address scale, Address shift,

@@ -1,8 +1,8 @@
 """shelfkern: ShelfNet for fast semantic segmentation, with fused kernels.
 
-    model = shelfkern.nn.from_weights("camvid")
-    fast = shelfkern.accelerate(model)
-    labels = fast.predict(images)
+model = shelfkern.nn.from_weights("camvid")
+fast = shelfkern.accelerate(model)
+labels = fast.predict(images)
 """
 
 from . import nn, ops

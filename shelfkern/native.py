@@ -10,7 +10,7 @@ import math
 import os
 import re
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +21,9 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2, torch.float1
 _RUNTIMES = re.compile(r"/lib(gomp|iomp5|omp)[-.\w]*\.so[.\d]*$")
 
 
-def _load() -> tuple[ModuleType | None, str | None]:
+def _load() -> tuple[Any, str | None]:
     try:
-        from . import _native
+        from . import _native  # type: ignore[attr-defined]  # compiled
     except ImportError as error:
         if "_native" in str(error) and "cannot import name" in str(error):
             return None, "shelfkern was installed without a C++ compiler; install one and reinstall"

@@ -27,7 +27,9 @@ def label_image(labels: np.ndarray, palette: Sequence[Sequence[int]]) -> Image.I
     return image
 
 
-def blend(image: Image.Image, labels: np.ndarray, palette: Sequence[Sequence[int]], alpha: float) -> Image.Image:
+def blend(
+    image: Image.Image, labels: np.ndarray, palette: Sequence[Sequence[int]], alpha: float
+) -> Image.Image:
     """The picture with every pixel mixed with its class's colour, `alpha` of the latter."""
     colours = np.asarray(palette, np.uint8)[labels]
     return Image.blend(image, Image.fromarray(colours), alpha)

@@ -39,7 +39,8 @@ void pack_strip(const Conv& a, const Shape& s, const T* image, int64_t first_row
             }
             const T* from = image + y * a.w * a.c + i * s.chunk;
             clear(to, left * width);
-            for (int64_t x = 0; x < inside; ++x) copy_channels(from + x * a.c, to + (left + x) * width, width);
+            for (int64_t x = 0; x < inside; ++x)
+                copy_channels(from + x * a.c, to + (left + x) * width, width);
             clear(to + (left + inside) * width, (columns - left - inside) * width);
         }
     }
@@ -74,12 +75,13 @@ Cut cut(const Conv& a, const Shape& s) {
 
 // A 1x1 convolution reads a float32 input where it is.
 bool used_in_place(const Conv& a, const Shape& s) {
-    return a.dtype == DType::f32 && s.kernel_h * s.kernel_w == 1 && s.chunks() == 1 && a.pad_h == 0 &&
+    return a.dtype == DType::f32 && s.kernel_h * s.kernel_w == 1 && a.pad_h == 0 &&
            a.pad_w == 0 && (a.out_h - 1) * a.stride < a.h && (a.out_w - 1) * a.stride < a.w;
 }
 
 template <typename T>
 void run(const Conv& a) {
+    if (a.n == 0) return;
     Shape s{a.c, a.chunk, a.kernel_h, a.kernel_w, a.stride, a.out_w, a.out_c};
     const Cut c = cut(a, s);
     const bool in_place = used_in_place(a, s);

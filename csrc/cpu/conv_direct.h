@@ -55,7 +55,7 @@ static inline __attribute__((always_inline)) void accumulate(const Tile& tile, S
     for (int p = 0; p < kPixels; ++p) {
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) {
-            sums.v[p][v] = tile.first ? vf{} : load(tile.sums + (p * kVectors + v) * kLanes);
+            sums.v[p][v] = vf{};
         }
     }
     const float* weight = tile.weight;
@@ -77,6 +77,16 @@ static inline __attribute__((always_inline)) void accumulate(const Tile& tile, S
         }
     }
     out = sums;
+}
+
+// Adds the sums of the chunks before. Each chunk is summed from zero: one running sum of thousands of
+// products would lose several times more to rounding than sums of blocks.
+template <int kPixels, int kPanels>
+static inline void add_carried(const Tile& tile, Sums<kPixels, kPanels>& sums) {
+    constexpr int kVectors = kPanels * kPanelVectors;
+    for (int p = 0; p < kPixels; ++p) {
+        for (int v = 0; v < kVectors; ++v) sums.v[p][v] += load(tile.sums + (p * kVectors + v) * kLanes);
+    }
 }
 
 template <int kPixels, int kPanels>
@@ -149,6 +159,7 @@ template <int kPixels, int kPanels, typename T>
 static void run_tile(const Tile& tile, const Epilogue<T>& epilogue) {
     Sums<kPixels, kPanels> sums;
     accumulate(tile, sums);
+    if (!tile.first) add_carried(tile, sums);
     if (tile.last) {
         finish(sums, epilogue);
     } else {
@@ -186,7 +197,7 @@ struct Output {
     float slope;
 };
 
-// A packed strip, or with strides the single chunk of an input used in place.
+// A packed strip, or with strides an input used in place, its chunks side by side in every pixel.
 struct Input {
     const float* data;
     int64_t row, column;  // floats; 0 for a packed strip, where they follow from the chunk's width
@@ -194,8 +205,8 @@ struct Input {
 
 // One chunk of `out_rows` output rows, for kPanels panels from output channel `oc`.
 template <int kPanels, typename T>
-static void convolve_chunk(const Shape& s, Tile tile, int64_t column, int64_t out_rows, int64_t oc, float* sums,
-                           const Output<T>& o) {
+static void convolve_chunk(const Shape& s, Tile tile, int64_t column, int64_t out_rows, int64_t oc,
+                           float* sums, const Output<T>& o) {
     const float* chunk = tile.input;
     const int64_t tiles = (s.out_w + tile_pixels(kPanels) - 1) / tile_pixels(kPanels);
     tile.input_pixel = s.stride * column;
@@ -232,8 +243,8 @@ static inline void convolve_chunk_of(int64_t panels, const Shape& s, const Tile&
 
 // All pixels of `out_rows` output rows, for `panels` weight panels, at most kMaxPanels, from `first`.
 template <typename T>
-static void convolve_panels(const Shape& s, const Input& input, int64_t out_rows, int64_t first, int64_t panels,
-                            const float* weight, float* sums, const Output<T>& o) {
+static void convolve_panels(const Shape& s, const Input& input, int64_t out_rows, int64_t first,
+                            int64_t panels, const float* weight, float* sums, const Output<T>& o) {
     const int64_t columns = s.columns(), rows = s.input_rows(out_rows);
     Tile tile;
     tile.weight_panel = s.panel_floats();
@@ -250,7 +261,7 @@ static void convolve_panels(const Shape& s, const Input& input, int64_t out_rows
         tile.last = i + 1 == s.chunks();
         convolve_chunk_of<T>(panels, s, tile, column, out_rows, first * kPanel, sums, o);
         tile.weight += tile.kernel_h * tile.run * kPanel;
-        chunk += rows * columns * width;
+        chunk += input.column ? width : rows * columns * width;
     }
 }
 
@@ -260,7 +271,8 @@ static void convolve_strip(const Shape& s, const Input& input, int64_t out_rows,
                            const float* weight, float* sums, const Output<T>& o) {
     const int64_t groups = (end - begin + kMaxPanels - 1) / kMaxPanels;
     for (int64_t g = 0; g < groups; ++g) {
-        const int64_t first = begin + (end - begin) * g / groups, next = begin + (end - begin) * (g + 1) / groups;
+        const int64_t first = begin + (end - begin) * g / groups,
+                      next = begin + (end - begin) * (g + 1) / groups;
         convolve_panels(s, input, out_rows, first, next - first, weight, sums, o);
     }
 }

@@ -48,7 +48,7 @@ struct Resize {
 struct Conv {
     const void* x;
     const float* weight;
-    const float *scale, *shift;  // per output channel; null: 1 and 0
+    const float *scale, *shift;   // per output channel; null: 1 and 0
     const void *residual, *skip;  // or null
     void* out;
     DType dtype;

@@ -1,6 +1,6 @@
-#include "upsample_add_thread.h"
-
 #include <stdexcept>
+
+#include "upsample_add_thread.h"
 
 namespace shelfkern {
 namespace cuda {

@@ -112,9 +112,12 @@ void with_pack(const UpsampleAdd& a, const Run& run) {
 template <typename Run>
 void with_type(const UpsampleAdd& a, const Run& run) {
     switch (a.dtype) {
-        case DType::f32: return with_pack<float>(a, run);
-        case DType::bf16: return with_pack<BF16>(a, run);
-        case DType::f16: return with_pack<F16>(a, run);
+        case DType::f32:
+            return with_pack<float>(a, run);
+        case DType::bf16:
+            return with_pack<BF16>(a, run);
+        case DType::f16:
+            return with_pack<F16>(a, run);
     }
 }
 

@@ -36,9 +36,9 @@ def variants(
     eager = copy.deepcopy(model).to(memory_format=torch.channels_last)
     runs: dict[str, Callable[[], torch.Tensor]] = {"eager": lambda: eager(x_last)}
     if compiled:
-        import torch._inductor.config
+        from torch._inductor import config
 
-        torch._inductor.config.freezing = True
+        config.freezing = True
         frozen = torch.compile(eager)
         runs["torch.compile"] = lambda: frozen(x_last)
     runs["accelerated"] = lambda: fast(x)
@@ -91,6 +91,8 @@ def bench(
     json_path: Path | None,
 ) -> None:
     """Times eager against accelerated, batch 1, interleaved; a wrong result is not timed."""
+    if json_path and not json_path.parent.is_dir():
+        raise click.ClickException(f"json {json_path} cannot be written: {json_path.parent} is not a folder")
     network = getattr(models, model)().eval() if model else open_model(weights, None)
     fast = make_fast(network, dtype, device, backend)
     for size in sizes:

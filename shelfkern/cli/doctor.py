@@ -8,6 +8,7 @@ import platform
 import click
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .. import native
@@ -52,7 +53,7 @@ def kernels_table(results: list[selftest.Result]) -> Table:
     for result in results:
         state = "[red]wrong, switched off[/]" if result.failed else "[green]right[/]"
         if result.error is None:
-            state = f"[yellow]{result.reason}[/]"
+            state = f"[yellow]{escape(result.reason or '')}[/]"
         error = "" if result.error is None else f"{result.error:.1e}"
         table.add_row(result.op, state, error, "PyTorch's own calls")
     return table
@@ -64,7 +65,7 @@ def doctor() -> None:
     console = Console()
     table = Table(show_header=False)
     for name, value in facts():
-        table.add_row(name, value)
+        table.add_row(name, escape(value))
     console.print(table)
     results = selftest.run_all()
     console.print(kernels_table(results))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,20 +17,29 @@ def expand(paths: Iterable[str]) -> Iterator[tuple[Path, Path]]:
     """Files that the paths name, each with the relative name that its results are called after.
 
     A folder gives the images and videos in it and below, with their places in it; a pattern what it
-    matches. A path that matches nothing is given as it is, so that it fails by its own name.
+    matches. A path that matches nothing, and a folder without either, are given as they are, so that
+    they fail by their own names.
     """
     for path in paths:
-        matches = [Path(path)] if Path(path).exists() else [Path(p) for p in sorted(glob.glob(path))]
+        matches = [Path(path)] if _yes(Path(path).exists) else [Path(p) for p in sorted(glob.glob(path))]
         for match in matches or [Path(path)]:
-            if match.is_dir():
-                yield from ((file, file.relative_to(match)) for file in _media(match))
-            else:
-                yield match, Path(match.name)
+            media = _media(match) if _yes(match.is_dir) else []
+            yield from ((file, file.relative_to(match)) for file in media)
+            if not media:
+                yield match, Path(match.name or match.resolve().name)
 
 
 def _media(folder: Path) -> list[Path]:
     suffixes = IMAGE_SUFFIXES | VIDEO_SUFFIXES
-    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in suffixes and file.is_file())
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in suffixes and _yes(file.is_file))
+
+
+def _yes(question: Callable[[], bool]) -> bool:
+    """The answer; no where the system refuses one, since reading the file will then say why."""
+    try:
+        return question()
+    except OSError:
+        return False
 
 
 def is_video(path: Path) -> bool:
@@ -44,6 +53,8 @@ def read_image(path: Path) -> Image.Image:
     Raises:
         OSError, ValueError: it cannot be read.
     """
+    if path.is_dir():
+        raise ValueError("it is a folder without images and videos")
     with Image.open(path) as file:
         file.load()
         image = ImageOps.exif_transpose(file)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 
 import click
@@ -21,6 +22,17 @@ from . import inputs
 from .options import BACKENDS, DTYPES, MODELS, Eager, Predictor, Size, make_fast, open_model
 
 SMALLEST = 32
+
+# What Pillow, PyAV and torch raise for damaged, oversized and unwritable files.
+SKIPPED = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    RuntimeError,
+    MemoryError,
+    Image.DecompressionBombError,
+)
 
 
 class Segmenter:
@@ -114,18 +126,28 @@ def segment_video(segmenter: Segmenter, path: Path, base: Path) -> int:
         import av
     except ImportError:
         raise ValueError("videos need PyAV: pip install 'shelfkern[video]'") from None
-    with av.open(str(path)) as source, replacing(base.with_name(f"{base.name}_overlay.mp4")) as temporary:
-        if not source.streams.video:
-            raise ValueError("it has no video stream")
-        with av.open(str(temporary), "w", format="mp4") as target:
-            return _encode(segmenter, source, target, av)
+    try:
+        with av.open(str(path)) as source, replacing(base.with_name(f"{base.name}_overlay.mp4")) as temporary:
+            if not source.streams.video:
+                raise ValueError("it has no video stream")
+            with av.open(str(temporary), "w", format="mp4") as target:
+                return _encode(segmenter, source, target, av)
+    except av.FFmpegError as error:
+        raise ValueError(error.strerror or str(error)) from error
+
+
+def frame_rate(rate: Fraction | None) -> Fraction:
+    """The rate nearest to a video's that MPEG-4 can say: its numerator has 16 bits. 25 where unknown."""
+    if not rate or not 1 <= rate <= 1000:
+        return Fraction(25)
+    return rate.limit_denominator(min(1001, int(65535 / rate)))
 
 
 def _encode(segmenter: Segmenter, source: object, target: object, av: object) -> int:
-    rate = source.streams.video[0].average_rate or 25
+    rate = frame_rate(source.streams.video[0].average_rate)
     stream, count = None, 0
     for frame in source.decode(video=0):
-        image = frame.to_image()
+        image = frame.to_image().rotate(getattr(frame, "rotation", 0), expand=True)
         labels = segmenter.labels(image)
         painted = visualise.blend(image, labels, segmenter.palette, 0.55)
         # Chroma subsampling needs even sides.
@@ -193,10 +215,12 @@ def segment(
     network. Files that cannot be read are named and skipped; the exit status is then 1.
     """
     network = open_model(weights, model)
+    if network.config.num_classes > 256:
+        raise click.ClickException(
+            f"weights has {network.config.num_classes} classes, label images may have 1 to 256"
+        )
     segmenter = Segmenter(network, make_fast(network, dtype, device, backend), size)
     jobs = list(inputs.expand(paths))
-    if not jobs:
-        raise click.ClickException(f"{' '.join(paths)} holds no images and no videos")
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -210,7 +234,7 @@ def segment(
                 done[0] += segment_video(segmenter, path, base)
             else:
                 done[0] += segment_image(segmenter, path, base, save_scores)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except SKIPPED as error:
             failures.append(path)
             click.echo(f"{path} is skipped: {_sentence(error)}", err=True)
     seconds = time.monotonic() - started

@@ -67,7 +67,9 @@ def check_mask(mask: Image.Image, size: tuple[int, int], path: Path) -> None:
         raise ValueError(f"{path} is {mask.size[0]} x {mask.size[1]}, its image {size[0]} x {size[1]}")
     largest = int(np.asarray(mask).max())
     if largest > IGNORE:
-        raise ValueError(f"{path} holds the index {largest}, it may hold 0 to {IGNORE}, {IGNORE} for unlabelled")
+        raise ValueError(
+            f"{path} holds the index {largest}, it may hold 0 to {IGNORE}, {IGNORE} for unlabelled"
+        )
 
 
 def class_frequencies(frames: list[Frame]) -> np.ndarray:

@@ -28,8 +28,10 @@ def augment(
     Returns:
         the crop as uint8 (height, width, 3), and its mask as uint8 (height, width).
     """
-    image, mask = scaled_crop(image, mask, rng.choice(SCALES), size, ignore, rng)
-    pixels, labels = np.asarray(jitter(image, rng)), np.asarray(mask)
+    image, mask = scaled_crop(image, mask, rng.choice(SCALES), size, rng)
+    # Padded last: contrast blends with the mean, which would lighten the padding and be darkened by it.
+    image, mask = padded(jitter(image, rng), mask, size, ignore)
+    pixels, labels = np.asarray(image), np.asarray(mask)
     if rng.random() < 0.5:
         pixels, labels = pixels[:, ::-1], labels[:, ::-1]
     return pixels, labels
@@ -40,10 +42,9 @@ def scaled_crop(
     mask: Image.Image,
     scale: float,
     size: tuple[int, int],
-    ignore: int,
     rng: np.random.Generator,
 ) -> tuple[Image.Image, Image.Image]:
-    """A random window of the image scaled by `scale` (bilinear, the mask nearest), padded to `size`.
+    """A random window of the image scaled by `scale` (bilinear, the mask nearest), `size` at most.
 
     Only the window is resampled, not the whole image.
     """
@@ -55,13 +56,18 @@ def scaled_crop(
     box = (x / scale, y / scale)
     box += (min((x + inner[0]) / scale, image.width), min((y + inner[1]) / scale, image.height))
     image = image.resize(inner, Image.Resampling.BILINEAR, box=box)
-    mask = mask.resize(inner, Image.Resampling.NEAREST, box=box)
-    if inner == (width, height):
-        return image, mask
-    padded, padded_mask = Image.new("RGB", (width, height)), Image.new("L", (width, height), ignore)
-    padded.paste(image)
-    padded_mask.paste(mask)
-    return padded, padded_mask
+    return image, mask.resize(inner, Image.Resampling.NEAREST, box=box)
+
+
+def padded(
+    image: Image.Image, mask: Image.Image, size: tuple[int, int], ignore: int
+) -> tuple[Image.Image, Image.Image]:
+    """An image at the top left of a black one of `size`, and its mask in one of `ignore`."""
+    height, width = size
+    full, full_mask = Image.new("RGB", (width, height)), Image.new("L", (width, height), ignore)
+    full.paste(image)
+    full_mask.paste(mask)
+    return full, full_mask
 
 
 def jitter(image: Image.Image, rng: np.random.Generator) -> Image.Image:

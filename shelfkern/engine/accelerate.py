@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..nn.shelfnet import ShelfNet
 from .fingerprint import Fingerprint
-from .image import Normalisation, image_size, padded
+from .image import image_size, padded
 from .lower import lower
 from .plan import Plan
 from .program import Program
@@ -78,8 +78,7 @@ class FastShelfNet(nn.Module):
         """Takes up the source model's present weights. Calls do so themselves when they see a change."""
         source = self._source[0]
         fingerprint = Fingerprint(source)
-        normalisation = getattr(source, "normalisation", None) or Normalisation()
-        program = Program(lower(source), self.dtype, self.backend, normalisation, source.align_corners)
+        program = Program(lower(source), self.dtype, self.backend, source.normalisation, source.align_corners)
         # One assignment, so that a call in another thread sees the old pair or the new one.
         self._current = (fingerprint, program)
 
@@ -127,14 +126,17 @@ class FastShelfNet(nn.Module):
             return resize(scores, (padded(h), padded(w)), (h, w))
 
     def _program(self) -> Program:
-        fingerprint, program = self._current
-        if fingerprint.matches():
-            return program
+        current = self._current
+        if self._is_present(*current):
+            return current[1]
         with self._refresh_lock:
-            if not self._current[0].matches():
+            if not self._is_present(*self._current):
                 log.info("the source model changed: folding its weights again")
                 self.refresh()
             return self._current[1]
+
+    def _is_present(self, fingerprint: Fingerprint, program: Program) -> bool:
+        return fingerprint.matches() and program.normalisation == self._source[0].normalisation
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Plans hold native buffers: copies and pickles are made from the source.

@@ -53,10 +53,11 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _end_words(tensor: Tensor) -> list[ctypes.c_uint8 | ctypes.c_uint16 | ctypes.c_uint32 | ctypes.c_uint64]:
+def _end_words(tensor: Tensor) -> list[ctypes._SimpleCData[int]]:
     if tensor.device.type != "cpu" or not tensor.numel() or not tensor.is_contiguous():
         return []
-    word = {1: ctypes.c_uint8, 2: ctypes.c_uint16, 4: ctypes.c_uint32, 8: ctypes.c_uint64}[tensor.itemsize]
+    words = (ctypes.c_uint8, ctypes.c_uint16, ctypes.c_uint32, ctypes.c_uint64)
+    word: type[ctypes._SimpleCData[int]] = words[tensor.itemsize.bit_length() - 1]
     first = tensor.data_ptr()
     last = first + (tensor.numel() - 1) * tensor.itemsize
     return [word.from_address(first), word.from_address(last)]

@@ -21,7 +21,11 @@ def fold_batch_norm(bn: nn.Module, conv_bias: Tensor | None = None) -> tuple[Ten
     Raises:
         TypeError: bn is not a batch norm with running statistics.
     """
-    if not isinstance(bn, nn.modules.batchnorm._BatchNorm) or bn.running_var is None:
+    if (
+        not isinstance(bn, nn.modules.batchnorm._BatchNorm)
+        or bn.running_mean is None
+        or bn.running_var is None
+    ):
         raise TypeError(f"bn is {bn}, it must be a batch norm that tracks running statistics")
     scale = torch.rsqrt(bn.running_var.detach().double() + bn.eps)
     shift = -bn.running_mean.detach().double()

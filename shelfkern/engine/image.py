@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..nn.shelfnet import STRIDE, check_image_size
-
-
-@dataclasses.dataclass(frozen=True)
-class Normalisation:
-    """Of raw images: (image / 255 - mean) / std, RGB. The defaults are ImageNet's."""
-
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+from ..normalisation import Normalisation
 
 
 def image_size(image: Tensor) -> tuple[int, int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -17,9 +18,9 @@ class Kernel:
 
     Attributes:
         run: takes the step's inputs (the images, where it has none; then, in the arena, its temporaries)
-            and its destination; gives the result.
+            and its `Destination`; gives the result.
         in_arena: whether it writes into the arena; otherwise the result is a tensor of its own.
     """
 
-    run: Callable[[Sequence[Tensor], Destination], Tensor]
+    run: Callable[[Sequence[Tensor], Any], Tensor]
     in_arena: bool

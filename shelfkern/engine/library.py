@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import ops
+from ..normalisation import Normalisation
 from . import plan as p
-from .image import Normalisation, prepare_image
+from .image import prepare_image
 from .kernel import Kernel
 
 # Rows of full-size scores that the argmax makes at a time.

@@ -6,7 +6,7 @@ A module is lowered by its exact type, since a subclass may compute something el
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +69,7 @@ class Lowering:
         scale, shift = _affine(conv, bn)
         stride = conv.stride[0]
         inputs = tuple(v for v in (x, residual, skip) if v is not None)
-        source_stride = 1 if x is None else x.stride
+        source_stride = 1 if x is None or x.stride is None else x.stride
         return self.emit(
             p.Conv(
                 self.name(conv),
@@ -104,7 +104,9 @@ def lower(model: ShelfNet) -> p.Plan:
 def _refuse_hooks(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if module._forward_hooks or module._forward_pre_hooks:
-            raise TypeError(f"model has forward hooks at {name!r}, which a plan cannot run: remove them first")
+            raise TypeError(
+                f"model has forward hooks at {name!r}, which a plan cannot run: remove them first"
+            )
 
 
 def _float(tensor: Tensor) -> Tensor:
@@ -141,7 +143,7 @@ def _resnet(lowering: Lowering, module: ResNet, levels: int) -> list[p.Value]:
         features = []
         x = _stem(lowering, module)
     for stage in module.stages:
-        for block in stage:
+        for block in stage.children():
             x = lowering.lower(block, x)
         features.append(x)
     return features[-levels:]
@@ -160,7 +162,7 @@ def _shortcut(lowering: Lowering, block: BasicBlock | Bottleneck, x: p.Value) ->
     if block.downsample is None:
         return x
     conv, bn = block.downsample
-    return lowering.conv(conv, bn, NONE, x)
+    return lowering.conv(cast(nn.Conv2d, conv), bn, NONE, x)
 
 
 def _basic_block(lowering: Lowering, block: BasicBlock, x: p.Value) -> p.Value:
@@ -224,7 +226,8 @@ def _deconv_merge(lowering: Lowering, block: blocks.DeconvMerge, x: p.Value, ski
     lowering.expect(deconv, nn.ConvTranspose2d)
     merged = lowering.value(skip.channels, skip.stride)
     name = lowering.name(deconv)
-    step = p.DeconvAdd(name, (x, skip), merged, _float(deconv.weight), _float(deconv.bias))
+    bias = deconv.weight.new_zeros(deconv.out_channels) if deconv.bias is None else deconv.bias
+    step = p.DeconvAdd(name, (x, skip), merged, _float(deconv.weight), _float(bias))
     return lowering.lower(block.block, lowering.emit(step))
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import native, ops
+from ..normalisation import Normalisation
 from ..ops.stem import affine
 from . import plan as p
-from .image import Normalisation
 from .kernel import Kernel
 
 Run = Callable[[Sequence[Tensor], Tensor], Tensor]
@@ -41,9 +41,7 @@ def _stem(step: p.Stem, normalisation: Normalisation) -> Run:
 
     def run(inputs: Sequence[Tensor], out: Tensor) -> Tensor:
         image = inputs[0] if inputs[0].dtype is torch.uint8 else inputs[0].float()
-        ops.stem_out(
-            image.contiguous(), packed, step.scale, step.shift, factor, offset, out, step.act.slope
-        )
+        ops.stem_out(image.contiguous(), packed, step.scale, step.shift, factor, offset, out, step.act.slope)
         return out
 
     return run
@@ -55,9 +53,7 @@ def _conv(step: p.Conv, normalisation: Normalisation) -> Run:
     def run(inputs: Sequence[Tensor], out: Tensor) -> Tensor:
         residual = inputs[1] if step.residual else None
         skip = inputs[-1] if step.skip else None
-        ops.conv_bn_act_out(
-            inputs[0], packed, step.scale, step.shift, residual, skip, out, step.act.slope
-        )
+        ops.conv_bn_act_out(inputs[0], packed, step.scale, step.shift, residual, skip, out, step.act.slope)
         return out
 
     return run
@@ -85,7 +81,8 @@ def _attention_gate(step: p.AttentionGate, normalisation: Normalisation) -> Run:
 
 def _upsample_add(step: p.UpsampleAdd, normalisation: Normalisation) -> Run:
     def run(inputs: Sequence[Tensor], out: Tensor) -> Tensor:
-        ops.upsample_add_out(*inputs, out)
+        x, skip, gate = inputs
+        ops.upsample_add_out(x, skip, gate, out)
         return out
 
     return run

@@ -225,8 +225,10 @@ class Plan:
         rows = [_row(index, step, n, h, w) for index, step in enumerate(self.steps)]
         header = ("", "op", "detail", "reads", "writes", "shape", "MMAC", "module")
         widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-                 for row in [header, *rows]]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in [header, *rows]
+        ]
         total = f"{len(rows)} steps, {self.macs(n, h, w) / 1e9:.2f} GMAC at {n} x 3 x {h} x {w}"
         return "\n".join([*lines, f"{total}, {self.weight_bytes() / 2**20:.1f} MiB of weights"])
 

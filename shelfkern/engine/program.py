@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import native, ops
+from ..normalisation import Normalisation
 from . import arena, library, native_kernels
-from .image import Normalisation
-from .kernel import Destination, Kernel
+from .kernel import Kernel
 from .plan import Plan, Step, Value
 from .workspace import Size, Workspace, WorkspacePool
 
@@ -57,15 +57,14 @@ class Program:
         layout = arena.lay_out(self.plan, values, *size, self.dtype)
         memory = native.empty((layout.size,), torch.uint8)
 
-        def place(value: Value) -> Destination:
-            if value not in values:
-                return value.shape(*size)
+        def view(value: Value) -> Tensor:
             return arena.view(memory, layout, value, *size, self.dtype)
 
+        outputs = [step.output for step in self.plan.steps]
         return Workspace(
             memory,
-            [place(step.output) for step in self.plan.steps],
-            [[place(value) for value in step.temporaries] for step in self.plan.steps],
+            [view(value) if value in values else value.shape(*size) for value in outputs],
+            [[view(value) for value in step.temporaries if value in values] for step in self.plan.steps],
         )
 
     def low_resolution_scores(self, images: Tensor, workspace: Workspace) -> Tensor:
@@ -73,7 +72,8 @@ class Program:
         values: dict[int, Tensor] = {}
         for index, (step, kernel) in enumerate(zip(self.plan.steps, self.kernels, strict=True)):
             inputs = [values[value.index] for value in step.inputs] or [images]
-            inputs += workspace.temporaries[index] if kernel.in_arena else []
+            if kernel.in_arena:
+                inputs += workspace.temporaries[index]
             values[step.output.index] = kernel.run(inputs, workspace.destinations[index])
             for dead in self._dead_after[index]:
                 del values[dead]

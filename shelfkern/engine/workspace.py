@@ -21,7 +21,7 @@ class Workspace:
 
     arena: Tensor
     destinations: list[Destination]
-    temporaries: list[list[Destination]]
+    temporaries: list[list[Tensor]]
 
 
 class WorkspacePool:

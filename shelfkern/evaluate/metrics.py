@@ -26,8 +26,9 @@ class ConfusionMatrix:
             raise ValueError(f"predicted is {predicted.shape}, truth is {truth.shape}: they must be alike")
         labelled = (truth >= 0) & (truth < self.num_classes)
         true, found = truth[labelled].astype(np.int64), predicted[labelled].astype(np.int64)
-        if found.size and not 0 <= found.min() <= found.max() < self.num_classes:
-            raise ValueError(f"predicted has the class {found.max()}, it may be 0 to {self.num_classes - 1}")
+        strange = found[(found < 0) | (found >= self.num_classes)]
+        if strange.size:
+            raise ValueError(f"predicted has the class {strange[0]}, it may be 0 to {self.num_classes - 1}")
         pairs = np.bincount(true * self.num_classes + found, minlength=self.num_classes**2)
         self.counts += pairs.reshape(self.num_classes, self.num_classes)
 

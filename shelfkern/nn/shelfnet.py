@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..normalisation import Normalisation
 from . import published
 from .backbone import RESNET_STAGES, ResNet, init_weights
 from .blocks import BackboneHead, ConvHead, LinearHead, PresenceHead
@@ -114,10 +115,12 @@ class ShelfNet(nn.Module):
         config: what the model is made of.
         classes: a name per class, where known; `from_weights` sets it.
         palette: an (r, g, b) per class, where known; `from_weights` sets it.
+        normalisation: of the raw images it was trained on; ImageNet's unless `from_weights` sets another.
     """
 
     classes: tuple[str, ...] | None = None
     palette: tuple[tuple[int, int, int], ...] | None = None
+    normalisation: Normalisation = Normalisation()
 
     def __init__(self, config: ShelfNetConfig | None = None) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
 """Weights files of this library: safetensors that say which model they belong to.
 
-The metadata holds `config` (JSON of the `ShelfNetConfig` fields), `normalisation` (JSON of mean and std)
+The metadata holds `config` and `normalisation` (JSON of the fields of `ShelfNetConfig`, `Normalisation`)
 and, where known, `classes` (JSON list of names) and `palette` (JSON list of [r, g, b]).
 """
 
@@ -20,9 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..files import replacing
+from ..normalisation import Normalisation
 from .shelfnet import ShelfNet, ShelfNetConfig
-
-NORMALISATION = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 _OWN_METADATA = ("config", "classes", "palette", "normalisation")
 
@@ -44,7 +43,7 @@ def from_weights(name_or_path: str | os.PathLike[str], device: torch.device | st
         device: where the model is put; the CPU by default.
 
     Returns:
-        The model; `model.classes` and `model.palette` are set where the file knows them.
+        The model; `classes`, `palette` and `normalisation` are set where the file knows them.
 
     Raises:
         FileNotFoundError: neither a shipped name nor a file.
@@ -86,7 +85,7 @@ def save_weights(
         ValueError: `classes`, `palette` or `extra` do not fit, or a weight is too large for `dtype`.
     """
     classes, palette = classes or model.classes, palette or model.palette
-    metadata = _metadata(model.config, classes, palette, extra or {})
+    metadata = _metadata(model, classes, palette, extra or {})
     state = {name: _stored(name, value, dtype) for name, value in model.state_dict().items()}
     with replacing(path) as temporary:
         save_file(state, temporary, metadata)
@@ -108,7 +107,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
 
 
 def _metadata(
-    config: ShelfNetConfig,
+    model: ShelfNet,
     classes: Sequence[str] | None,
     palette: Sequence[Sequence[int]] | None,
     extra: Mapping[str, str],
@@ -116,7 +115,11 @@ def _metadata(
     taken = [key for key in extra if key in _OWN_METADATA]
     if taken:
         raise ValueError(f"extra has the key {taken[0]!r}, it may be any but {', '.join(_OWN_METADATA)}")
-    known: dict[str, Any] = {"config": dataclasses.asdict(config), "normalisation": NORMALISATION}
+    config, normalisation = model.config, model.normalisation
+    known: dict[str, Any] = {
+        "config": dataclasses.asdict(config),
+        "normalisation": dataclasses.asdict(normalisation),
+    }
     if classes is not None:
         known["classes"] = _checked_classes(classes, config.num_classes)
     if palette is not None:
@@ -142,9 +145,8 @@ def _from_file(path: Path, device: torch.device | str | None) -> ShelfNet:
     try:
         config = ShelfNetConfig(**json.loads(metadata["config"]))
         known = {key: json.loads(metadata[key]) for key in _OWN_METADATA if key in metadata}
-        if known.get("normalisation", NORMALISATION) != NORMALISATION:
-            raise ValueError(f"normalisation is {known['normalisation']}, it must be {NORMALISATION}")
         model = _build(config, state, device)
+        model.normalisation = Normalisation(**known.get("normalisation", {}))
         if "classes" in known:
             model.classes = _checked_classes(known["classes"], config.num_classes)
         if "palette" in known:

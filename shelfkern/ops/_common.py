@@ -37,9 +37,9 @@ def check_shape(op: str, name: str, x: Tensor, shape: tuple[int, ...], why: str)
 
 
 def check_device(op: str, name: str, x: Tensor, like: Tensor) -> None:
-    """Raises unless x is where `like` is, which the op calls x."""
+    """Raises unless x is where `like`, the op's input, is."""
     if x.device != like.device:
-        raise ValueError(f"{op}: {name} is on {x.device}, x is on {like.device}: they must be on one device")
+        raise ValueError(f"{op}: {name} is on {x.device}, it must be on the input's {like.device}")
 
 
 def check_same(op: str, name: str, x: Tensor, like: Tensor) -> None:
@@ -89,7 +89,7 @@ def choose(op: str, backend: str, reason: str | None, tensors: tuple[Tensor | No
 
 def channels_last(x: Tensor) -> Tensor:
     """x in NHWC storage, without strides left over from dimensions of size 1."""
-    n, c, h, w = x.shape
+    _, c, h, w = x.shape
     if x.stride() == (h * w * c, 1, w * c, c):
         return x
     return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)

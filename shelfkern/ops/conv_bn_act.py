@@ -14,7 +14,7 @@ from . import _common as common
 OP = "conv_bn_act"
 PANEL = 16
 # Input channels whose weights for 16 output channels, 3x3 x 128 x 16 x 4 bytes, stay in cache while
-# a strip of pixels goes by.
+# a strip of pixels goes by, and whose products are summed from zero, for the sake of rounding.
 MAX_CHUNK = 128
 
 
@@ -42,9 +42,7 @@ class PackedConv:
 def pack_conv(w: Tensor, stride: int = 1, padding: int = 0) -> PackedConv:
     """Packs weights (K, C, kernel_h, kernel_w) for the native kernels."""
     k, c, kernel_h, kernel_w = w.shape
-    # A 1x1's weights are small enough, and unchunked it reads its input in place.
-    chunks = 1 if kernel_h * kernel_w == 1 else -(-c // MAX_CHUNK)
-    chunk = -(-c // chunks)
+    chunk = -(-c // -(-c // MAX_CHUNK))
     panels = -(-k // PANEL)
     padded = F.pad(common.float32(w), (0, 0, 0, 0, 0, 0, 0, panels * PANEL - k))
     parts = [
@@ -205,6 +203,7 @@ def conv_bn_act(
     for name, value in (("scale", scale), ("shift", shift)):
         if value is not None:
             common.check_shape(OP, name, value, (w.shape[0],), f"w of {tuple(w.shape)}")
+            common.check_device(OP, name, value, x)
     for name, value in (("residual", residual), ("skip", skip)):
         if value is not None:
             common.check_shape(OP, name, value, shape, f"x of {tuple(x.shape)} and w of {tuple(w.shape)}")
@@ -217,9 +216,13 @@ def conv_bn_act(
 
 def _check(x: Tensor, w: Tensor, stride: int, padding: int, slope: float | None) -> tuple[int, ...]:
     common.check_4d(OP, "x", x)
+    common.check_tensor(OP, "w", w)
+    common.check_device(OP, "w", w, x)
     if w.ndim != 4 or w.shape[1] != x.shape[1]:
         needs = f"(K, {x.shape[1]}, kernel_h, kernel_w)"
         raise ValueError(f"{OP}: w is {tuple(w.shape)}, x of {tuple(x.shape)} needs {needs}")
+    if min(w.shape) < 1:
+        raise ValueError(f"{OP}: w is {tuple(w.shape)}, every extent must be at least 1")
     if stride < 1 or padding < 0:
         raise ValueError(
             f"{OP}: stride is {stride} and padding {padding}, they must be at least 1 and at least 0"

@@ -6,7 +6,6 @@ convolutions of the input, one a parity, write every second pixel: no zeros are 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -78,10 +77,13 @@ def deconv_add(x: Tensor, w: Tensor, bias: Tensor, skip: Tensor, *, backend: str
     """
     common.check_4d(OP, "x", x)
     n, c, h, width = x.shape
+    common.check_tensor(OP, "w", w)
+    common.check_device(OP, "w", w, x)
     if w.ndim != 4 or w.shape[0] != c or tuple(w.shape[2:]) != (3, 3):
         raise ValueError(f"{OP}: w is {tuple(w.shape)}, x of {tuple(x.shape)} needs ({c}, K, 3, 3)")
     k = w.shape[1]
     common.check_shape(OP, "bias", bias, (k,), f"w of {tuple(w.shape)}")
+    common.check_device(OP, "bias", bias, x)
     common.check_shape(OP, "skip", skip, (n, k, 2 * h, 2 * width), f"x of {tuple(x.shape)}")
     common.check_same(OP, "skip", skip, x)
     if common.choose(OP, backend, can_run(x), (x, w, bias, skip)):

@@ -81,7 +81,12 @@ def _cases() -> dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], tu
             dict(slope=0.01, skip=True),
         ),
         "stem": (stem, stem_reference, (image, *stem_weights), dict(size=(32, 64))),
-        "upsample_add": (upsample_add, upsample_add_reference, (x, _random(2, 19, 14, 18), _random(2, 19)), {}),
+        "upsample_add": (
+            upsample_add,
+            upsample_add_reference,
+            (x, _random(2, 19, 14, 18), _random(2, 19)),
+            {},
+        ),
         "upsample_argmax": (upsample_argmax, upsample_argmax_reference, (x,), dict(size=size, crop=(12, 17))),
         "upsample_bilinear": (
             upsample_bilinear,

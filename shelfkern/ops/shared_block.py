@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from . import _common as common
@@ -61,9 +60,17 @@ def _op(
 ) -> Tensor:
     shape = tuple(x.shape)
     hidden, out = common.empty_channels_last(x, shape), common.empty_channels_last(x, shape)
-    affine = [common.float32(t) for t in (scale1, shift1, scale2, shift2)]
     shared_block_out(
-        common.channels_last(x), pack_conv(w, padding=1), *affine, hidden, out, slope, skip
+        common.channels_last(x),
+        pack_conv(w, padding=1),
+        common.float32(scale1),
+        common.float32(shift1),
+        common.float32(scale2),
+        common.float32(shift2),
+        hidden,
+        out,
+        slope,
+        skip,
     )
     return out
 
@@ -114,11 +121,13 @@ def shared_block(
     common.check_4d(OP, "x", x)
     c = x.shape[1]
     common.check_shape(OP, "w", w, (c, c, 3, 3), f"x of {tuple(x.shape)}")
+    common.check_device(OP, "w", w, x)
     affine = dict(scale1=scale1, shift1=shift1, scale2=scale2, shift2=shift2)
     for name, value in affine.items():
         common.check_shape(OP, name, value, (c,), f"x of {tuple(x.shape)}")
+        common.check_device(OP, name, value, x)
     common.check_slope(OP, slope)
-    tensors = (x, w, *affine.values())
+    tensors = (x, w, scale1, shift1, scale2, shift2)
     if common.choose(OP, backend, can_run(x), tensors):
         return _op(*tensors, slope, skip)
     return shared_block_reference(*tensors, slope, skip)

@@ -138,6 +138,8 @@ def stem(
         common.check_shape(OP, name, value, (w.shape[0],), f"w of {tuple(w.shape)}")
     for name, value in (("mean", mean), ("std", std)):
         common.check_shape(OP, name, value, (3,), "an RGB image")
+    for name, value in (("w", w), ("scale", scale), ("shift", shift), ("mean", mean), ("std", std)):
+        common.check_device(OP, name, value, image)
     common.check_slope(OP, slope)
     reason = can_run(image) or common.native_reason(OP, w)
     tensors = (image, w, scale, shift, mean, std)
@@ -147,6 +149,8 @@ def stem(
 
 
 def _check(image: Tensor, w: Tensor, size: Size | None) -> Size:
+    common.check_tensor(OP, "image", image)
+    common.check_tensor(OP, "w", w)
     raw = image.dtype is torch.uint8
     channels = 3 if raw else 1
     if image.ndim != 4 or image.shape[channels] != 3:
@@ -156,7 +160,7 @@ def _check(image: Tensor, w: Tensor, size: Size | None) -> Size:
         raise TypeError(f"{OP}: image is {image.dtype}, it may be uint8 or w's {w.dtype}")
     if w.ndim != 4 or tuple(w.shape[1:]) != (3, 7, 7):
         raise ValueError(f"{OP}: w is {tuple(w.shape)}, it must be (K, 3, 7, 7)")
-    own = tuple(image.shape[1:3] if raw else image.shape[2:])
+    own = (image.shape[1], image.shape[2]) if raw else (image.shape[2], image.shape[3])
     size = own if size is None else size
     if len(size) != 2 or size[0] < own[0] or size[1] < own[1] or size[0] % 4 or size[1] % 4 or min(size) < 4:
         raise ValueError(f"{OP}: size is {size}, it must be multiples of 4 of at least the image's {own}")

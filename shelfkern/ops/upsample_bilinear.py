@@ -30,7 +30,7 @@ def upsample_bilinear_out(scores: Tensor, size: tuple[int, int], out: Tensor, al
 @common.custom_op(OP)
 def _op(scores: Tensor, size: list[int], crop: list[int], align_corners: bool) -> Tensor:
     out = scores.new_empty((*scores.shape[:2], *crop))
-    upsample_bilinear_out(common.channels_last(scores), tuple(size), out, align_corners)
+    upsample_bilinear_out(common.channels_last(scores), (size[0], size[1]), out, align_corners)
     return out
 
 

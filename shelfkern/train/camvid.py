@@ -10,7 +10,11 @@ import copy
 import csv
 import dataclasses
 import os
+import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -162,37 +166,75 @@ def export(run: Run, matrix: ConfusionMatrix, path: Path) -> None:
     save_weights(run.average, path, classes=camvid.CLASSES, palette=camvid.PALETTE, extra=extra)
 
 
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Holds Ctrl-C back until the block is done: half a step could not be gone on from."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    pressed: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if pressed:
+        raise KeyboardInterrupt
+
+
 def train(run: Run, val: list[camvid.Frame], out: Path, every: int) -> None:
     """Runs to the recipe's last step, with a checkpoint and a validation every `every` steps."""
     losses: list[float] = []
     started, first = time.monotonic(), run.step
     while run.step < run.recipe.steps:
-        losses.append(run.advance())
+        with uninterrupted():
+            losses.append(run.advance())
         if run.step % 25 == 0:
             pace = (time.monotonic() - started) / (run.step - first)
-            click.echo(f"step {run.step}/{run.recipe.steps}  loss {np.mean(losses[-100:]):.3f}  {pace:.2f} s/step")
+            click.echo(
+                f"step {run.step}/{run.recipe.steps}  loss {np.mean(losses[-100:]):.3f}  {pace:.2f} s/step"
+            )
         if run.step % every and run.step < run.recipe.steps:
             continue
-        run.save(out / "checkpoint.pt")
-        matrix = evaluate(run.average, val)
-        row = {"step": run.step, "loss": round(float(np.mean(losses)), 4), "miou": round(matrix.mean_iou(), 4)}
-        row |= {name: round(float(iou), 4) for name, iou in zip(camvid.CLASSES, matrix.iou(), strict=True)}
-        append_row(out / "log.csv", row)
-        export(run, matrix, out / "camvid.safetensors")
-        click.echo(f"step {run.step}  validation mIoU {matrix.mean_iou():.4f}")
+        with uninterrupted():
+            run.save(out / "checkpoint.pt")
+            validate(run, val, out, float(np.mean(losses)))
         losses.clear()
+
+
+def validate(run: Run, val: list[camvid.Frame], out: Path, loss: float) -> None:
+    """Measures the average on whole frames, logs the result and exports the weights."""
+    matrix = evaluate(run.average, val)
+    row = {"step": run.step, "loss": round(loss, 4), "miou": round(matrix.mean_iou(), 4)}
+    row |= {name: round(float(iou), 4) for name, iou in zip(camvid.CLASSES, matrix.iou(), strict=True)}
+    append_row(out / "log.csv", row)
+    export(run, matrix, out / "camvid.safetensors")
+    click.echo(f"step {run.step}  validation mIoU {matrix.mean_iou():.4f}")
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.option("--data", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True)
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True)
-@click.option("--steps", default=Recipe.steps, help="Length of the run; may be changed when it goes on.")
-@click.option("--batch", default=Recipe.batch)
-@click.option("--crop", nargs=2, default=Recipe.crop, help="Height and width, multiples of 32.")
-@click.option("--width", default=Recipe.width, help="Channels of the stem; the published model has 64.")
+@click.option(
+    "--steps",
+    default=Recipe.steps,
+    type=click.IntRange(1),
+    help="Length of the run; may be changed when it goes on.",
+)
+@click.option("--batch", default=Recipe.batch, type=click.IntRange(2))
+@click.option("--crop", nargs=2, default=Recipe.crop, type=click.IntRange(32), help="Height and width.")
+@click.option(
+    "--width",
+    default=Recipe.width,
+    type=click.IntRange(1),
+    help="Channels of the stem; the published model has 64.",
+)
 @click.option("--lr", default=Recipe.lr)
-@click.option("--seed", default=Recipe.seed)
-@click.option("--every", default=250, help="Steps between checkpoints and validations.")
+@click.option("--seed", default=Recipe.seed, type=click.IntRange(0))
+@click.option(
+    "--every", default=250, type=click.IntRange(1), help="Steps between checkpoints and validations."
+)
 def main(data: Path, out: Path, every: int, **recipe: object) -> None:
     """Trains a ShelfNet18-lw on CamVid; goes on where an earlier run in OUT stopped."""
     out.mkdir(parents=True, exist_ok=True)

@@ -8,4 +8,4 @@ def poly_with_warmup(step: int, total: int, base: float, warmup: int, power: flo
 
     Poly decay as published for ShelfNet; `step` counts from 0.
     """
-    return base * min(1.0, (step + 1) / warmup) * (1 - step / total) ** power
+    return base * min(1.0, (step + 1) / max(warmup, 1)) * (1 - step / total) ** power

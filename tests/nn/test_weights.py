@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from shelfkern.nn import from_weights, save_weights, shipped_weights, weights
+from shelfkern.normalisation import Normalisation
 
 CLASSES = ("sky", "road", "tree", "car", "person")
 PALETTE = ((0, 0, 0), (1, 2, 3), (255, 0, 255), (9, 9, 9), (4, 5, 6))
@@ -63,6 +64,13 @@ def test_names_and_colours_come_back_and_stay(model, path) -> None:
     assert metadata(path)["mIoU"] == "61.2"
     save_weights(again, path)
     assert from_weights(path).palette == PALETTE
+
+
+def test_normalisation_comes_back(model, path) -> None:
+    model = copy.deepcopy(model)
+    model.normalisation = Normalisation((0.5, 0.25, 0.125), (1, 2, 3))
+    save_weights(model, path)
+    assert from_weights(path).normalisation == model.normalisation != Normalisation()
 
 
 def test_unknown_names_and_colours_are_none(model, path) -> None:
@@ -149,7 +157,8 @@ def corrupted(path, **changes: str | None) -> None:
         ({"config": '{"nosuch": 1}'}, "does not fit its own metadata: .*nosuch"),
         ({"config": json.dumps({"num_classes": 5})}, "does not fit its own metadata: state_dict lacks"),
         ({"classes": '["a"]'}, "does not fit its own metadata: classes has 1 names"),
-        ({"normalisation": '{"mean": [0, 0, 0]}'}, "does not fit its own metadata: normalisation is "),
+        ({"normalisation": '{"std": [0, 1, 1]}'}, "does not fit its own metadata: normalisation has the std"),
+        ({"normalisation": '{"mean": [0.5]}'}, "does not fit its own metadata: normalisation has the mean"),
     ],
 )
 def test_unfit_files_are_named(model, path, changes: dict, sentence: str) -> None:
