@@ -23,6 +23,7 @@ test: .venv/.test
 bench: .venv/.bench
 	$(BIN)/python benchmarks/models.py $(ARGS)
 	$(BIN)/python benchmarks/table.py
+	$(BIN)/python benchmarks/plot.py
 
 lint: .venv/.lint
 	$(BIN)/ruff check .

@@ -15,7 +15,6 @@ import torch
 
 import shelfkern
 from shelfkern.cli.inputs import read_image
-from shelfkern.data.transforms import normalise
 from shelfkern.files import replacing
 from shelfkern.timing import median_ratio, time_interleaved
 from shelfkern.visualise import overlay
@@ -42,7 +41,7 @@ def main() -> None:
     fast = shelfkern.accelerate(model)
 
     raw = torch.from_numpy(np.array(image))[None]
-    x = torch.from_numpy(normalise(np.asarray(image))).permute(2, 0, 1)[None]
+    x = torch.from_numpy(model.normalisation(np.asarray(image))).permute(2, 0, 1)[None]
     labels = fast.predict(raw)
     OUTPUT.mkdir(exist_ok=True)
     target = OUTPUT / "demo.png"

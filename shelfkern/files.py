@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(path)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"{target} cannot be written: {target.parent} is not a folder")
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    # Of its own for every writer, and short: a name may have 255 bytes.
+    temporary = target.with_name(f".{target.name[:40]}.{uuid.uuid4().hex}.tmp")
     try:
         yield temporary
         temporary.replace(target)

@@ -22,7 +22,8 @@ class Normalisation:
         for name in ("mean", "std"):
             value = tuple(getattr(self, name))
             numbers = all(isinstance(part, (int, float)) for part in value)
-            if len(value) != 3 or not numbers or (name == "std" and not min(value) > 0):
+            positive = numbers and all(part > 0 for part in value)
+            if len(value) != 3 or not numbers or (name == "std" and not positive):
                 needs = "three numbers" if name == "mean" else "three positive numbers"
                 raise ValueError(f"normalisation has the {name} {value}, it must be {needs}")
             object.__setattr__(self, name, value)

@@ -51,10 +51,12 @@ def time_interleaved(
         clock: gives seconds.
 
     Raises:
-        ValueError: rounds is less than 1.
+        ValueError: rounds is less than 1, or there are no variants.
     """
     if rounds < 1:
         raise ValueError(f"rounds is {rounds}, it must be at least 1")
+    if not variants:
+        raise ValueError("variants is empty, it must hold at least one")
     names = list(variants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for index in range(-warmup, rounds):

@@ -5,8 +5,9 @@ namespace shelfkern {
 namespace SHELFKERN_ISA {
 namespace {
 
-// Half of a 512 KiB L2: one chunk of a strip, beside the weights that pass by.
-constexpr int64_t kStripBytes = 224 * 1024;
+// One chunk of a strip and its sums: half of an L2, of 512 KiB or with AVX-512 1 MiB, beside the weights
+// that pass by.
+constexpr int64_t kStripBytes = kMaxPanels == 1 ? 224 * 1024 : 448 * 1024;
 
 int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -55,7 +56,8 @@ struct Cut {
 // for the threads, the one that reads least.
 Cut cut(const Conv& a, const Shape& s) {
     const int64_t panels = divide_up(a.out_c, kPanel);
-    const int64_t row_bytes = s.columns() * min(s.chunk, s.c) * 4;
+    const int64_t sums = s.chunks() > 1 ? a.out_w * kMaxPanels * kPanel : 0;
+    const int64_t row_bytes = (s.columns() * min(s.chunk, s.c) + sums) * 4;
     const int64_t fitting = max(1, (kStripBytes / row_bytes - s.kernel_h) / s.stride + 1);
     const int64_t tasks = a.threads == 1 ? 1 : 4 * a.threads;
     const int64_t weights = panels * s.panel_floats(), input = a.h * a.w * a.c;
@@ -81,7 +83,7 @@ bool used_in_place(const Conv& a, const Shape& s) {
 
 template <typename T>
 void run(const Conv& a) {
-    if (a.n == 0) return;
+    if (a.n * a.out_h * a.out_w == 0) return;
     Shape s{a.c, a.chunk, a.kernel_h, a.kernel_w, a.stride, a.out_w, a.out_c};
     const Cut c = cut(a, s);
     const bool in_place = used_in_place(a, s);

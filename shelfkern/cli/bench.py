@@ -48,7 +48,9 @@ def variants(
 
 def report(timings: dict[str, Timing], errors: dict[str, float], size: tuple[int, int]) -> Table:
     """A table of medians, spread, ratio to eager and error."""
-    table = Table("", "median ms", "p10-p90 ms", "images/s", "times eager", "error", title="x".join(map(str, size)))
+    table = Table(
+        "", "median ms", "p10-p90 ms", "images/s", "times eager", "error", title="x".join(map(str, size))
+    )
     for name, timing in timings.items():
         spread = f"{timing.quantile(0.1) * 1e3:.1f}-{timing.quantile(0.9) * 1e3:.1f}"
         ratio = f"{median_ratio(timings['eager'], timing):.2f}"
@@ -62,7 +64,12 @@ def rows(timings: dict[str, Timing], errors: dict[str, float], about: dict[str, 
     return [
         json.dumps(
             about
-            | {"variant": name, "median_s": timing.median, "seconds": timing.seconds, "error": errors.get(name)}
+            | {
+                "variant": name,
+                "median_s": timing.median,
+                "seconds": timing.seconds,
+                "error": errors.get(name),
+            }
         )
         for name, timing in timings.items()
     ]
@@ -77,7 +84,9 @@ def rows(timings: dict[str, Timing], errors: dict[str, float], about: dict[str, 
 @click.option("--backend", type=click.Choice(BACKENDS[:-1]), default="auto", show_default=True)
 @click.option("--compile", "compiled", is_flag=True, help="Also torch.compile with frozen weights.")
 @click.option("--rounds", default=15, show_default=True, type=click.IntRange(min=1))
-@click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Appends JSON lines.")
+@click.option(
+    "--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Appends JSON lines."
+)
 @torch.no_grad()
 def bench(
     model: str | None,

@@ -41,7 +41,10 @@ def facts() -> list[tuple[str, str]]:
         ("instruction sets", ", ".join(module.isas()) + f" ({module.isa()} in use)" if module else "-"),
         ("threads", native.thread_runtime if module else "-"),
         ("gpu", gpu),
-        ("cuda kernels", f"compiled for {cuda_build}" if cuda_build else "not compiled: no nvcc when installed"),
+        (
+            "cuda kernels",
+            f"compiled for {cuda_build}" if cuda_build else "not compiled: no nvcc when installed",
+        ),
         ("native kernels", f"compiled by {module.compiler}" if module else str(native.why_not)),
         ("library convolutions", onednn_reason() or "oneDNN with fused epilogues"),
     ]
@@ -71,7 +74,9 @@ def doctor() -> None:
     console.print(kernels_table(results))
     wrong = [result.op for result in results if result.failed]
     if native.module is None:
-        console.print("To get the native kernels: install a C++ compiler (g++ or clang++), then reinstall shelfkern.")
+        console.print(
+            "To get the native kernels: install a C++ compiler (g++ or clang++), then reinstall shelfkern."
+        )
     if wrong:
         console.print(f"Switched off for being wrong here: {', '.join(wrong)}.")
         raise SystemExit(1)

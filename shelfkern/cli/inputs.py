@@ -21,8 +21,8 @@ def expand(paths: Iterable[str]) -> Iterator[tuple[Path, Path]]:
     they fail by their own names.
     """
     for path in paths:
-        matches = [Path(path)] if _yes(Path(path).exists) else [Path(p) for p in sorted(glob.glob(path))]
-        for match in matches or [Path(path)]:
+        matches = [path] if _yes(Path(path).exists) else sorted(glob.glob(path))  # noqa: PTH207
+        for match in map(Path, matches or [path]):
             media = _media(match) if _yes(match.is_dir) else []
             yield from ((file, file.relative_to(match)) for file in media)
             if not media:
@@ -31,7 +31,9 @@ def expand(paths: Iterable[str]) -> Iterator[tuple[Path, Path]]:
 
 def _media(folder: Path) -> list[Path]:
     suffixes = IMAGE_SUFFIXES | VIDEO_SUFFIXES
-    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in suffixes and _yes(file.is_file))
+    return sorted(
+        file for file in folder.rglob("*") if file.suffix.lower() in suffixes and _yes(file.is_file)
+    )
 
 
 def _yes(question: Callable[[], bool]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import click
 import torch
@@ -18,6 +18,14 @@ from ..nn import ShelfNet, from_weights, shipped_weights
 MODELS = ("shelfnet18_lw", "shelfnet34_lw", "shelfnet50", "shelfnet101")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BACKENDS = ("auto", "native", "library", "eager")
+
+
+class Predictor(Protocol):
+    """An accelerated model, or a plain one with its interface."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+
+    def predict(self, images: torch.Tensor) -> torch.Tensor: ...
 
 
 class Size(click.ParamType):
@@ -89,8 +97,7 @@ class Eager(nn.Module):
         return self.model(x)
 
     def predict(self, images: torch.Tensor) -> torch.Tensor:
-        """Labels of normalised images."""
+        """Labels (N, H, W) uint8 of raw uint8 images (N, H, W, 3) or of normalised ones."""
+        if images.dtype is torch.uint8:
+            images = torch.from_numpy(self.model.normalisation(images.numpy())).permute(0, 3, 1, 2)
         return self(images).argmax(1).to(torch.uint8)
-
-
-Predictor = Any

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -19,7 +20,7 @@ from .. import visualise
 from ..files import replacing
 from ..nn import ShelfNet
 from . import inputs
-from .options import BACKENDS, DTYPES, MODELS, Eager, Predictor, Size, make_fast, open_model
+from .options import BACKENDS, DTYPES, MODELS, Predictor, Size, make_fast, open_model
 
 SMALLEST = 32
 
@@ -41,6 +42,7 @@ class Segmenter:
     def __init__(self, model: ShelfNet, fast: Predictor, size: tuple[int, ...] | None) -> None:
         self.fast = fast
         self.size = size
+        self.normalisation = model.normalisation
         count = model.config.num_classes
         self.classes = list(model.classes or (f"class {index}" for index in range(count)))
         self.palette = list(model.palette or visualise.default_palette(count))
@@ -58,7 +60,7 @@ class Segmenter:
         """Labels (H, W) uint8 at the image's own size."""
         size = self.network_size(image)
         resized = image if size == image.size else image.resize(size, Image.Resampling.BILINEAR)
-        labels = self.fast.predict(self._tensor(resized))[0].numpy()
+        labels = self.fast.predict(torch.from_numpy(np.array(resized))[None])[0].numpy()
         if size == image.size:
             return labels
         return np.asarray(Image.fromarray(labels).resize(image.size, Image.Resampling.NEAREST))
@@ -66,23 +68,12 @@ class Segmenter:
     def scores(self, image: Image.Image) -> np.ndarray:
         """Scores (classes, h, w) float32 at the size that the network sees."""
         resized = image.resize(self.network_size(image), Image.Resampling.BILINEAR)
-        return self.fast(normalised(resized))[0].float().numpy()
-
-    def _tensor(self, image: Image.Image) -> torch.Tensor:
-        if isinstance(self.fast, Eager):
-            return normalised(image)
-        return torch.from_numpy(np.array(image))[None]
+        x = torch.from_numpy(self.normalisation(np.asarray(resized))).permute(2, 0, 1)[None]
+        return self.fast(x)[0].float().numpy()
 
     def overlay(self, image: Image.Image, labels: np.ndarray) -> Image.Image:
         """The painted picture with its legend."""
         return visualise.overlay(image, labels, self.palette, self.classes)
-
-
-def normalised(image: Image.Image) -> torch.Tensor:
-    """An RGB image as the float (1, 3, H, W) that the network takes."""
-    from ..data.transforms import normalise
-
-    return torch.from_numpy(normalise(np.asarray(image))).permute(2, 0, 1)[None]
 
 
 @dataclasses.dataclass
@@ -143,7 +134,7 @@ def frame_rate(rate: Fraction | None) -> Fraction:
     return rate.limit_denominator(min(1001, int(65535 / rate)))
 
 
-def _encode(segmenter: Segmenter, source: object, target: object, av: object) -> int:
+def _encode(segmenter: Segmenter, source: Any, target: Any, av: Any) -> int:
     rate = frame_rate(source.streams.video[0].average_rate)
     stream, count = None, 0
     for frame in source.decode(video=0):
@@ -192,7 +183,9 @@ def _tracked(jobs: list[tuple[Path, Path]], done: list[int]) -> Iterator[tuple[P
 @click.option("-o", "--output", default="shelfkern_out", type=click.Path(path_type=Path), show_default=True)
 @click.option("--weights", default="camvid", show_default=True, help="A shipped name, or a weights file.")
 @click.option("--model", type=click.Choice(MODELS), help="For a state dict that does not say what it is of.")
-@click.option("--size", type=Size(), help="HEIGHTxWIDTH or longer side that the network sees; own by default.")
+@click.option(
+    "--size", type=Size(), help="HEIGHTxWIDTH or longer side that the network sees; own by default."
+)
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True)
 @click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True)

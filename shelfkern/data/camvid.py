@@ -74,5 +74,7 @@ def check_mask(mask: Image.Image, size: tuple[int, int], path: Path) -> None:
 
 def class_frequencies(frames: list[Frame]) -> np.ndarray:
     """Share of the labelled pixels of each class, (11,) float64."""
-    counts = sum(np.bincount(np.asarray(f.mask).ravel(), minlength=IGNORE + 1) for f in frames)[:IGNORE]
-    return counts / counts.sum()
+    counts = np.zeros(IGNORE + 1, np.int64)
+    for frame in frames:
+        counts += np.bincount(np.asarray(frame.mask).ravel(), minlength=IGNORE + 1)
+    return counts[:IGNORE] / counts[:IGNORE].sum()

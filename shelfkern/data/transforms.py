@@ -10,8 +10,6 @@ from PIL import Image, ImageEnhance
 
 SCALES = (0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
 JITTER = 0.5
-MEAN = np.array([0.485, 0.456, 0.406], np.float32)
-STD = np.array([0.229, 0.224, 0.225], np.float32)
 
 
 def augment(
@@ -53,8 +51,8 @@ def scaled_crop(
     x = int(rng.integers(0, max(scaled_w - width, 0) + 1))
     y = int(rng.integers(0, max(scaled_h - height, 0) + 1))
     inner = (min(width, scaled_w), min(height, scaled_h))
-    box = (x / scale, y / scale)
-    box += (min((x + inner[0]) / scale, image.width), min((y + inner[1]) / scale, image.height))
+    right, bottom = (x + inner[0]) / scale, (y + inner[1]) / scale
+    box = (x / scale, y / scale, min(right, image.width), min(bottom, image.height))
     image = image.resize(inner, Image.Resampling.BILINEAR, box=box)
     return image, mask.resize(inner, Image.Resampling.NEAREST, box=box)
 
@@ -75,8 +73,3 @@ def jitter(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
         image = enhance(image).enhance(rng.uniform(1 - JITTER, 1 + JITTER))
     return image
-
-
-def normalise(pixels: np.ndarray) -> np.ndarray:
-    """uint8 RGB (..., 3) -> float32 (pixels / 255 - mean) / std, ImageNet's."""
-    return (pixels.astype(np.float32) / 255 - MEAN) / STD

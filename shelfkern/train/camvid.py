@@ -13,9 +13,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -23,15 +24,17 @@ import torch
 from torch import Tensor, nn
 
 from ..data import camvid
-from ..data.transforms import augment, normalise
+from ..data.transforms import augment
 from ..evaluate import ConfusionMatrix
 from ..files import replacing
 from ..nn import ShelfNet, save_weights, shelfnet18_lw
+from ..normalisation import Normalisation
 from .losses import class_weights, total_loss
 from .schedule import poly_with_warmup
 
 EMA_DECAY = 0.998
 GRADIENT_NORM = 5.0
+NORMALISATION = Normalisation()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +58,11 @@ def build_model(width: int) -> ShelfNet:
     )
 
 
+def _channels_last(model: ShelfNet) -> ShelfNet:
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
+    return model
+
+
 def batch_at(frames: list[camvid.Frame], recipe: Recipe, step: int) -> tuple[Tensor, Tensor]:
     """Images (N, 3, H, W) and labels (N, H, W) int64 of one step. Every frame is seen once an epoch."""
     images, labels = [], []
@@ -64,7 +72,7 @@ def batch_at(frames: list[camvid.Frame], recipe: Recipe, step: int) -> tuple[Ten
         frame = frames[order[position]]
         rng = np.random.default_rng((recipe.seed, step, index))
         pixels, mask = augment(frame.image, frame.mask, recipe.crop, camvid.IGNORE, rng)
-        images.append(normalise(pixels))
+        images.append(NORMALISATION(pixels))
         labels.append(mask.astype(np.int64))
     x = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
     return x.contiguous(memory_format=torch.channels_last), torch.from_numpy(np.stack(labels))
@@ -76,7 +84,7 @@ class Run:
     def __init__(self, frames: list[camvid.Frame], recipe: Recipe) -> None:
         torch.manual_seed(recipe.seed)
         self.frames, self.recipe, self.step = frames, recipe, 0
-        self.model = build_model(recipe.width).to(memory_format=torch.channels_last)
+        self.model = _channels_last(build_model(recipe.width))
         self.average = copy.deepcopy(self.model).eval()
         self.weights = class_weights(camvid.class_frequencies(frames))
         # No decay of norms and biases, as published.
@@ -124,13 +132,22 @@ class Run:
             "ema": self.average.state_dict(),
             "opt": self.optimizer.state_dict(),
             "step": self.step,
+            "recipe": dataclasses.asdict(self.recipe),
         }
         with replacing(path) as temporary:
             torch.save(state, temporary)
 
     def resume(self, path: Path) -> None:
-        """Takes up a checkpoint of `save`."""
+        """Takes up a checkpoint of `save`.
+
+        Raises:
+            ValueError: it is of a run with another recipe; only the number of steps may differ.
+        """
         state = torch.load(path, weights_only=True)
+        for name, value in dataclasses.asdict(self.recipe).items():
+            before = state["recipe"][name]
+            if value != before and name != "steps":
+                raise ValueError(f"{path} is of a run with {name} {before}, it cannot go on with {value}")
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["opt"])
@@ -143,14 +160,14 @@ def evaluate(model: ShelfNet, frames: list[camvid.Frame], batch: int = 4) -> Con
     matrix = ConfusionMatrix(len(camvid.CLASSES))
     for start in range(0, len(frames), batch):
         part = frames[start : start + batch]
-        pixels = np.stack([normalise(np.asarray(frame.image)) for frame in part])
+        pixels = np.stack([NORMALISATION(np.asarray(frame.image)) for frame in part])
         labels = model(torch.from_numpy(pixels).permute(0, 3, 1, 2)).argmax(1).numpy()
         for frame, predicted in zip(part, labels, strict=True):
             matrix.update(np.asarray(frame.mask), predicted)
     return matrix
 
 
-def append_row(path: Path, row: dict[str, object]) -> None:
+def append_row(path: Path, row: Mapping[str, object]) -> None:
     """Appends a row to a CSV file, with a header where the file is new."""
     is_new = not path.exists()
     with path.open("a", newline="") as file:
@@ -235,19 +252,19 @@ def validate(run: Run, val: list[camvid.Frame], out: Path, loss: float) -> None:
 @click.option(
     "--every", default=250, type=click.IntRange(1), help="Steps between checkpoints and validations."
 )
-def main(data: Path, out: Path, every: int, **recipe: object) -> None:
+def main(data: Path, out: Path, every: int, **recipe: Any) -> None:
     """Trains a ShelfNet18-lw on CamVid; goes on where an earlier run in OUT stopped."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "pid").write_text(str(os.getpid()))
+    checkpoint = out / "checkpoint.pt"
     try:
         run = Run(camvid.load_split(data, "train"), Recipe(**recipe))
         val = camvid.load_split(data, "val")
-    except (FileNotFoundError, ValueError) as error:
+        if checkpoint.exists():
+            run.resume(checkpoint)
+            click.echo(f"going on from step {run.step}")
+    except (OSError, ValueError) as error:
         raise click.ClickException(str(error)) from error
-    checkpoint = out / "checkpoint.pt"
-    if checkpoint.exists():
-        run.resume(checkpoint)
-        click.echo(f"going on from step {run.step}")
     try:
         train(run, val, out, every)
     except KeyboardInterrupt:

@@ -1,0 +1,146 @@
+"""`shelfkern doctor`: what it says of this machine, and of machines that lack something."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+import shelfkern
+from shelfkern import native, ops
+from shelfkern.cli import commands
+from shelfkern.cli import doctor as command
+from shelfkern.ops import selftest
+
+needs_native = pytest.mark.skipif(native.why_not is not None, reason=f"no native kernels: {native.why_not}")
+
+# The module itself: the package's name for it is the command.
+doctor_module = sys.modules[command.callback.__module__]
+
+
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "250")
+
+
+def run() -> Result:
+    result = CliRunner().invoke(commands, ["doctor"])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def rows(text: str) -> dict[str, list[str]]:
+    """The cells of rich's tables by the first of each row."""
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if "│" in line]
+    return {name: cells for name, *cells in lines}
+
+
+def test_versions_and_hardware() -> None:
+    found = rows(run().stdout)
+    assert found["shelfkern"] == [shelfkern.__version__]
+    assert found["torch"] == [torch.__version__]
+    assert found["python"] == [platform.python_version()]
+    assert found["triton"] == [doctor_module.version_of("triton")]
+    assert f"{torch.get_num_threads()} threads for torch" in found["cpu"][0]
+
+
+def test_packages_that_are_not_installed() -> None:
+    assert doctor_module.version_of("no-such-package-anywhere") == "not installed"
+    assert doctor_module.version_of("torch") == torch.__version__
+
+
+@needs_native
+def test_instruction_sets_and_compiler() -> None:
+    found = rows(run().stdout)
+    assert found["instruction sets"] == [f"{', '.join(native.module.isas())} ({native.module.isa()} in use)"]
+    assert found["native kernels"] == [f"compiled by {native.module.compiler}"]
+    assert found["threads"] == [native.thread_runtime]
+
+
+@needs_native
+def test_every_op_is_tested() -> None:
+    result = run()
+    found = rows(result.stdout)
+    assert result.exit_code == 0 and "Switched off" not in result.stdout
+    assert {name for name in found if name in ops.NAMES} == set(ops.NAMES)
+    for name in ops.NAMES:
+        state, error, fallback = found[name]
+        assert state == "right" and float(error) <= selftest.LIMIT and fallback == "PyTorch's own calls"
+
+
+def test_a_wrong_kernel_is_named(monkeypatch) -> None:
+    wrong, nan = selftest.Result("stem", 0.5, None), selftest.Result("deconv_add", float("nan"), None)
+    right = selftest.Result("shared_block", 1e-7, None)
+    monkeypatch.setattr(selftest, "run_all", lambda: [wrong, right, nan])
+    result = run()
+    found = rows(result.stdout)
+    assert result.exit_code == 1
+    assert found["stem"][:2] == ["wrong, switched off", "5.0e-01"] and found["deconv_add"][1] == "nan"
+    assert found["shared_block"][0] == "right"
+    assert "Switched off for being wrong here: stem, deconv_add." in result.stdout
+
+
+@needs_native
+def test_a_kernel_found_wrong_is_switched_off(monkeypatch) -> None:
+    monkeypatch.setattr(native, "disabled", {})
+    monkeypatch.setattr(selftest, "LIMIT", -1.0)
+    assert selftest.run.__wrapped__("upsample_add").failed
+    assert "its self-test failed on this machine" in native.reason("upsample_add")
+
+
+def test_reasons_are_printed_as_they_are(monkeypatch) -> None:
+    reason = "cannot load [/lib/a.so]: pip install 'x[video]'"
+    monkeypatch.setattr(native, "module", None)
+    monkeypatch.setattr(native, "why_not", reason)
+    monkeypatch.setattr(selftest, "run_all", lambda: [selftest.Result("stem", None, reason)])
+    result = run()
+    found = rows(result.stdout)
+    assert result.exit_code == 0
+    assert found["native kernels"] == [reason] and found["stem"] == [reason, "", "PyTorch's own calls"]
+
+
+@pytest.mark.parametrize(
+    "place, message",
+    [
+        (None, "shelfkern._native does not load: "),
+        (pytest, "shelfkern was installed without a C++ compiler; install one and reinstall"),
+    ],
+)
+def test_why_the_module_is_missing(place, message: str, monkeypatch) -> None:
+    monkeypatch.delattr(shelfkern, "_native", raising=False)
+    monkeypatch.setitem(sys.modules, "shelfkern._native", None)
+    if place is not None:
+        monkeypatch.delitem(sys.modules, "shelfkern._native")
+        find = sys.meta_path[:]
+        monkeypatch.setattr(sys, "meta_path", [_Without(find)])
+    module, why_not = native._load()
+    assert module is None and why_not.startswith(message)
+
+
+class _Without:
+    """Finds what the finders find, but for the native module."""
+
+    def __init__(self, finders: list) -> None:
+        self.finders = finders
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> object:
+        if name == "shelfkern._native":
+            return None
+        specs = (finder.find_spec(name, path, target) for finder in self.finders)
+        return next((spec for spec in specs if spec is not None), None)
+
+
+def test_without_the_native_module() -> None:
+    code = "import sys; sys.modules['shelfkern._native'] = None; from shelfkern.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, "doctor"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stderr == ""
+    found = rows(done.stdout)
+    assert found["instruction sets"] == ["-"] and found["threads"] == ["-"]
+    assert found["native kernels"][0].startswith("shelfkern._native does not load: ")
+    assert all(found[name][0].startswith("shelfkern._native does not load: ") for name in ops.NAMES)
+    assert "install a C++ compiler (g++ or clang++), then reinstall shelfkern." in done.stdout

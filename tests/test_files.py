@@ -1,0 +1,128 @@
+"""Replacing files in one step."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from shelfkern import files
+from shelfkern.files import replacing
+
+
+@pytest.fixture(params=[str, Path])
+def target(request, tmp_path):
+    return request.param(tmp_path / "file.bin")
+
+
+def only(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_new_file(target, tmp_path) -> None:
+    with replacing(target) as temporary:
+        assert temporary.parent == tmp_path and temporary != Path(target)
+        temporary.write_bytes(b"new")
+        assert not Path(target).exists()
+    assert only(tmp_path) == {"file.bin": b"new"}
+
+
+def test_the_old_file_is_whole_until_the_end(target, tmp_path) -> None:
+    Path(target).write_bytes(b"old")
+    with replacing(target) as temporary:
+        temporary.write_bytes(b"n")
+        assert Path(target).read_bytes() == b"old"
+        temporary.write_bytes(b"new")
+        assert Path(target).read_bytes() == b"old"
+    assert only(tmp_path) == {"file.bin": b"new"}
+
+
+def test_readers_of_the_old_file_keep_it(tmp_path) -> None:
+    (tmp_path / "file.bin").write_bytes(b"old")
+    with (tmp_path / "file.bin").open("rb") as reader:
+        with replacing(tmp_path / "file.bin") as temporary:
+            temporary.write_bytes(b"new")
+        assert reader.read() == b"old"
+
+
+@pytest.mark.parametrize("error", [OSError, ValueError, KeyboardInterrupt, SystemExit])
+def test_exceptions_leave_the_old_file(error: type[BaseException], target, tmp_path) -> None:
+    Path(target).write_bytes(b"old")
+    with pytest.raises(error), replacing(target) as temporary:
+        temporary.write_bytes(b"half")
+        raise error
+    assert only(tmp_path) == {"file.bin": b"old"}
+
+
+def test_exceptions_leave_no_new_file(target, tmp_path) -> None:
+    with pytest.raises(ValueError), replacing(target) as temporary:
+        temporary.write_bytes(b"half")
+        raise ValueError
+    with pytest.raises(ValueError), replacing(target):
+        raise ValueError
+    assert only(tmp_path) == {}
+
+
+def test_a_target_that_cannot_be_replaced(tmp_path) -> None:
+    (tmp_path / "file.bin").mkdir()
+    with pytest.raises(OSError), replacing(tmp_path / "file.bin") as temporary:
+        temporary.write_bytes(b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["file.bin"]
+
+
+def test_no_such_folder(tmp_path) -> None:
+    target = tmp_path / "nosuch" / "file.bin"
+    sentence = f"{target} cannot be written: {target.parent} is not a folder"
+    with pytest.raises(FileNotFoundError) as info, replacing(target):
+        pytest.fail("it was entered")
+    assert str(info.value) == sentence and not target.parent.exists()
+
+
+def test_a_name_in_the_present_folder(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with replacing("file.bin") as temporary:
+        temporary.write_bytes(b"new")
+    assert only(tmp_path) == {"file.bin": b"new"}
+
+
+def test_the_longest_name_that_a_folder_takes(tmp_path) -> None:
+    target = tmp_path / ("n" * 255)
+    with replacing(target) as temporary:
+        temporary.write_bytes(b"new")
+    assert only(tmp_path) == {target.name: b"new"}
+
+
+def test_two_writers_do_not_meet(tmp_path) -> None:
+    with replacing(tmp_path / "file.bin") as outer:
+        outer.write_bytes(b"outer")
+        with replacing(tmp_path / "file.bin") as inner:
+            inner.write_bytes(b"inner")
+        assert only(tmp_path)["file.bin"] == b"inner"
+    assert only(tmp_path) == {"file.bin": b"outer"}
+
+
+KILLED = """
+import importlib.util, os, signal, sys
+spec = importlib.util.spec_from_file_location("files", sys.argv[1])
+files = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(files)
+with files.replacing(sys.argv[2]) as temporary:
+    temporary.write_bytes(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_writer_leaves_the_old_file(tmp_path) -> None:
+    (tmp_path / "file.bin").write_bytes(b"old")
+    command = [sys.executable, "-c", KILLED, files.__file__, tmp_path / "file.bin"]
+    assert subprocess.run(command, timeout=60).returncode == -signal.SIGKILL
+    assert (tmp_path / "file.bin").read_bytes() == b"old"
+    # What is left is hidden, and is no obstacle to the next writer.
+    left = [path.name for path in tmp_path.iterdir() if path.name != "file.bin"]
+    assert len(left) == 1 and left[0].startswith(".") and left[0].endswith(".tmp")
+    with replacing(tmp_path / "file.bin") as temporary:
+        temporary.write_bytes(b"new")
+    assert (tmp_path / "file.bin").read_bytes() == b"new"
