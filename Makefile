@@ -17,8 +17,9 @@ SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 demo: .venv/.demo
 	$(BIN)/python demo/run.py $(IMAGE)
 
+# The tests that build wheels find cmake and ninja on the path.
 test: .venv/.test
-	$(BIN)/python -m pytest $(ARGS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest $(ARGS)
 
 bench: .venv/.bench
 	$(BIN)/python benchmarks/models.py $(ARGS)

@@ -17,15 +17,6 @@ NARROW_LW = dict(backbone_width=4, widths=(4, 8, 12), head_width=4)
 NARROW_50 = dict(backbone_width=4, widths=(4, 8, 12, 16))
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Layers this small spend their time waiting for a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(params=[".safetensors", ".pth", ".pt"])
 def path(request, tmp_path):
     return tmp_path / f"model{request.param}"

@@ -100,7 +100,9 @@ def test_predict_makes_no_full_size_scores(backend, monkeypatch):
     fast = shelfkern.accelerate(build(config), backend=backend)
     asked = []
     empty = native.empty
-    monkeypatch.setattr(native, "empty", lambda shape, dtype: asked.append(torch.Size(shape)) or empty(shape, dtype))
+    monkeypatch.setattr(
+        native, "empty", lambda shape, dtype: asked.append(torch.Size(shape)) or empty(shape, dtype)
+    )
     x = images(1, 256, 256)
     fast.predict(x)
     labels = [shape for shape in asked if shape[-2:] == (256, 256)]
@@ -153,6 +155,16 @@ def test_results_outlive_later_calls():
     kept, kept_labels = first.clone(), labels.clone()
     fast(-x), fast.predict(-x)
     assert torch.equal(first, kept) and torch.equal(labels, kept_labels)
+
+
+@pytest.mark.parametrize("name", ["attention", "deconv"])
+@torch.no_grad()
+def test_every_number_of_threads_gives_the_same_bits(name):
+    fast, x = shelfkern.accelerate(build(CONFIGS[name])), images(2, 75, 128)
+    scores, labels = fast(x).clone(), fast.predict(x).clone()
+    for count in (2, 3, 8):
+        torch.set_num_threads(count)  # the fixture of all tests sets it back
+        assert torch.equal(fast(x), scores) and torch.equal(fast.predict(x), labels)
 
 
 @torch.no_grad()
@@ -268,7 +280,9 @@ def test_without_onednn_calls(monkeypatch):
 def test_native_by_name_says_why_it_cannot_run(monkeypatch):
     monkeypatch.setattr(native_kernels, "reason", lambda op: "switched off by this test")
     model = build(CONFIGS["attention"])
-    with pytest.raises(RuntimeError, match="backend is 'native', which cannot run stem: switched off by this test"):
+    with pytest.raises(
+        RuntimeError, match="backend is 'native', which cannot run stem: switched off by this test"
+    ):
         shelfkern.accelerate(model, backend="native")
     assert shelfkern.accelerate(model).predict(images(1, 64, 64)).shape == (1, 64, 64)
 
@@ -309,7 +323,9 @@ def test_bad_inputs(bad, error, message):
 
 def test_predict_refuses_other_raw_layouts():
     fast = shelfkern.accelerate(_eval_model())
-    with pytest.raises(ValueError, match=r"images is uint8 \(1, 3, 64, 64\), raw images must be \(N, H, W, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"images is uint8 \(1, 3, 64, 64\), raw images must be \(N, H, W, 3\)"
+    ):
         fast.predict(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
 
 

@@ -30,15 +30,6 @@ SMALLEST = dataclasses.replace(TINY, crop=(32, 32), width=4)
 ARGUMENTS = dict(steps=4, batch=2, crop="32 32", width=4, every=4)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Layers this small spend their time waiting for a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def frame(seed: int, height: int = 72, width: int = 80) -> Frame:
     generator = np.random.default_rng(seed)
     pixels = generator.integers(0, 256, (height, width, 3), np.uint8)
@@ -329,7 +320,7 @@ def test_a_learning_curve_is_drawn(data, tmp_path) -> None:
     result = CliRunner().invoke(curve.main, [str(tmp_path / "run" / "log.csv"), str(picture)])
     assert result.exit_code == 0, result.output
     colours = {colour for _, colour in Image.open(picture).convert("RGB").getcolors(2**20)}
-    assert {(0x1B, 0x6C, 0xA8), (0xB8, 0xC4, 0xCE)} <= colours
+    assert (0x1B, 0x6C, 0xA8) in colours
 
 
 def test_bad_data_is_one_sentence(data, tmp_path) -> None:
