@@ -18,6 +18,9 @@ from torch import Tensor
 # As the enums in csrc/cpu/kernels.h and csrc/cuda/upsample_add.h.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2, torch.float16: 3}
 
+# Ops whose kernel is another op's.
+BUILT_ON = {"deconv_add": "conv_bn_act", "shared_block": "conv_bn_act"}
+
 _RUNTIMES = re.compile(r"/lib(gomp|iomp5|omp)[-.\w]*\.so[.\d]*$")
 
 
@@ -72,7 +75,7 @@ _start()
 
 def reason(op: str) -> str | None:
     """Why an op's native kernel cannot run in this process, None if it can."""
-    return why_not or disabled.get(op)
+    return why_not or disabled.get(op) or disabled.get(BUILT_ON.get(op, op))
 
 
 def disable(op: str, because: str) -> None:

@@ -61,8 +61,9 @@ def test_label_images_hold_labels_and_colours(tmp_path) -> None:
     assert np.array_equal(np.asarray(image.convert("RGB")), np.array(PALETTE, np.uint8)[labels])
 
 
-def test_label_images_of_all_256_classes_in_any_layout(tmp_path) -> None:
-    labels = np.arange(256, dtype=np.uint8).reshape(16, 16).T[::-1]
+@pytest.mark.parametrize("step", [1, -1])
+def test_label_images_of_all_256_classes_in_any_layout(step: int, tmp_path) -> None:
+    labels = np.arange(256, dtype=np.uint8).reshape(16, 16).T[::step]
     palette = visualise.default_palette(256)
     visualise.label_image(labels, palette).save(tmp_path / "a.png")
     image = Image.open(tmp_path / "a.png")

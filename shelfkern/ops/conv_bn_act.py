@@ -39,10 +39,10 @@ class PackedConv:
     chunk: int
 
 
-def pack_conv(w: Tensor, stride: int = 1, padding: int = 0) -> PackedConv:
-    """Packs weights (K, C, kernel_h, kernel_w) for the native kernels."""
+def pack_conv(w: Tensor, stride: int = 1, padding: int = 0, terms: int = MAX_TERMS) -> PackedConv:
+    """Packs weights (K, C, kernel_h, kernel_w) for the native kernels, which sum `terms` products at once."""
     k, c, kernel_h, kernel_w = w.shape
-    chunks = -(-c // max(1, MAX_TERMS // (kernel_h * kernel_w)))
+    chunks = -(-c // max(1, terms // (kernel_h * kernel_w)))
     chunk = -(-c // chunks)
     panels = -(-k // PANEL)
     padded = F.pad(common.float32(w), (0, 0, 0, 0, 0, 0, 0, panels * PANEL - k))

@@ -16,13 +16,16 @@ OP = "deconv_add"
 # Taps of the transposed kernel that reach even and odd outputs, for the input at and after it.
 TAPS = ([1], [2, 0])
 
+# Eager sums every tap apart, so that fewer products than a convolution's make one running sum.
+MAX_TERMS = 128
+
 PackedDeconv = tuple[PackedConv, PackedConv, PackedConv, PackedConv]
 
 
 def pack_deconv(w: Tensor) -> PackedDeconv:
     """Packs weights (C, K, 3, 3) as four convolutions, for even and odd rows and columns."""
     kernels = [w[:, :, rows][:, :, :, columns] for rows in TAPS for columns in TAPS]
-    a, b, c, d = (pack_conv(kernel.transpose(0, 1)) for kernel in kernels)
+    a, b, c, d = (pack_conv(kernel.transpose(0, 1), terms=MAX_TERMS) for kernel in kernels)
     return a, b, c, d
 
 
@@ -33,7 +36,7 @@ def deconv_add_reference(x: Tensor, w: Tensor, bias: Tensor, skip: Tensor) -> Te
 
 def can_run(x: Tensor) -> str | None:
     """Why the native kernel cannot take x, None if it can."""
-    return common.native_reason("conv_bn_act", x) or common.native_reason(OP, x)
+    return common.native_reason(OP, x)
 
 
 def deconv_add_out(x: Tensor, packed: PackedDeconv, bias: Tensor, skip: Tensor, out: Tensor) -> None:

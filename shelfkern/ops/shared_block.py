@@ -27,7 +27,7 @@ def shared_block_reference(
 
 def can_run(x: Tensor) -> str | None:
     """Why the native kernel cannot take x, None if it can."""
-    return common.native_reason("conv_bn_act", x) or common.native_reason(OP, x)
+    return common.native_reason(OP, x)
 
 
 def shared_block_out(

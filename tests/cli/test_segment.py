@@ -22,6 +22,7 @@ from shelfkern import cli, native, visualise
 from shelfkern.cli import commands, inputs
 from shelfkern.cli import segment as command
 from shelfkern.nn import ShelfNet, ShelfNetConfig, from_weights, save_weights, shipped_weights
+from shelfkern.normalisation import Normalisation
 
 CLASSES = ("road", "sky", "tree", "car", "sign")
 PALETTE = ((200, 10, 10), (10, 200, 10), (10, 10, 200), (200, 200, 10), (10, 200, 200))
@@ -36,7 +37,6 @@ CONFIG = ShelfNetConfig(
     head_width=4,
     presence=False,
 )
-MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 
 # The module itself: the package's name for it is the command.
 segment_module = sys.modules[command.callback.__module__]
@@ -81,8 +81,9 @@ def picture(width: int = 90, height: int = 70, seed: int = 0) -> Image.Image:
 
 @torch.no_grad()
 def scores_of(model: ShelfNet, image: Image.Image) -> torch.Tensor:
+    mean, std = torch.tensor(model.normalisation.mean), torch.tensor(model.normalisation.std)
     x = torch.from_numpy(np.array(image)).float() / 255
-    return model(((x - MEAN) / STD).permute(2, 0, 1)[None])[0]
+    return model(((x - mean) / std).permute(2, 0, 1)[None])[0]
 
 
 def assert_labels(path: Path, scores: torch.Tensor) -> None:
@@ -268,6 +269,20 @@ def test_weights_without_names_and_colours(run, tmp_path) -> None:
     assert run(tmp_path / "a.png", "--weights", tmp_path / "plain.safetensors").exit_code == 0
     palette = Image.open(tmp_path / "out" / "a_labels.png").getpalette()
     assert palette[:15] == [value for colour in visualise.default_palette(5) for value in colour]
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_weights_with_a_normalisation_of_their_own(backend: str, run, weights, tmp_path) -> None:
+    image, model = picture(), from_weights(weights)
+    model.normalisation = Normalisation((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
+    save_weights(model, tmp_path / "other.safetensors")
+    image.save(tmp_path / "a.png")
+    options = ["--weights", tmp_path / "other.safetensors", "--backend", backend, "--save-scores"]
+    assert run(tmp_path / "a.png", *options).exit_code == 0
+    scores = scores_of(from_weights(tmp_path / "other.safetensors"), image)
+    saved = np.load(tmp_path / "out" / "a_scores.npy")
+    np.testing.assert_allclose(saved, scores, rtol=0, atol=1e-4 * scores.std().item())
+    assert_labels(tmp_path / "out" / "a_labels.png", scores)
 
 
 # --- pictures of every kind

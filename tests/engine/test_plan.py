@@ -1,5 +1,6 @@
 import collections
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -86,7 +87,7 @@ def test_arena_never_overlaps_what_lives_together(name):
         alive = [v for v in alive if dies[v] >= index] + [step.output]
         together = [*alive, *step.temporaries]
         spans = sorted((layout.offsets[v], layout.offsets[v] + bytes_of[v]) for v in together)
-        assert all(first[1] <= second[0] for first, second in zip(spans, spans[1:]))
+        assert all(first[1] <= second[0] for first, second in itertools.pairwise(spans))
         assert spans[-1][1] <= layout.size
     assert layout.size < sum(bytes_of.values()) / 2
 

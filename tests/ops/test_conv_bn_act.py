@@ -1,0 +1,387 @@
+from __future__ import annotations
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from parity import BACKENDS, DTYPES, assert_as_exact, each_isa, layouts, needs_native, poisoned, random
+from torch import nn
+
+from shelfkern import native, ops
+from shelfkern.ops import conv_bn_act_out, conv_bn_act_reference, pack_conv
+
+# n, c, h, w, k, kernel, stride, padding
+SHAPES = [
+    (1, 40, 6, 10, 64, (3, 3), 1, 1),
+    (2, 33, 5, 7, 17, (3, 3), 2, 1),
+    (1, 3, 17, 33, 20, (7, 7), 2, 3),
+    (2, 17, 9, 4, 3, (1, 1), 1, 0),
+    (1, 40, 7, 9, 33, (1, 1), 2, 0),
+    (1, 257, 4, 3, 1, (1, 1), 1, 0),
+    (1, 1, 1, 1, 1, (3, 3), 1, 1),
+    (2, 1, 9, 12, 17, (2, 5), 1, 2),
+    (1, 5, 8, 8, 6, (3, 1), 3, 0),
+]
+# Sums of hundreds and thousands of products; from 128 input channels more than one chunk of weights.
+LONG = [
+    (1, 64, 16, 16, 64, (3, 3), 1, 1),
+    (1, 128, 16, 16, 64, (3, 3), 1, 1),
+    (1, 300, 3, 5, 17, (3, 3), 1, 1),
+    (1, 512, 8, 8, 64, (3, 3), 1, 1),
+    (1, 2048, 8, 8, 64, (1, 1), 1, 0),
+]
+# Rows so long that a strip is some, or one, or less than one of them.
+WIDE = [
+    (1, 3, 40, 1500, 17, (3, 3), 1, 1),
+    (1, 40, 9, 500, 3, (3, 3), 2, 1),
+    (1, 130, 3, 450, 18, (3, 3), 1, 1),
+    (2, 16, 12, 900, 5, (7, 7), 2, 3),
+    (1, 50, 5, 1200, 33, (1, 1), 2, 0),
+]
+EVERY = ("scale", "shift", "residual", "skip")
+SLOPES = [0.0, 0.01, None]
+
+
+def inputs(n, c, h, w, k, kernel, stride, padding, dtype=torch.float32):
+    """x, w, scale, shift, residual, skip."""
+    weight = random(k, c, *kernel, seed=1) / (c * kernel[0] * kernel[1]) ** 0.5
+    out = (n, k, (h + 2 * padding - kernel[0]) // stride + 1, (w + 2 * padding - kernel[1]) // stride + 1)
+    per_channel = random(k, seed=2, dtype=dtype), random(k, seed=3, dtype=dtype)
+    maps = random(*out, seed=4, dtype=dtype), random(*out, seed=5, dtype=dtype)
+    return random(n, c, h, w, dtype=dtype), weight.to(dtype), *per_channel, *maps
+
+
+def whole(tensors):
+    """Tensors like these of whole numbers from -4 to 4, none 0: float32 sums are exact in any order."""
+    scaled = [t.float() * (4 / t.float().abs().max()) for t in tensors]
+    return [
+        t.round().where(t.abs() > 0.5, 1.0).to(like.dtype) for t, like in zip(scaled, tensors, strict=True)
+    ]
+
+
+def double(tensors):
+    return [None if t is None else t.double() for t in tensors]
+
+
+def only(tensors, parts):
+    """Those after x and w that `parts` names, None for the rest."""
+    rest = [t if name in parts else None for name, t in zip(EVERY, tensors[2:], strict=True)]
+    return [*tensors[:2], *rest]
+
+
+def check(result, args, **options):
+    assert result.dtype is args[0].dtype
+    exact = conv_bn_act_reference(*double(args), **options)
+    # Where eager is exact by luck, one rounding of the largest value.
+    floor = torch.finfo(result.dtype).eps * float(exact.abs().max()) if exact.numel() else 0.0
+    assert_as_exact(result, exact, conv_bn_act_reference(*args, **options), floor)
+
+
+def framed(t, fill):
+    """A larger NHWC tensor of `fill`, and within it a view equal to t."""
+    n, c, h, w = t.shape
+    frame = torch.full((n + 2, h + 2, w + 2, c + 3), fill, dtype=t.dtype)
+    view = frame[1:-1, 1:-1, 1:-1, 1:-2].permute(0, 3, 1, 2)
+    view.copy_(t)
+    return frame, view
+
+
+def fenced(t):
+    """Dense NHWC storage with NaN before and after, and t in it."""
+    n, c, h, w = t.shape
+    fence = 500
+    storage = poisoned((t.numel() + 2 * fence,), t.dtype)
+    view = storage[fence:-fence].view(n, h, w, c).permute(0, 3, 1, 2)
+    view.copy_(t)
+    return storage, view
+
+
+def assert_only_within(storage, view):
+    """All of the view is written, and of the poisoned storage around it nothing."""
+    assert not view.isnan().any()
+    assert (~storage.isnan()).sum() == view.numel()
+
+
+def same_non_finite(result, truth):
+    assert truth.isnan().any() or truth.isinf().any()
+    assert torch.equal(result.isnan(), truth.isnan())
+    assert torch.equal(result.isposinf(), truth.isposinf())
+    assert torch.equal(result.isneginf(), truth.isneginf())
+
+
+def with_threads(count, run):
+    """run() with torch set to this number of threads."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(count)
+        return run()
+    finally:
+        torch.set_num_threads(before)
+
+
+def assert_no_bit_changes(run):
+    """run() gives the same with 1, 2 and 5 threads and again."""
+    first = with_threads(1, run)
+    for count in (2, 5, 5, 1):
+        assert torch.equal(with_threads(count, run), first), f"{count} threads"
+
+
+def test_the_reference_is_the_module():
+    convolution, norm = nn.Conv2d(3, 5, 3, 2, 1, bias=False).double(), nn.BatchNorm2d(5).double().eval()
+    for i, t in enumerate((norm.weight.data, norm.bias.data, norm.running_mean, norm.running_var)):
+        t.copy_(random(5, seed=i).abs())
+    x, residual, skip = random(2, 3, 7, 6).double(), random(2, 5, 4, 3).double(), random(2, 5, 4, 3).double()
+    expected = nn.LeakyReLU(0.01)(norm(convolution(x)) + residual) + skip
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    shift = norm.bias - norm.running_mean * scale
+    result = conv_bn_act_reference(x, convolution.weight, scale, shift, residual, skip, 2, 1, 0.01)
+    torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_is_the_reference(shape, dtype, backend):
+    options = dict(stride=shape[6], padding=shape[7], slope=0.01)
+    args = inputs(*shape, dtype)
+    result = ops.conv_bn_act(*args, **options, backend=backend)
+    check(result, args, **options)
+    assert backend == "reference" or result.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("slope", SLOPES)
+@pytest.mark.parametrize("parts", [(), *((name,) for name in EVERY), EVERY[:2], EVERY[2:], EVERY])
+def test_every_part_of_the_epilogue(parts, slope, dtype, backend):
+    args = only(inputs(1, 12, 5, 8, 19, (3, 3), 1, 1, dtype), parts)
+    check(ops.conv_bn_act(*args, padding=1, slope=slope, backend=backend), args, padding=1, slope=slope)
+
+
+@needs_native
+@pytest.mark.parametrize("shape", SHAPES + LONG + WIDE)
+def test_whole_numbers_are_exact(shape):
+    options = dict(stride=shape[6], padding=shape[7], slope=0.25)
+    args = whole(inputs(*shape))
+    expected = conv_bn_act_reference(*double(args), **options).float()
+    assert torch.equal(ops.conv_bn_act(*args, **options, backend="native"), expected)
+
+
+@needs_native
+@pytest.mark.parametrize("shape", LONG + WIDE)
+def test_bfloat16_is_rounded_once(shape):
+    options = dict(stride=shape[6], padding=shape[7], slope=0.25)
+    args = whole(inputs(*shape, torch.bfloat16))
+    expected = conv_bn_act_reference(*double(args), **options).bfloat16()
+    assert torch.equal(ops.conv_bn_act(*args, **options, backend="native"), expected)
+
+
+@needs_native
+@given(
+    n=st.integers(1, 2), c=st.one_of(st.integers(1, 35), st.sampled_from([128, 129, 257])),
+    h=st.integers(1, 9), w=st.integers(1, 30), k=st.integers(1, 70),
+    kernel=st.sampled_from([(1, 1), (3, 3), (7, 7), (1, 2), (2, 1)]), stride=st.integers(1, 3),
+    padding=st.integers(0, 3), parts=st.sets(st.sampled_from(EVERY)), dtype=st.sampled_from(DTYPES),
+    slope=st.sampled_from([0.0, 0.25, None]), count=st.sampled_from([1, 2, 5]),
+)  # fmt: skip
+@settings(max_examples=25, deadline=None)
+def test_every_isa_writes_all_of_the_output(
+    n, c, h, w, k, kernel, stride, padding, parts, dtype, slope, count
+):
+    assume(h + 2 * padding >= kernel[0] and w + 2 * padding >= kernel[1])
+    args = only(whole(inputs(n, c, h, w, k, kernel, stride, padding, dtype)), parts)
+    expected = conv_bn_act_reference(*double(args), stride, padding, slope).to(dtype)
+    x, weight, scale, shift, residual, skip = args
+    scale, shift = (None if t is None else t.float() for t in (scale, shift))
+    residual, skip = (None if t is None else framed(t, 9.0)[1] for t in (residual, skip))
+    packed, x = pack_conv(weight, stride, padding), fenced(x)[1]
+
+    def run(isa):
+        storage, out = framed(poisoned(expected.shape, dtype), float("nan"))
+        conv_bn_act_out(x, packed, scale, shift, residual, skip, out, slope)
+        assert torch.equal(out, expected), isa
+        assert_only_within(storage, out)
+
+    with_threads(count, lambda: each_isa(run))
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [*LONG, (1, 33, 6, 50, 40, (3, 3), 1, 1), (1, 3, 9, 70, 17, (7, 7), 1, 3)])
+def test_every_isa_is_as_exact(shape, dtype):
+    args, options = inputs(*shape, dtype), dict(padding=shape[7])
+    each_isa(lambda isa: check(ops.conv_bn_act(*args, **options, backend="native"), args, **options))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3)])
+def test_batch_of_none(kernel, backend):
+    args = inputs(0, 3, 5, 7, 17, kernel, 2, 1)
+    result = ops.conv_bn_act(*args, stride=2, padding=1, backend=backend)
+    assert result.shape == args[4].shape and result.dtype is torch.float32
+
+
+@needs_native
+def test_any_strides():
+    x, weight, scale, shift, residual, skip = inputs(2, 12, 3, 5, 7, (3, 3), 1, 1)
+    expected = ops.conv_bn_act(x, weight, scale, shift, residual, skip, padding=1)
+    maps = zip(layouts(x), layouts(residual), reversed(list(layouts(skip))), strict=True)
+    vectors = torch.stack([scale, shift], 1)
+    for (name, x_layout), (_, residual_layout), (_, skip_layout) in maps:
+        args = x_layout, weight.transpose(0, 3).contiguous().transpose(0, 3), *vectors.unbind(1)
+        result = ops.conv_bn_act(*args, residual_layout, skip_layout, padding=1, backend="native")
+        assert torch.equal(result, expected), name
+        assert result.is_contiguous(memory_format=torch.channels_last)
+    expanded = x[:1, :, :1, :1].expand(2, 12, 3, 5)
+    assert torch.equal(
+        ops.conv_bn_act(expanded, weight, padding=1, backend="native"),
+        ops.conv_bn_act(expanded.contiguous(), weight, padding=1, backend="native"),
+    )
+
+
+@needs_native
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3)])
+def test_one_pixel_and_one_column_in_every_layout(kernel):
+    # A dimension of size 1 may have any stride: channels_last and contiguous look alike.
+    for shape in ((2, 5, 1, 1), (1, 5, 4, 1), (1, 1, 3, 4)):
+        n, c, h, w = shape
+        args = whole(inputs(n, c, h, w, 3, kernel, 1, kernel[0] // 2))
+        expected = conv_bn_act_reference(*args, padding=kernel[0] // 2)
+        for name, x in layouts(args[0]):
+            result = ops.conv_bn_act(x, *args[1:], padding=kernel[0] // 2, backend="native")
+            assert torch.equal(result, expected), name
+
+
+@needs_native
+def test_parameters_stay_float32_beside_bfloat16():
+    x, weight, scale, shift, _, _ = inputs(1, 8, 4, 4, 5, (1, 1), 1, 0)
+    result = ops.conv_bn_act(x.bfloat16(), weight, scale, shift, backend="native")
+    assert result.dtype is torch.bfloat16
+    truth = conv_bn_act_reference(*double([x.bfloat16(), weight, scale, shift]))
+    # Half a unit in the last place of bfloat16, and what float32 sums lose.
+    assert ((result.double() - truth).abs() <= truth.abs() * 2.0**-8 + 1e-5).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("slope", SLOPES)
+def test_nan_and_inf_go_where_torch_sends_them(slope, dtype, backend):
+    x, weight, scale, shift, residual, skip = inputs(1, 130, 9, 12, 18, (3, 3), 1, 1, dtype)
+    x[0, 0, 1, 1], x[0, 129, 1, 6], x[0, 64, 7, 10] = float("nan"), float("inf"), -float("inf")
+    residual[0, 17, 4, 4], residual[0, 3, 4, 0] = float("nan"), -float("inf")
+    skip[0, 0, 4, 6], skip[0, 17, 5, 3], skip[0, 2, 1, 7] = float("nan"), float("inf"), -float("inf")
+    args, options = (x, weight, scale, shift, residual, skip), dict(padding=1, slope=slope)
+    result = ops.conv_bn_act(*args, **options, backend=backend)
+    same_non_finite(result, conv_bn_act_reference(*double(args), **options))
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 20, 23, 40, 100, (3, 3), 1, 1), (1, 200, 2, 3, 150, (1, 1), 1, 0)])
+def test_threads_and_repeats_change_no_bit(shape, dtype):
+    args = inputs(*shape, dtype)
+    assert_no_bit_changes(lambda: ops.conv_bn_act(*args, padding=shape[7], backend="native"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_other_dtypes_take_the_reference(dtype):
+    args = inputs(1, 5, 3, 4, 6, (3, 3), 1, 1, dtype)
+    assert torch.equal(ops.conv_bn_act(*args, padding=1), conv_bn_act_reference(*args, padding=1))
+    if native.why_not is None:
+        with pytest.raises(RuntimeError, match=f"conv_bn_act: .*{dtype}"):
+            ops.conv_bn_act(*args, padding=1, backend="native")
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_gradient(backend):
+    args = [t.double().requires_grad_() for t in inputs(1, 2, 4, 3, 2, (3, 3), 2, 1)]
+    options = dict(stride=2, padding=1, slope=0.01, backend=backend)
+    torch.autograd.gradcheck(lambda *args: ops.conv_bn_act(*args, **options), args)
+    x, weight = random(1, 2, 3, 3).requires_grad_(), random(4, 2, 1, 1)
+    assert ops.conv_bn_act(x, weight, backend=backend).requires_grad
+
+
+@needs_native
+def test_native_refuses_to_lose_a_gradient():
+    for needing in range(6):
+        args = [t.requires_grad_(i == needing) for i, t in enumerate(inputs(1, 2, 2, 3, 4, (3, 3), 1, 1))]
+        assert ops.conv_bn_act(*args, padding=1).requires_grad
+        with pytest.raises(RuntimeError, match="grad"):
+            ops.conv_bn_act(*args, padding=1, backend="native")
+        with torch.no_grad():
+            ops.conv_bn_act(*args, padding=1, backend="native")
+
+
+VALID = dict(
+    x=torch.zeros(1, 2, 4, 3),
+    w=torch.zeros(5, 2, 3, 3),
+    scale=torch.zeros(5),
+    shift=torch.zeros(5),
+    residual=torch.zeros(1, 5, 4, 3),
+    skip=torch.zeros(1, 5, 4, 3),
+)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (dict(x=None), TypeError, "x is NoneType"),
+        (dict(x=torch.zeros(2, 4, 3)), ValueError, r"x is \(2, 4, 3\)"),
+        (dict(x=torch.zeros(1, 2, 4, 3, dtype=torch.int64)), TypeError, "x is torch.int64"),
+        (dict(w=torch.zeros(5, 2, 7, 3)), ValueError, r"x is \(1, 2, 4, 3\), too small for w"),
+        (dict(w=torch.zeros(5, 3, 3, 3)), ValueError, r"w is \(5, 3, 3, 3\).*needs \(K, 2, kernel"),
+        (dict(w=torch.zeros(5, 2, 3)), ValueError, r"w is \(5, 2, 3\)"),
+        (dict(w=None), TypeError, "w is NoneType"),
+        (dict(w=torch.zeros(5, 2, 3, 3, device="meta")), ValueError, "w is on meta"),
+        (dict(scale=torch.zeros(5, device="meta")), ValueError, "scale is on meta"),
+        (dict(shift=torch.zeros(5, device="meta")), ValueError, "shift is on meta"),
+        (dict(scale=torch.zeros(4)), ValueError, r"scale is \(4,\).*needs \(5,\)"),
+        (dict(scale=1.0), TypeError, "scale is float"),
+        (dict(shift=torch.zeros(5, 1)), ValueError, r"shift is \(5, 1\).*needs \(5,\)"),
+        (dict(residual=torch.zeros(1, 5, 4, 4)), ValueError, r"residual is .*needs \(1, 5, 4, 3\)"),
+        (dict(residual=torch.zeros(1, 5, 4, 3).half()), TypeError, "residual is torch.float16"),
+        (dict(residual=torch.zeros(1, 5, 4, 3, device="meta")), ValueError, "residual is on meta"),
+        (dict(skip=torch.zeros(2, 5, 4, 3)), ValueError, r"skip is .*needs \(1, 5, 4, 3\)"),
+        (dict(skip=torch.zeros(1, 5, 4, 3).double()), TypeError, "skip is torch.float64"),
+        (dict(skip=torch.zeros(1, 5, 4, 3, device="meta")), ValueError, "skip is on meta"),
+        (dict(stride=0), ValueError, "stride is 0"),
+        (dict(padding=-1), ValueError, "stride is 1 and padding -1"),
+        (dict(slope=1.5), ValueError, "slope is 1.5"),
+        (dict(slope=-0.01), ValueError, "slope is -0.01"),
+        (dict(slope=float("nan")), ValueError, "slope is nan"),
+        (dict(backend="gpu"), ValueError, "backend is 'gpu'"),
+    ],
+)
+def test_refusals(change, error, message, backend):
+    with pytest.raises(error, match=f"^conv_bn_act: {message}"):
+        ops.conv_bn_act(**{**VALID, "padding": 1, "backend": backend, **change})
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 4, 5, 4, (3, 3), 2, 1), (0, 3, 2, 2, 5, (1, 1), 1, 0), (1, 1, 1, 1, 1, (1, 1), 1, 0)]
+)
+@pytest.mark.parametrize("parts", [(), EVERY])
+def test_opcheck(shape, parts):
+    args = only(inputs(*shape), parts)
+    torch.library.opcheck(torch.ops.shelfkern.conv_bn_act.default, (*args, shape[6], shape[7], 0.01))
+
+
+@needs_native
+def test_compile_and_export():
+    args = inputs(2, 8, 5, 4, 6, (3, 3), 2, 1)
+    options = dict(stride=2, padding=1, slope=None)
+    expected = ops.conv_bn_act(*args, **options)
+    compiled = torch.compile(
+        lambda *args: ops.conv_bn_act(*args, **options) * 1, fullgraph=True, backend="aot_eager"
+    )
+    assert torch.equal(compiled(*args), expected)
+
+    class Convolution(nn.Module):
+        def forward(self, *args):
+            return ops.conv_bn_act(*args, **options)
+
+    program = torch.export.export(Convolution(), args)
+    assert "shelfkern.conv_bn_act" in str(program.graph)
+    assert torch.equal(program.module()(*args), expected)

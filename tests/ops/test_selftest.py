@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+import torch
+from parity import each_isa, needs_native
+
+from shelfkern import native, ops
+from shelfkern.ops import selftest
+
+pytestmark = needs_native
+
+# For each op: the native function that it calls, and which of its arguments is the address of its output.
+OUTPUTS = {
+    "attention_gate": ("attention_gate", 4),
+    "conv_bn_act": ("conv_bn_act", 6),
+    "deconv_add": ("conv_bn_act", 6),
+    "shared_block": ("conv_bn_act", 6),
+    "stem": ("stem", 6),
+    "upsample_add": ("upsample_add", 3),
+    "upsample_argmax": ("upsample_argmax", 1),
+    "upsample_bilinear": ("upsample_bilinear", 1),
+}
+
+
+@pytest.fixture(autouse=True)
+def untested(monkeypatch):
+    """No op tested and none switched off, before and after."""
+    monkeypatch.setattr(native, "disabled", {})
+    selftest.run.cache_clear()
+    yield
+    selftest.run.cache_clear()
+
+
+def spoil(monkeypatch, op, value=None):
+    """Makes the first number that the op's kernel writes wrong by a little, or the given float."""
+    function, position = OUTPUTS[op]
+    right = getattr(native.module, function)
+
+    def wrong(*args):
+        right(*args)
+        if op == "upsample_argmax":
+            label = ctypes.c_uint8.from_address(args[position])
+            label.value = (label.value + 1) % 19
+        else:
+            number = ctypes.c_float.from_address(args[position])
+            number.value = number.value + 1e-3 if value is None else value
+
+    monkeypatch.setattr(native.module, function, wrong)
+
+
+def call(op, backend):
+    """What the public op, or with None its reference, makes of the self-test's float32 inputs."""
+    public, reference, tensors, arguments = selftest._cases()[op]
+    narrow = [t.float() if t.is_floating_point() else t for t in tensors]
+    if backend is None:
+        return reference(*narrow, **arguments)
+    return public(*narrow, **arguments, backend=backend)
+
+
+def test_every_op_has_a_case():
+    assert set(selftest._cases()) == set(ops.NAMES) == set(OUTPUTS)
+
+
+def test_all_pass():
+    results = selftest.run_all()
+    assert [result.op for result in results] == list(ops.NAMES)
+    for result in results:
+        assert result.reason is None and 0 <= result.error <= selftest.LIMIT and not result.failed
+    assert native.disabled == {}
+
+
+def test_all_pass_with_every_isa():
+    def run(isa):
+        selftest.run.cache_clear()
+        assert all(result.error <= selftest.LIMIT for result in selftest.run_all()), isa
+
+    each_isa(run)
+
+
+@pytest.mark.parametrize("op", ops.NAMES)
+def test_a_wrong_kernel_is_found_and_switched_off(op, monkeypatch):
+    spoil(monkeypatch, op)
+    assert not torch.equal(call(op, "native"), call(op, None))
+    result = selftest.run(op)
+    assert result.failed and result.error > selftest.LIMIT
+    assert native.reason(op) == native.disabled[op]
+    with pytest.raises(RuntimeError, match=f"^{op}: .*self-test failed"):
+        call(op, "native")
+    assert torch.equal(call(op, "auto"), call(op, None))
+
+
+@pytest.mark.parametrize("op", [op for op in ops.NAMES if op != "upsample_argmax"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_kernel_that_writes_no_number_is_found(op, value, monkeypatch):
+    spoil(monkeypatch, op, value)
+    assert selftest.run(op).failed
+    assert op in native.disabled
+
+
+@pytest.mark.parametrize("op", [op for op in ops.NAMES if OUTPUTS[op][0] == op != "conv_bn_act"])
+def test_the_others_stay_on(op, monkeypatch):
+    spoil(monkeypatch, op)
+    assert [result.op for result in selftest.run_all() if result.failed] == [op]
+    assert list(native.disabled) == [op]
+
+
+def test_ops_that_share_a_wrong_kernel_are_all_off(monkeypatch):
+    spoil(monkeypatch, "conv_bn_act")
+    for result in selftest.run_all():
+        shared = OUTPUTS[result.op][0] == "conv_bn_act"
+        assert shared == (result.failed or result.reason is not None)
+    for op in ("conv_bn_act", "deconv_add", "shared_block"):
+        assert torch.equal(call(op, "auto"), call(op, None))
+
+
+def test_each_op_is_tested_once(monkeypatch):
+    first = selftest.run("upsample_add")
+    spoil(monkeypatch, "upsample_add")
+    assert selftest.run("upsample_add") is first
+
+
+def test_what_cannot_run_has_not_failed():
+    native.disable("stem", "off for a test")
+    result = selftest.run("stem")
+    assert result == selftest.Result("stem", None, "off for a test") and not result.failed
+    assert native.disabled == {"stem": "off for a test"}
+
+
+@pytest.mark.parametrize(
+    "error, failed",
+    [(None, False), (0.0, False), (selftest.LIMIT, False), (2 * selftest.LIMIT, True), (float("nan"), True)],
+)
+def test_what_counts_as_failed(error, failed):
+    assert selftest.Result("stem", error, None).failed is failed

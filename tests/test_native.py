@@ -1,0 +1,247 @@
+from __future__ import annotations
+
+import gc
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+
+import shelfkern
+from shelfkern import native, ops
+
+needs_native = pytest.mark.skipif(native.why_not is not None, reason=f"no native kernels: {native.why_not}")
+MIB = 2**20
+
+
+@pytest.fixture
+def pool():
+    """The native module with an empty pool of buffers, and empty again afterwards."""
+    gc.collect()
+    native.module.clear_buffers()
+    yield native.module
+    native.module.clear_buffers()
+
+
+def in_new_process(code, **environment):
+    """Runs Python code in a process of its own, in which torch has one thread."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        cwd=Path(shelfkern.__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@needs_native
+def test_memory_is_reused_when_a_tensor_is_gone(pool):
+    tensor = native.empty((100, 300), torch.float32)
+    address = tensor.data_ptr()
+    assert tensor.shape == (100, 300) and tensor.is_contiguous() and address % 4096 == 0
+    assert pool.idle_buffer_bytes() == 0
+    del tensor
+    assert pool.idle_buffer_bytes() >= 100 * 300 * 4
+    again = native.empty((300, 100), torch.int32)
+    assert again.data_ptr() == address and pool.idle_buffer_bytes() == 0
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "view_of",
+    [
+        lambda t: t[50:],
+        lambda t: t.T[1],
+        lambda t: t.view(torch.int32),
+        lambda t: t.detach(),
+        lambda t: t.numpy(),
+        lambda t: t.untyped_storage(),
+    ],
+)
+def test_memory_is_not_reused_while_a_view_lives(view_of, pool):
+    tensor = native.empty((100, 300), torch.float32)
+    address = tensor.data_ptr()
+    view = view_of(tensor)
+    del tensor
+    assert pool.idle_buffer_bytes() == 0
+    assert native.empty((100, 300), torch.float32).data_ptr() != address
+    pool.clear_buffers()
+    del view
+    assert native.empty((100, 300), torch.float32).data_ptr() == address
+
+
+@needs_native
+def test_a_buffer_serves_what_is_a_little_smaller(pool):
+    address = native.empty((10 * 4096,), torch.uint8).data_ptr()
+    small = native.empty((7 * 4096,), torch.uint8)
+    assert small.data_ptr() != address and pool.idle_buffer_bytes() == 10 * 4096
+    large = native.empty((11 * 4096,), torch.uint8)
+    assert large.data_ptr() != address and pool.idle_buffer_bytes() == 10 * 4096
+    assert native.empty((9 * 4096,), torch.uint8).data_ptr() == address
+    # It came back whole.
+    assert native.empty((10 * 4096,), torch.uint8).data_ptr() == address
+
+
+@needs_native
+def test_the_pool_is_bounded(pool):
+    limit = pool.buffer_limit()
+    assert 0 < limit <= 1024 * MIB
+    # Untouched memory takes no room.
+    third = limit // 3 // 4096 * 4096
+    buffers = [pool.Buffer(third) for _ in range(5)] + [pool.Buffer(limit + 1)]
+    assert pool.idle_buffer_bytes() == 0
+    while buffers:
+        buffers.pop()
+        assert pool.idle_buffer_bytes() <= limit
+    assert pool.idle_buffer_bytes() == 3 * third
+    pool.clear_buffers()
+    assert pool.idle_buffer_bytes() == 0
+
+
+@needs_native
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 20_000)), max_size=40))
+@settings(max_examples=25, deadline=None)
+def test_living_tensors_keep_their_numbers(steps):
+    living = []
+    for number, (make, value) in enumerate(steps):
+        if make:
+            living.append((native.empty((value,), torch.int32).fill_(number), number))
+        elif living:
+            living.pop(value % len(living))
+        assert all((tensor == expected).all() for tensor, expected in living)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8, torch.int64])
+def test_empty_of_every_dtype(dtype):
+    tensor = native.empty((3, 0, 2), dtype)
+    assert tensor.shape == (3, 0, 2) and tensor.dtype is dtype
+    tensor = native.empty((3, 5), dtype)
+    assert tensor.shape == (3, 5) and tensor.dtype is dtype
+    tensor.copy_(torch.arange(15).view(3, 5))
+    assert tensor.tolist() == torch.arange(15).view(3, 5).tolist()
+    assert native.empty((), dtype).shape == ()
+
+
+def test_disable(monkeypatch):
+    monkeypatch.setattr(native, "disabled", {})
+    before = native.reason("upsample_add")
+    assert before == native.why_not
+    native.disable("upsample_add", "off for a test")
+    assert native.reason("upsample_add") == (native.why_not or "off for a test")
+    assert native.reason("stem") == native.why_not
+    args = torch.ones(1, 2, 2, 3), torch.ones(1, 2, 4, 6)
+    assert torch.equal(ops.upsample_add(*args), ops.upsample_add_reference(*args))
+    message = re.escape(native.why_not or "off for a test")
+    with pytest.raises(RuntimeError, match=f"^upsample_add: .*{message}"):
+        ops.upsample_add(*args, backend="native")
+
+
+@needs_native
+def test_a_disabled_kernel_is_not_called(monkeypatch):
+    monkeypatch.setattr(native, "disabled", {})
+    calls = []
+    right = native.module.upsample_add
+    monkeypatch.setattr(native.module, "upsample_add", lambda *args: (calls.append(1), right(*args)))
+    args = torch.ones(1, 2, 2, 3), torch.ones(1, 2, 4, 6)
+    ops.upsample_add(*args)
+    assert calls == [1]
+    native.disable("upsample_add", "off for a test")
+    ops.upsample_add(*args)
+    assert calls == [1]
+
+
+def test_addresses():
+    tensor = torch.zeros(4)
+    assert native.address(tensor) == tensor.data_ptr() and native.address(None) == 0
+    assert native.address(tensor[1:]) == tensor.data_ptr() + 4
+
+
+@needs_native
+def test_isas():
+    isas = native.module.isas()
+    assert isas[-1] == "baseline" and len(set(isas)) == len(isas)
+    before = native.module.isa()
+    assert before in isas
+    assert not native.module.force_isa("z80") and native.module.isa() == before
+
+
+@needs_native
+def test_kernels_run_on_the_threads_of_torch_or_on_their_own():
+    scores = torch.randn(2, 19, 33, 41, generator=torch.Generator().manual_seed(0))
+    expected = ops.upsample_argmax_reference(scores, (264, 328), (264, 328), True)
+    runtime, threads = native._openmp_runtime(), torch.get_num_threads()
+    assert runtime is None or native.thread_runtime == runtime[0]
+    try:
+        torch.set_num_threads(3)
+        shared = ops.upsample_argmax(scores, (264, 328), backend="native")
+        native.module.set_parallel_runtime(0)
+        own = ops.upsample_argmax(scores, (264, 328), backend="native")
+    finally:
+        native.module.set_parallel_runtime(runtime[1] if runtime else 0)
+        torch.set_num_threads(threads)
+    assert torch.equal(shared, own)
+    assert (own == expected).float().mean() > 0.999
+
+
+@needs_native
+def test_the_environment_chooses_the_isa():
+    isa = native.module.isas()[-1]
+    done = in_new_process("from shelfkern import native; print(native.module.isa())", SHELFKERN_ISA=isa)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == isa
+
+
+@needs_native
+def test_an_unknown_isa_is_an_error():
+    done = in_new_process("import shelfkern", SHELFKERN_ISA="z80")
+    assert done.returncode == 1
+    isas = ", ".join(native.module.isas())
+    assert f"ImportError: SHELFKERN_ISA is 'z80', this CPU can run {isas}" in done.stderr
+
+
+WITHOUT_NATIVE = """
+import sys
+sys.modules["shelfkern._native"] = None
+import torch
+from shelfkern import native, ops
+from shelfkern.ops import selftest
+
+assert native.module is None and "shelfkern._native does not load" in native.why_not, native.why_not
+for op, (public, reference, tensors, arguments) in selftest._cases().items():
+    narrow = [t.float() if t.is_floating_point() else t for t in tensors]
+    assert torch.equal(public(*narrow, **arguments), reference(*narrow, **arguments)), op
+    try:
+        public(*narrow, **arguments, backend="native")
+    except RuntimeError as error:
+        assert str(error).startswith(op + ": ") and native.why_not in str(error), error
+    else:
+        raise AssertionError(op)
+    assert selftest.run(op) == selftest.Result(op, None, native.why_not)
+assert native.empty((2, 3), torch.bfloat16).shape == (2, 3)
+print(*selftest._cases())
+"""
+
+
+def test_without_the_native_module_torch_computes_every_op():
+    done = in_new_process(WITHOUT_NATIVE)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == list(ops.NAMES)
+
+
+def test_a_module_that_does_not_load_is_told_from_one_that_is_not_there(monkeypatch):
+    monkeypatch.delattr(shelfkern, "_native", raising=False)
+    monkeypatch.setitem(sys.modules, "shelfkern._native", None)
+    module, reason = native._load()
+    assert module is None and reason.startswith("shelfkern._native does not load: ")
+    monkeypatch.delitem(sys.modules, "shelfkern._native")
+    monkeypatch.setattr(shelfkern, "__path__", [])
+    monkeypatch.setattr(sys, "meta_path", [f for f in sys.meta_path if "ditable" not in repr(f)])
+    module, reason = native._load()
+    assert module is None and "without a C++ compiler" in reason
