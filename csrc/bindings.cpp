@@ -82,14 +82,13 @@ void conv_bn_act(Address x, Address weight, Address scale, Address shift, Addres
                            threads});
 }
 
-void stem(Address image, Address factor, Address offset, Address weight, Address scale, Address shift,
-          Address out, int image_dtype, int dtype, int64_t n, int64_t image_h, int64_t image_w, int64_t h,
-          int64_t w, int64_t out_c, float slope, int threads) {
+void stem(Address image, Address values, Address weight, Address scale, Address shift, Address out,
+          int image_dtype, int dtype, int64_t n, int64_t image_h, int64_t image_w, int64_t h, int64_t w,
+          int64_t out_c, float slope, int threads) {
     const py::gil_scoped_release unlocked;
-    kernels().stem({pointer(image), pointer<float>(factor), pointer<float>(offset), pointer<float>(weight),
-                    pointer<float>(scale), pointer<float>(shift), pointer(out),
-                    static_cast<DType>(image_dtype), static_cast<DType>(dtype), n, image_h, image_w, h, w,
-                    out_c, slope, threads});
+    kernels().stem({pointer(image), pointer<float>(values), pointer<float>(weight), pointer<float>(scale),
+                    pointer<float>(shift), pointer(out), static_cast<DType>(image_dtype),
+                    static_cast<DType>(dtype), n, image_h, image_w, h, w, out_c, slope, threads});
 }
 
 void upsample_add_cuda(Address x, Address skip, Address gate, Address out, int dtype, int64_t n, int64_t h,

@@ -60,11 +60,11 @@ struct Conv {
 };
 
 // max_pool3x3s2(act(scale * conv7x7s2(image) + shift)) of an image n image_h image_w, seen as h x w
-// with zeros beyond it after normalisation. u8 images are NHWC and normalised by image * factor +
-// offset per channel; float ones NCHW and normalised already.
+// with zeros beyond it after normalisation. u8 images are NHWC, and `values` (256 x 3) holds all that
+// they may hold, normalised; float ones are NCHW and normalised already.
 struct Stem {
     const void* image;
-    const float *factor, *offset;
+    const float* values;
     const float *weight, *scale, *shift;
     void* out;
     DType image_dtype, dtype;

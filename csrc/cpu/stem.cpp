@@ -14,7 +14,7 @@ void read_row(const Stem& a, int64_t n, int64_t y, int64_t count, float* to) {
     if (a.image_dtype == DType::u8) {
         const uint8_t* from = static_cast<const uint8_t*>(a.image) + (n * a.image_h + y) * a.image_w * 3;
         for (int64_t x = 0; x < count; ++x) {
-            for (int64_t k = 0; k < 3; ++k) to[3 * x + k] = from[3 * x + k] * a.factor[k] + a.offset[k];
+            for (int64_t k = 0; k < 3; ++k) to[3 * x + k] = a.values[3 * from[3 * x + k] + k];
         }
         return;
     }

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import native, ops
 from ..normalisation import Normalisation
-from ..ops.stem import affine
+from ..ops.stem import normalised_values
 from . import plan as p
 from .kernel import Kernel
 
@@ -37,11 +37,12 @@ def prepare(step: p.Step, dtype: torch.dtype, normalisation: Normalisation) -> K
 
 def _stem(step: p.Stem, normalisation: Normalisation) -> Run:
     packed = ops.pack_conv(step.weight, stride=2, padding=3)
-    factor, offset = affine(torch.tensor(normalisation.mean), torch.tensor(normalisation.std))
+    mean, std = torch.tensor([normalisation.mean, normalisation.std], dtype=torch.float64)
+    values = normalised_values(mean, std)
 
     def run(inputs: Sequence[Tensor], out: Tensor) -> Tensor:
         image = inputs[0] if inputs[0].dtype is torch.uint8 else inputs[0].float()
-        ops.stem_out(image.contiguous(), packed, step.scale, step.shift, factor, offset, out, step.act.slope)
+        ops.stem_out(image.contiguous(), packed, step.scale, step.shift, values, out, step.act.slope)
         return out
 
     return run

@@ -55,14 +55,14 @@ def check_slope(op: str, slope: float | None) -> None:
         raise ValueError(f"{op}: slope is {slope}, it may be None (no activation) or from 0 (relu) to 1")
 
 
-def native_reason(op: str, x: Tensor) -> str | None:
-    """Why the native kernel cannot take x, None if it can."""
+def native_reason(op: str, x: Tensor, name: str = "x") -> str | None:
+    """Why the native kernel cannot take x, the argument `name`; None if it can."""
     if native.reason(op) is not None:
         return native.reason(op)
     if x.device.type != "cpu":
-        return f"x is on {x.device}, the native kernel runs on the cpu"
+        return f"{name} is on {x.device}, the native kernel runs on the cpu"
     if x.dtype not in NATIVE_DTYPES:
-        return f"x is {x.dtype}, the native kernel takes float32 and bfloat16"
+        return f"{name} is {x.dtype}, the native kernel takes float32 and bfloat16"
     return None
 
 

@@ -40,10 +40,10 @@ def can_run(image: Tensor) -> str | None:
     return None
 
 
-def affine(mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
-    """Factor and offset per channel, float32: (v / 255 - mean) / std = v * factor + offset."""
-    mean, std = mean.double(), std.double()
-    return common.float32(1 / (255 * std)), common.float32(-mean / std)
+def normalised_values(mean: Tensor, std: Tensor) -> Tensor:
+    """(v / 255 - mean) / std of every v from 0 to 255, rounded once: float32 (256, 3)."""
+    values = torch.arange(256, dtype=torch.float64, device=mean.device)[:, None] / 255
+    return common.float32((values - mean.double()) / std.double())
 
 
 def stem_out(
@@ -51,8 +51,7 @@ def stem_out(
     packed: PackedConv,
     scale: Tensor,
     shift: Tensor,
-    factor: Tensor,
-    offset: Tensor,
+    values: Tensor,
     out: Tensor,
     slope: float | None,
 ) -> None:
@@ -62,8 +61,7 @@ def stem_out(
     image_h, image_w = image.shape[1:3] if raw else image.shape[2:]
     native.module.stem(
         image.data_ptr(),
-        factor.data_ptr(),
-        offset.data_ptr(),
+        values.data_ptr(),
         packed.data.data_ptr(),
         scale.data_ptr(),
         shift.data_ptr(),
@@ -89,7 +87,7 @@ def _op(
 ) -> Tensor:  # fmt: skip
     out = _empty(image, w, size)
     packed = pack_conv(w, stride=2, padding=3)
-    parameters = (common.float32(scale), common.float32(shift), *affine(mean, std))
+    parameters = (common.float32(scale), common.float32(shift), normalised_values(mean, std))
     stem_out(image.contiguous(), packed, *parameters, out, slope)
     return out
 
@@ -141,7 +139,7 @@ def stem(
     for name, value in (("w", w), ("scale", scale), ("shift", shift), ("mean", mean), ("std", std)):
         common.check_device(OP, name, value, image)
     common.check_slope(OP, slope)
-    reason = can_run(image) or common.native_reason(OP, w)
+    reason = can_run(image) or common.native_reason(OP, w, "w")
     tensors = (image, w, scale, shift, mean, std)
     if common.choose(OP, backend, reason, tensors):
         return _op(*tensors, list(size), slope)

@@ -40,13 +40,20 @@ def poisoned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def assert_as_exact(result: Tensor, truth: Tensor, eager: Tensor, floor: float = 0.0) -> None:
-    """Every error is at most twice eager's greatest, or the floor where eager happens to be exact."""
+    """The error is at most twice eager's, in the root mean square; the floor is for where eager is exact.
+
+    The largest of a few hundred roundings is a lottery: eager's own differs twofold from one CPU to the
+    next. It is held below four times eager's, which finds a wrong pixel.
+    """
     assert truth.dtype is torch.float64 and result.shape == truth.shape
     if truth.numel() == 0:
         return
-    allowed = max(2 * (eager.double() - truth).abs().max().item(), floor)
-    error = (result.double() - truth).abs().max().item()
-    assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
+    errors, allowed = (result.double() - truth).abs(), (eager.double() - truth).abs()
+    for name, found, limit in (
+        ("root mean square", errors.square().mean().sqrt(), 2 * allowed.square().mean().sqrt()),
+        ("largest", errors.max(), 4 * allowed.max()),
+    ):
+        assert found <= max(float(limit), floor), f"{name} error {found:.3g}, allowed {limit:.3g}"
 
 
 def each_isa(run: Callable[[str], None]) -> None:

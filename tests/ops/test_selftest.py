@@ -17,7 +17,7 @@ OUTPUTS = {
     "conv_bn_act": ("conv_bn_act", 6),
     "deconv_add": ("conv_bn_act", 6),
     "shared_block": ("conv_bn_act", 6),
-    "stem": ("stem", 6),
+    "stem": ("stem", 5),
     "upsample_add": ("upsample_add", 3),
     "upsample_argmax": ("upsample_argmax", 1),
     "upsample_bilinear": ("upsample_bilinear", 1),

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from shelfkern import native, ops
 from shelfkern.ops import pack_conv, stem_out, stem_reference
-from shelfkern.ops.stem import affine, normalise
+from shelfkern.ops.stem import normalise, normalised_values
 
 # n, h, w, k, and the size that the image is seen as
 SHAPES = [
@@ -169,7 +169,7 @@ def test_every_isa_writes_all_of_the_output(n, h, w, k, beyond, slope, raw, dtyp
     image = pixels(n, h, w)
     normalised = image.permute(0, 3, 1, 2).float() - 3
     expected = truth(normalised, weight, scale, shift, WHOLE_MEAN, WHOLE_STD, size, slope).to(dtype)
-    packed, norm = pack_conv(weight, stride=2, padding=3), affine(WHOLE_MEAN, WHOLE_STD)
+    packed, values = pack_conv(weight, stride=2, padding=3), normalised_values(WHOLE_MEAN, WHOLE_STD)
     if not raw:
         # As an NHWC tensor of another shape, since stem takes it contiguous, with NaN around.
         image = fenced(normalised.reshape(n, -1, 1, 1))[1].view(n, 3, h, w)
@@ -177,7 +177,7 @@ def test_every_isa_writes_all_of_the_output(n, h, w, k, beyond, slope, raw, dtyp
 
     def run(isa):
         storage, out = fenced(poisoned(expected.shape, dtype))
-        stem_out(image, packed, scale.float(), shift.float(), *norm, out, slope)
+        stem_out(image, packed, scale.float(), shift.float(), values, out, slope)
         assert torch.equal(out, expected), isa
         assert_only_within(storage, out)
 
