@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 import shelfkern
 from shelfkern import nn as models
+from shelfkern.cli.bench import MAX_ERROR, error_of
 from shelfkern.timing import Timing, environment, median_ratio, time_interleaved
 
 RESULTS = Path(__file__).parent / "results"
-# Largest error of the scores over their standard deviation, by dtype, and share of equal labels.
-MAX_ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.3}
+# Share of equal labels.
 MIN_AGREEMENT = 0.999
 
 
@@ -60,13 +60,13 @@ class _Labels(nn.Module):
         return self.model(x).argmax(1).to(torch.uint8)
 
 
-def check(result: Tensor, truth: Tensor, labels: bool, dtype: torch.dtype) -> tuple[bool, float]:
+def check(result: Tensor, truth: Tensor, labels: bool) -> tuple[bool, float]:
     """Whether a result is right, and its error: over the scores' deviation, or the share of other labels."""
     if labels:
         error = (result != truth.argmax(1)).double().mean().item()
         return error <= 1 - MIN_AGREEMENT, error
-    error = ((result.float() - truth).abs().max() / truth.std()).item()
-    return error <= MAX_ERROR[dtype], error
+    error = error_of(result, truth)
+    return error <= MAX_ERROR["float32"], error
 
 
 def run_case(name: str, size: tuple[int, int], labels: bool, rounds: int) -> list[dict[str, object]]:
@@ -79,7 +79,7 @@ def run_case(name: str, size: tuple[int, int], labels: bool, rounds: int) -> lis
     truth = model(x)
     errors = {}
     for variant, run in list(variants.items()):
-        right, errors[variant] = check(run(), truth, labels, torch.float32)
+        right, errors[variant] = check(run(), truth, labels)
         if not right:
             click.echo(f"{name} {size}: {variant} is wrong by {errors[variant]:.2g}, not timed", err=True)
             del variants[variant]
