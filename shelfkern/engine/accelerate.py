@@ -50,7 +50,7 @@ def accelerate(
         raise TypeError(f"model is a {type(model).__qualname__}, it must be a shelfkern.nn.ShelfNet")
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype}, on a CPU it may be {' or '.join(map(str, DTYPES))}")
-    if device is not None and torch.device(device).type != "cpu":
+    if device is not None and str(device).partition(":")[0] != "cpu":
         raise ValueError(f"device is {str(device)!r}, it may be 'cpu'")
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}, it may be one of {', '.join(BACKENDS)}")

@@ -119,7 +119,8 @@ class ResNet(nn.Module):
 def init_weights(module: nn.Module) -> None:
     """He initialisation (fan out) of every convolution, ones and zeros for norms, zeros for biases."""
     for m in module.modules():
-        if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)):
+        # On the meta device there is nothing to draw, and trying takes seconds of imports.
+        if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)) and not m.weight.is_meta:
             nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
             if m.bias is not None:
                 torch.nn.init.zeros_(m.bias)

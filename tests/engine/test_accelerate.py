@@ -297,6 +297,11 @@ def _eval_model():
         (lambda: shelfkern.accelerate(torch.nn.ReLU()), TypeError, "model is a ReLU, it must be a"),
         (lambda: shelfkern.accelerate(_eval_model(), dtype=torch.int8), ValueError, "dtype is torch.int8"),
         (lambda: shelfkern.accelerate(_eval_model(), device="cuda"), ValueError, "device is 'cuda', it may"),
+        (
+            lambda: shelfkern.accelerate(_eval_model(), device="no such"),
+            ValueError,
+            "device is 'no such', it may",
+        ),
         (lambda: shelfkern.accelerate(_eval_model(), backend="fast"), ValueError, "backend is 'fast'"),
     ],
 )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -76,6 +78,13 @@ def test_normalisation_comes_back(model, path) -> None:
 def test_unknown_names_and_colours_are_none(model, path) -> None:
     save_weights(model, path)
     assert from_weights(path).classes is None and from_weights(path).palette is None
+
+
+def test_building_imports_no_compiler(model, path) -> None:
+    save_weights(model, path)
+    build = f"import sys, shelfkern; shelfkern.nn.from_weights({str(path)!r})"
+    code = f"{build}; assert 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_building_leaves_the_random_state(model, path) -> None:
