@@ -14,7 +14,6 @@ from pathlib import Path
 
 import click
 import torch
-import torch._inductor.config
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -43,7 +42,7 @@ def peers(model: nn.Module, x: Tensor, labels: bool) -> dict[str, Callable[[], T
     def finished(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
         return (lambda: run().argmax(1).to(torch.uint8)) if labels else run
 
-    compiled = torch.compile(_Labels(channels_last) if labels else channels_last)
+    compiled = torch.compile(_Labels(channels_last) if labels else channels_last, options={"freezing": True})
     return {
         "eager": finished(lambda: model(x)),
         "eager channels_last": finished(lambda: channels_last(x_last)),
@@ -131,7 +130,6 @@ def show(rows: list[dict[str, object]]) -> None:
 @torch.no_grad()
 def main(names: tuple[str, ...], sizes: tuple[tuple[int, int], ...], rounds: int, out: Path) -> None:
     """Times models on the CPU beside eager and torch.compile; replaces OUT."""
-    torch._inductor.config.freezing = True
     rows = []
     for name in names:
         for size in sizes:

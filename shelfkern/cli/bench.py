@@ -41,10 +41,7 @@ def variants(
     eager.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
     runs: dict[str, Callable[[], torch.Tensor]] = {"eager": lambda: eager(x_last)}
     if compiled:
-        from torch._inductor import config
-
-        config.freezing = True
-        frozen = torch.compile(eager)
+        frozen = torch.compile(eager, options={"freezing": True})
         runs["torch.compile"] = lambda: frozen(x_last)
     runs["accelerated"] = lambda: fast(x)
     runs["accelerated, labels"] = lambda: fast.predict(x)

@@ -217,6 +217,19 @@ def test_a_pure_wheel_works(pure_wheel, tmp_path) -> None:
     assert why_not == "shelfkern was installed without a C++ compiler; install one and reinstall"
 
 
+SEGMENT = """
+from PIL import Image
+from shelfkern.cli import commands
+Image.effect_noise((64, 48), 90).convert("RGB").save("photo.png")
+commands(["segment", "photo.png"], standalone_mode=False)
+print(Image.open("shelfkern_out/photo_labels.png").size)
+"""
+
+
+def test_a_pure_wheel_segments_with_the_weights_that_ship(pure_wheel, tmp_path) -> None:
+    assert run_python(unpacked(pure_wheel, tmp_path), SEGMENT).splitlines()[-1] == "(64, 48)"
+
+
 def test_without_a_compiler_the_wheel_is_pure(checkout, empty, tmp_path) -> None:
     wheel = built(checkout, tmp_path / "out", PATH=empty, SHELFKERN_NATIVE="auto")
     assert wheel.name.endswith("-py3-none-any.whl")
