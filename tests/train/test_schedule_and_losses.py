@@ -52,7 +52,7 @@ def test_power() -> None:
 
 def test_class_weights_formula() -> None:
     frequencies = [0.5, 0.3, 0.19, 0.01]
-    raw = [1 / math.log(1.06 + frequency) for frequency in frequencies]
+    raw = [1 / math.log(1.1 + frequency) for frequency in frequencies]
     mean = sum(weight * frequency for weight, frequency in zip(raw, frequencies, strict=True))
     weights = class_weights(np.array(frequencies))
     assert weights.dtype is torch.float32
