@@ -137,6 +137,7 @@ def main(names: tuple[str, ...], sizes: tuple[tuple[int, int], ...], rounds: int
                 rows += run_case(name, size, labels, rounds)
                 torch.compiler.reset()
     about = environment() | {"command": "python benchmarks/models.py"}
+    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("".join(json.dumps(row | about) + "\n" for row in rows))
     show(rows)
 
