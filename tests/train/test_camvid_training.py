@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,14 @@ from shelfkern.train.schedule import poly_with_warmup
 TINY = Recipe(steps=6, batch=2, crop=(64, 64), width=8, warmup=2)
 SMALLEST = dataclasses.replace(TINY, crop=(32, 32), width=4)
 ARGUMENTS = dict(steps=4, batch=2, crop="32 32", width=4, every=4)
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c_interrupts() -> Iterator[None]:
+    """As in a terminal: a process started in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def frame(seed: int, height: int = 72, width: int = 80) -> Frame:
