@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# As the enums in csrc/cpu/kernels.h and csrc/cuda/upsample_add.h.
+# As the enums in csrc/cpu/kernels.h and csrc/cuda.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2, torch.float16: 3}
 
-# Ops whose kernel is another op's.
+# Ops whose CPU kernel is another op's.
 BUILT_ON = {"deconv_add": "conv_bn_act", "shared_block": "conv_bn_act"}
 
 _RUNTIMES = re.compile(r"/lib(gomp|iomp5|omp)[-.\w]*\.so[.\d]*$")
@@ -52,9 +52,26 @@ def _openmp_runtime() -> tuple[str, int] | None:
     return None
 
 
+def _load_emulation() -> tuple[Any, str | None]:
+    try:
+        from . import _emulation  # type: ignore[attr-defined]  # compiled
+    except ImportError as error:
+        if "_emulation" in str(error) and "cannot import name" in str(error):
+            return (
+                None,
+                "shelfkern was installed without the emulator; set SHELFKERN_EMULATION=1 and reinstall",
+            )
+        return None, f"shelfkern._emulation does not load: {error}"
+    return _emulation, None
+
+
 module, why_not = _load()
+# The CUDA C++ kernels: on a GPU, and on the CPU thread by thread.
+cuda = getattr(module, "cuda", None)
+emulation, why_not_emulated = _load_emulation()
 thread_runtime = "threads of its own"
-disabled: dict[str, str] = {}
+# Kernels that a self-test found wrong, by backend and op.
+disabled: dict[tuple[str, str], str] = {}
 
 
 def _start() -> None:
@@ -74,13 +91,26 @@ _start()
 
 
 def reason(op: str) -> str | None:
-    """Why an op's native kernel cannot run in this process, None if it can."""
-    return why_not or disabled.get(op) or disabled.get(BUILT_ON.get(op, op))
+    """Why an op's CPU kernel cannot run in this process, None if it can."""
+    return why_not or disabled_reason(op, "native") or disabled_reason(BUILT_ON.get(op, op), "native")
 
 
-def disable(op: str, because: str) -> None:
-    """Switches an op's native kernel off in this process."""
-    disabled[op] = because
+def cuda_reason() -> str | None:
+    """Why CUDA C++ kernels cannot run in this process, None if they can."""
+    if cuda is None:
+        return why_not or "shelfkern was installed without nvcc; install it and reinstall"
+    # Asked when needed: the first question starts CUDA, after which the process may not fork.
+    return None if torch.cuda.is_available() else "there is no GPU that torch can use"
+
+
+def disabled_reason(op: str, backend: str) -> str | None:
+    """Why an op's kernel was switched off, None if it was not."""
+    return disabled.get((backend, op))
+
+
+def disable(op: str, because: str, backend: str = "native") -> None:
+    """Switches an op's kernel off in this process."""
+    disabled[backend, op] = because
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -223,7 +223,7 @@ for op, (public, reference, tensors, arguments) in selftest._cases().items():
         assert str(error).startswith(op + ": ") and native.why_not in str(error), error
     else:
         raise AssertionError(op)
-    assert selftest.run(op) == selftest.Result(op, None, native.why_not)
+    assert selftest.run(op) == selftest.Result(op, "native", None, native.why_not)
 assert native.empty((2, 3), torch.bfloat16).shape == (2, 3)
 print(*selftest._cases())
 """

@@ -51,14 +51,14 @@ def facts() -> list[tuple[str, str]]:
 
 
 def kernels_table(results: list[selftest.Result]) -> Table:
-    """Every op's native kernel: right, wrong, or why it cannot run."""
-    table = Table("op", "native kernel", "error", "without it")
+    """Every kernel of every op: right, wrong, or why it cannot run."""
+    table = Table("kernel", "state", "error")
     for result in results:
         state = "[red]wrong, switched off[/]" if result.failed else "[green]right[/]"
         if result.error is None:
             state = f"[yellow]{escape(result.reason or '')}[/]"
         error = "" if result.error is None else f"{result.error:.1e}"
-        table.add_row(result.op, state, error, "PyTorch's own calls")
+        table.add_row(f"{result.op} ({result.backend})", state, error)
     return table
 
 
@@ -72,7 +72,7 @@ def doctor() -> None:
     console.print(table)
     results = selftest.run_all()
     console.print(kernels_table(results))
-    wrong = [result.op for result in results if result.failed]
+    wrong = [f"{result.op} ({result.backend})" for result in results if result.failed]
     if native.module is None:
         console.print(
             "To get the native kernels: install a C++ compiler (g++ or clang++), then reinstall shelfkern."

@@ -186,7 +186,7 @@ _PREPARE: dict[type[p.Step], Callable[..., Run]] = {
 }
 
 
-def upsample_argmax_out(scores: Tensor, full: tuple[int, int], out: Tensor, align_corners: bool) -> None:
+def upsample_argmax_native(scores: Tensor, full: tuple[int, int], out: Tensor, align_corners: bool) -> None:
     """Labels of the bilinear resize of scores (N, C, h, w) to `full`, cropped to out (N, H, W).
 
     A strip of rows at a time: full-size scores are never made.

@@ -42,7 +42,7 @@ def _stem(step: p.Stem, normalisation: Normalisation) -> Run:
 
     def run(inputs: Sequence[Tensor], out: Tensor) -> Tensor:
         image = inputs[0] if inputs[0].dtype is torch.uint8 else inputs[0].float()
-        ops.stem_out(image.contiguous(), packed, step.scale, step.shift, values, out, step.act.slope)
+        ops.stem_native(image.contiguous(), packed, step.scale, step.shift, values, out, step.act.slope)
         return out
 
     return run
@@ -54,7 +54,7 @@ def _conv(step: p.Conv, normalisation: Normalisation) -> Run:
     def run(inputs: Sequence[Tensor], out: Tensor) -> Tensor:
         residual = inputs[1] if step.residual else None
         skip = inputs[-1] if step.skip else None
-        ops.conv_bn_act_out(inputs[0], packed, step.scale, step.shift, residual, skip, out, step.act.slope)
+        ops.conv_bn_act_native(inputs[0], packed, step.scale, step.shift, residual, skip, out, step.act.slope)
         return out
 
     return run
@@ -66,7 +66,7 @@ def _shared_block(step: p.SharedBlockStep, normalisation: Normalisation) -> Run:
 
     def run(inputs: Sequence[Tensor], out: Tensor) -> Tensor:
         x, hidden = inputs
-        ops.shared_block_out(x, packed, *norms, hidden, out, step.act.slope, step.skip)
+        ops.shared_block_native(x, packed, *norms, hidden, out, step.act.slope, step.skip)
         return out
 
     return run
@@ -74,7 +74,7 @@ def _shared_block(step: p.SharedBlockStep, normalisation: Normalisation) -> Run:
 
 def _attention_gate(step: p.AttentionGate, normalisation: Normalisation) -> Run:
     def run(inputs: Sequence[Tensor], out: Tensor) -> Tensor:
-        ops.attention_gate_out(inputs[0], step.weight, step.scale, step.shift, out)
+        ops.attention_gate_native(inputs[0], step.weight, step.scale, step.shift, out)
         return out
 
     return run
@@ -83,7 +83,7 @@ def _attention_gate(step: p.AttentionGate, normalisation: Normalisation) -> Run:
 def _upsample_add(step: p.UpsampleAdd, normalisation: Normalisation) -> Run:
     def run(inputs: Sequence[Tensor], out: Tensor) -> Tensor:
         x, skip, gate = inputs
-        ops.upsample_add_out(x, skip, gate, out)
+        ops.upsample_add_native(x, skip, gate, out)
         return out
 
     return run
@@ -93,7 +93,7 @@ def _deconv_add(step: p.DeconvAdd, normalisation: Normalisation) -> Run:
     packed = ops.pack_deconv(step.weight)
 
     def run(inputs: Sequence[Tensor], out: Tensor) -> Tensor:
-        ops.deconv_add_out(inputs[0], packed, step.bias, inputs[1], out)
+        ops.deconv_add_native(inputs[0], packed, step.bias, inputs[1], out)
         return out
 
     return run

@@ -83,7 +83,7 @@ class Program:
         """Scores resized to `full` (padded) pixels and cropped to `size`, contiguous, in `dtype`."""
         out = native.empty((*scores.shape[:2], *size), self.dtype)
         if self._reason("upsample_bilinear") is None:
-            ops.upsample_bilinear_out(scores, full, out, self.align_corners)
+            ops.upsample_bilinear_native(scores, full, out, self.align_corners)
         else:
             resized = F.interpolate(scores, full, mode="bilinear", align_corners=self.align_corners)
             out.copy_(resized[:, :, : size[0], : size[1]])
@@ -93,9 +93,9 @@ class Program:
         """Labels (N, H, W) uint8 of `resize`, without making it."""
         out = native.empty((scores.shape[0], *size), torch.uint8)
         if self._reason("upsample_argmax") is None:
-            ops.upsample_argmax_out(scores, full, out, self.align_corners)
+            ops.upsample_argmax_native(scores, full, out, self.align_corners)
         else:
-            library.upsample_argmax_out(scores, full, out, self.align_corners)
+            library.upsample_argmax_native(scores, full, out, self.align_corners)
         return out
 
     def _reason(self, op: str) -> str | None:

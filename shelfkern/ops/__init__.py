@@ -1,52 +1,46 @@
 """The fused ops, one file each. In every file: reference, can-run check, kernel, registered op, public op."""
 
-from .attention_gate import attention_gate, attention_gate_out, attention_gate_reference
-from .conv_bn_act import PackedConv, conv_bn_act, conv_bn_act_out, conv_bn_act_reference, pack_conv
-from .deconv_add import deconv_add, deconv_add_out, deconv_add_reference, pack_deconv
-from .shared_block import shared_block, shared_block_out, shared_block_reference
-from .stem import stem, stem_out, stem_reference
-from .upsample_add import upsample_add, upsample_add_out, upsample_add_reference
-from .upsample_argmax import upsample_argmax, upsample_argmax_out, upsample_argmax_reference
-from .upsample_bilinear import upsample_bilinear, upsample_bilinear_out, upsample_bilinear_reference
+from ._backends import BACKENDS, KERNELS
+from .attention_gate import attention_gate, attention_gate_native, attention_gate_reference
+from .conv_bn_act import PackedConv, conv_bn_act, conv_bn_act_native, conv_bn_act_reference, pack_conv
+from .deconv_add import deconv_add, deconv_add_native, deconv_add_reference, pack_deconv
+from .shared_block import shared_block, shared_block_native, shared_block_reference
+from .stem import stem, stem_native, stem_reference
+from .upsample_add import upsample_add, upsample_add_native, upsample_add_reference
+from .upsample_argmax import upsample_argmax, upsample_argmax_native, upsample_argmax_reference
+from .upsample_bilinear import upsample_bilinear, upsample_bilinear_native, upsample_bilinear_reference
 
-NAMES = (
-    "attention_gate",
-    "conv_bn_act",
-    "deconv_add",
-    "shared_block",
-    "stem",
-    "upsample_add",
-    "upsample_argmax",
-    "upsample_bilinear",
-)
+NAMES = tuple(KERNELS)
 
 __all__ = [
+    "BACKENDS",
+    "KERNELS",
     "NAMES",
     "PackedConv",
     "attention_gate",
-    "attention_gate_out",
+    "attention_gate_native",
     "attention_gate_reference",
     "conv_bn_act",
-    "conv_bn_act_out",
+    "conv_bn_act_native",
     "conv_bn_act_reference",
     "deconv_add",
-    "deconv_add_out",
+    "deconv_add_native",
     "deconv_add_reference",
     "pack_conv",
     "pack_deconv",
     "shared_block",
-    "shared_block_out",
+    "shared_block_native",
     "shared_block_reference",
     "stem",
-    "stem_out",
+    "stem_native",
     "stem_reference",
     "upsample_add",
-    "upsample_add_out",
+    "upsample_add_native",
     "upsample_add_reference",
     "upsample_argmax",
-    "upsample_argmax_out",
+    "upsample_argmax_native",
     "upsample_argmax_reference",
     "upsample_bilinear",
-    "upsample_bilinear_out",
+    "upsample_bilinear_native",
     "upsample_bilinear_reference",
 ]

@@ -1,17 +1,9 @@
-"""What every op shares: checks of tensors, layouts, the choice of a backend."""
+"""What every op shares: checks of tensors, and layouts. BACKENDS (native, triton, ...): see _backends.py."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
-
-from .. import native
-
-BACKENDS = ("auto", "native", "reference")
-NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def check_tensor(op: str, name: str, x: object) -> None:
@@ -55,38 +47,6 @@ def check_slope(op: str, slope: float | None) -> None:
         raise ValueError(f"{op}: slope is {slope}, it may be None (no activation) or from 0 (relu) to 1")
 
 
-def native_reason(op: str, x: Tensor, name: str = "x") -> str | None:
-    """Why the native kernel cannot take x, the argument `name`; None if it can."""
-    if native.reason(op) is not None:
-        return native.reason(op)
-    if x.device.type != "cpu":
-        return f"{name} is on {x.device}, the native kernel runs on the cpu"
-    if x.dtype not in NATIVE_DTYPES:
-        return f"{name} is {x.dtype}, the native kernel takes float32 and bfloat16"
-    return None
-
-
-def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd would record a call with these tensors."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def choose(op: str, backend: str, reason: str | None, tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether the native kernel runs: by name if it can, with "auto" where it can.
-
-    Raises:
-        ValueError: backend is none of `BACKENDS`.
-        RuntimeError: backend="native" and it cannot run, or autograd would need its gradient.
-    """
-    if backend not in BACKENDS:
-        raise ValueError(f"{op}: backend is {backend!r}, it may be one of {', '.join(BACKENDS)}")
-    if needs_grad(*tensors) and reason is None:
-        reason = "an input requires grad, and the native kernel has no gradient"
-    if backend == "native" and reason is not None:
-        raise RuntimeError(f"{op}: backend is 'native', which cannot run: {reason}")
-    return backend != "reference" and reason is None
-
-
 def channels_last(x: Tensor) -> Tensor:
     """x in NHWC storage, without strides left over from dimensions of size 1."""
     _, c, h, w = x.shape
@@ -116,9 +76,3 @@ def activate(x: Tensor, slope: float | None) -> Tensor:
 def native_slope(slope: float | None) -> float:
     """A slope as kernels take it: 1 is no activation."""
     return 1.0 if slope is None else slope
-
-
-def custom_op(name: str) -> Callable[[Callable[..., Any]], Any]:
-    """Registers a function as shelfkern::name, which torch.compile and torch.export see as one op."""
-    # On other devices' tensors the kernel would take their addresses for its own.
-    return torch.library.custom_op(f"shelfkern::{name}", mutates_args=(), device_types="cpu")

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import native
+from . import _backends as backends
 from . import _common as common
 
 Size = tuple[int, int]
@@ -18,11 +19,11 @@ def reference(scores: Tensor, size: Size, crop: Size, align_corners: bool) -> Te
     return full[:, :, : crop[0], : crop[1]]
 
 
-def reason(op: str, scores: Tensor) -> str | None:
-    """Why the native kernel cannot take scores, None if it can."""
+def reasons(op: str, scores: Tensor) -> backends.Reasons:
+    """Why each kernel cannot take scores; None for those that can."""
     if scores.shape[2] * scores.shape[3] == 0:
-        return "scores has no pixels"
-    return common.native_reason(op, scores)
+        return dict.fromkeys(backends.KERNELS[op], "scores has no pixels")
+    return backends.reasons(op, scores, "scores")
 
 
 def check(op: str, scores: Tensor, size: Size, crop: Size | None) -> Size:

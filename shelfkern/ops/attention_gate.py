@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import native
+from . import _backends as backends
 from . import _common as common
 
 OP = "attention_gate"
@@ -18,14 +19,14 @@ def attention_gate_reference(x: Tensor, w: Tensor, scale: Tensor, shift: Tensor)
     return torch.sigmoid(scale.to(dtype) * (pooled @ w.to(dtype).T) + shift.to(dtype))
 
 
-def can_run(x: Tensor) -> str | None:
-    """Why the native kernel cannot take x, None if it can."""
+def can_run(x: Tensor) -> backends.Reasons:
+    """Why each kernel cannot take x; None for those that can."""
     if x.shape[2] * x.shape[3] == 0:
-        return "x has no pixels"
-    return common.native_reason(OP, x)
+        return dict.fromkeys(backends.KERNELS[OP], "x has no pixels")
+    return backends.reasons(OP, x)
 
 
-def attention_gate_out(x: Tensor, w: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:
+def attention_gate_native(x: Tensor, w: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:
     """The native kernel into `out` (N, K) float32, unchecked: NHWC storage, parameters float32."""
     n, c, height, width = x.shape
     native.module.attention_gate(
@@ -40,16 +41,16 @@ def attention_gate_out(x: Tensor, w: Tensor, scale: Tensor, shift: Tensor, out: 
     )  # fmt: skip
 
 
-@common.custom_op(OP)
-def _op(x: Tensor, w: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+@backends.custom_op(OP)
+def _op(x: Tensor, w: Tensor, scale: Tensor, shift: Tensor, backend: str) -> Tensor:
     out = x.new_empty((x.shape[0], w.shape[0]), dtype=torch.float32)
     parameters = (common.float32(w), common.float32(scale), common.float32(shift))
-    attention_gate_out(common.channels_last(x), *parameters, out)
+    attention_gate_native(common.channels_last(x), *parameters, out)
     return out
 
 
 @_op.register_fake
-def _(x: Tensor, w: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def _(x: Tensor, w: Tensor, scale: Tensor, shift: Tensor, backend: str) -> Tensor:
     return x.new_empty((x.shape[0], w.shape[0]), dtype=torch.float32)
 
 
@@ -60,14 +61,14 @@ def attention_gate(x: Tensor, w: Tensor, scale: Tensor, shift: Tensor, *, backen
         x: (N, C, H, W), floating, any strides.
         w: (K, C), the 1x1 convolution's weights.
         scale, shift: (K,), the folded batch norm.
-        backend: "native", "reference", or "auto": native where it can.
+        backend: one of `BACKENDS`; "auto" takes the best kernel that can run, else torch's own calls.
 
     Returns:
         (N, K) float32 (float64 for a float64 x).
 
     Raises:
         ValueError, TypeError: a shape, device or dtype does not fit; the message names it.
-        RuntimeError: backend="native" and the native kernel cannot run.
+        RuntimeError: the backend asked for cannot run.
     """
     common.check_4d(OP, "x", x)
     common.check_tensor(OP, "w", w)
@@ -77,6 +78,7 @@ def attention_gate(x: Tensor, w: Tensor, scale: Tensor, shift: Tensor, *, backen
         common.check_shape(OP, name, value, (w.shape[0],), f"w of {tuple(w.shape)}")
     for name, value in (("w", w), ("scale", scale), ("shift", shift)):
         common.check_device(OP, name, value, x)
-    if common.choose(OP, backend, can_run(x), (x, w, scale, shift)):
-        return _op(x, w, scale, shift)
-    return attention_gate_reference(x, w, scale, shift)
+    chosen = backends.choose(OP, backend, can_run(x), (x, w, scale, shift))
+    if chosen == "reference":
+        return attention_gate_reference(x, w, scale, shift)
+    return _op(x, w, scale, shift, chosen)

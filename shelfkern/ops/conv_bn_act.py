@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import native
+from . import _backends as backends
 from . import _common as common
 
 OP = "conv_bn_act"
@@ -77,12 +78,12 @@ def conv_bn_act_reference(
     return y if skip is None else y + skip
 
 
-def can_run(x: Tensor) -> str | None:
-    """Why the native kernel cannot take x, None if it can."""
-    return common.native_reason(OP, x)
+def can_run(x: Tensor) -> backends.Reasons:
+    """Why each kernel cannot take x; None for those that can."""
+    return backends.reasons(OP, x)
 
 
-def conv_bn_act_out(
+def conv_bn_act_native(
     x: Tensor,
     packed: PackedConv,
     scale: Tensor | None,
@@ -127,7 +128,7 @@ def out_shape(x: Tensor, w: Tensor, stride: int, padding: int) -> tuple[int, int
     return x.shape[0], w.shape[0], extents[0], extents[1]
 
 
-@common.custom_op(OP)
+@backends.custom_op(OP)
 def _op(
     x: Tensor,
     w: Tensor,
@@ -138,9 +139,10 @@ def _op(
     stride: int,
     padding: int,
     slope: float | None,
+    backend: str,
 ) -> Tensor:
     out = common.empty_channels_last(x, out_shape(x, w, stride, padding))
-    conv_bn_act_out(
+    conv_bn_act_native(
         common.channels_last(x),
         pack_conv(w, stride, padding),
         None if scale is None else common.float32(scale),
@@ -164,6 +166,7 @@ def _(
     stride: int,
     padding: int,
     slope: float | None,
+    backend: str,
 ) -> Tensor:
     return common.empty_channels_last(x, out_shape(x, w, stride, padding))
 
@@ -191,14 +194,14 @@ def conv_bn_act(
         skip: the same, added after the activation.
         stride, padding: of both sides.
         slope: of the activation: 0 relu, up to 1 leaky relu, None nothing.
-        backend: "native", "reference", or "auto": native where it can.
+        backend: one of `BACKENDS`; "auto" takes the best kernel that can run, else torch's own calls.
 
     Returns:
         (N, K, H', W'), dtype of x; sums are in float32 or wider. channels_last from the native kernel.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
-        RuntimeError: backend="native" and the native kernel cannot run.
+        RuntimeError: the backend asked for cannot run.
     """
     shape = _check(x, w, stride, padding, slope)
     for name, value in (("scale", scale), ("shift", shift)):
@@ -210,9 +213,10 @@ def conv_bn_act(
             common.check_shape(OP, name, value, shape, f"x of {tuple(x.shape)} and w of {tuple(w.shape)}")
             common.check_same(OP, name, value, x)
     tensors = (x, w, scale, shift, residual, skip)
-    if common.choose(OP, backend, can_run(x), tensors):
-        return _op(*tensors, stride, padding, slope)
-    return conv_bn_act_reference(*tensors, stride, padding, slope)
+    chosen = backends.choose(OP, backend, can_run(x), tensors)
+    if chosen == "reference":
+        return conv_bn_act_reference(*tensors, stride, padding, slope)
+    return _op(*tensors, stride, padding, slope, chosen)
 
 
 def _check(x: Tensor, w: Tensor, stride: int, padding: int, slope: float | None) -> tuple[int, ...]:

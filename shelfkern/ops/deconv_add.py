@@ -9,8 +9,9 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import _backends as backends
 from . import _common as common
-from .conv_bn_act import PackedConv, conv_bn_act_out, pack_conv
+from .conv_bn_act import PackedConv, conv_bn_act_native, pack_conv
 
 OP = "deconv_add"
 # Taps of the transposed kernel that reach even and odd outputs, for the input at and after it.
@@ -34,30 +35,30 @@ def deconv_add_reference(x: Tensor, w: Tensor, bias: Tensor, skip: Tensor) -> Te
     return F.conv_transpose2d(x, w.to(x.dtype), bias.to(x.dtype), 2, 1, 1) + skip
 
 
-def can_run(x: Tensor) -> str | None:
-    """Why the native kernel cannot take x, None if it can."""
-    return common.native_reason(OP, x)
+def can_run(x: Tensor) -> backends.Reasons:
+    """Why each kernel cannot take x; None for those that can."""
+    return backends.reasons(OP, x)
 
 
-def deconv_add_out(x: Tensor, packed: PackedDeconv, bias: Tensor, skip: Tensor, out: Tensor) -> None:
+def deconv_add_native(x: Tensor, packed: PackedDeconv, bias: Tensor, skip: Tensor, out: Tensor) -> None:
     """The native kernel into `out`, unchecked: NHWC storage, bias float32."""
     for parity, conv in enumerate(packed):
         row, column = divmod(parity, 2)
         part = (slice(None), slice(None), slice(row, None, 2), slice(column, None, 2))
-        conv_bn_act_out(x, conv, None, bias, skip[part], None, out[part], None)
+        conv_bn_act_native(x, conv, None, bias, skip[part], None, out[part], None)
 
 
-@common.custom_op(OP)
-def _op(x: Tensor, w: Tensor, bias: Tensor, skip: Tensor) -> Tensor:
+@backends.custom_op(OP)
+def _op(x: Tensor, w: Tensor, bias: Tensor, skip: Tensor, backend: str) -> Tensor:
     out = common.empty_channels_last(x, tuple(skip.shape))
-    deconv_add_out(
+    deconv_add_native(
         common.channels_last(x), pack_deconv(w), common.float32(bias), common.channels_last(skip), out
     )
     return out
 
 
 @_op.register_fake
-def _(x: Tensor, w: Tensor, bias: Tensor, skip: Tensor) -> Tensor:
+def _(x: Tensor, w: Tensor, bias: Tensor, skip: Tensor, backend: str) -> Tensor:
     return common.empty_channels_last(x, tuple(skip.shape))
 
 
@@ -69,14 +70,14 @@ def deconv_add(x: Tensor, w: Tensor, bias: Tensor, skip: Tensor, *, backend: str
         w: (C, K, 3, 3).
         bias: (K,).
         skip: (N, K, 2H, 2W), dtype and device of x.
-        backend: "native", "reference", or "auto": native where it can.
+        backend: one of `BACKENDS`; "auto" takes the best kernel that can run, else torch's own calls.
 
     Returns:
         (N, K, 2H, 2W), dtype of x.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
-        RuntimeError: backend="native" and the native kernel cannot run.
+        RuntimeError: the backend asked for cannot run.
     """
     common.check_4d(OP, "x", x)
     n, c, h, width = x.shape
@@ -89,6 +90,7 @@ def deconv_add(x: Tensor, w: Tensor, bias: Tensor, skip: Tensor, *, backend: str
     common.check_device(OP, "bias", bias, x)
     common.check_shape(OP, "skip", skip, (n, k, 2 * h, 2 * width), f"x of {tuple(x.shape)}")
     common.check_same(OP, "skip", skip, x)
-    if common.choose(OP, backend, can_run(x), (x, w, bias, skip)):
-        return _op(x, w, bias, skip)
-    return deconv_add_reference(x, w, bias, skip)
+    chosen = backends.choose(OP, backend, can_run(x), (x, w, bias, skip))
+    if chosen == "reference":
+        return deconv_add_reference(x, w, bias, skip)
+    return _op(x, w, bias, skip, chosen)

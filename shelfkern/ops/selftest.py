@@ -1,4 +1,4 @@
-"""Whether each native kernel computes the right thing on this very machine."""
+"""Whether each kernel computes the right thing on this very machine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import native
 from . import (
-    NAMES,
+    KERNELS,
     attention_gate,
     attention_gate_reference,
     conv_bn_act,
@@ -29,6 +29,7 @@ from . import (
     upsample_bilinear,
     upsample_bilinear_reference,
 )
+from ._backends import unavailable
 
 # Largest error over the truth's largest value. Sums of a few hundred float32 products are good to
 # about 1e-6; labels must be equal.
@@ -37,9 +38,10 @@ LIMIT = 1e-5
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One op's test: `error` is None where the kernel could not run, for `reason`."""
+    """One kernel's test: `error` is None where it could not run, for `reason`."""
 
     op: str
+    backend: str
     error: float | None
     reason: str | None
 
@@ -102,21 +104,25 @@ def _pair(channels: int) -> tuple[Tensor, Tensor]:
 
 
 @functools.cache
-def run(op: str) -> Result:
-    """Tests one op's native kernel once a process; a wrong one is switched off for the process."""
-    reason = native.reason(op)
+def run(op: str, backend: str = "native") -> Result:
+    """Tests one kernel once a process; a wrong one is switched off for the process."""
+    reason = unavailable(op, backend)
     if reason is not None:
-        return Result(op, None, reason)
+        return Result(op, backend, None, reason)
     public, reference, tensors, arguments = _cases()[op]
     truth = reference(*tensors, **arguments).double()
-    narrow = [t.float() if t.is_floating_point() else t for t in tensors]
-    found = public(*narrow, **arguments, backend="native").double()
-    result = Result(op, ((found - truth).abs().max() / truth.abs().max()).item(), None)
+    device = "cpu" if backend == "native" else "cuda"
+    narrow = [(t.float() if t.is_floating_point() else t).to(device) for t in tensors]
+    found = public(*narrow, **arguments, backend=backend).double().cpu()
+    result = Result(op, backend, ((found - truth).abs().max() / truth.abs().max()).item(), None)
     if result.failed:
-        native.disable(op, f"its self-test failed on this machine, with an error of {result.error:.1e}")
+        because = f"its self-test failed on this machine, with an error of {result.error:.1e}"
+        native.disable(op, because, backend)
     return result
 
 
 def run_all() -> list[Result]:
-    """Tests every op."""
-    return [run(op) for op in NAMES]
+    """Tests every kernel of every op, but the emulated ones, which are for tests."""
+    return [
+        run(op, backend) for op, kernels in KERNELS.items() for backend in kernels if backend != "emulated"
+    ]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from . import _backends as backends
 from . import _common as common
-from .conv_bn_act import PackedConv, conv_bn_act_out, conv_bn_act_reference, pack_conv
+from .conv_bn_act import PackedConv, conv_bn_act_native, conv_bn_act_reference, pack_conv
 
 OP = "shared_block"
 
@@ -25,12 +26,12 @@ def shared_block_reference(
     return conv_bn_act_reference(h, w, scale2, shift2, x, x if skip else None, padding=1)
 
 
-def can_run(x: Tensor) -> str | None:
-    """Why the native kernel cannot take x, None if it can."""
-    return common.native_reason(OP, x)
+def can_run(x: Tensor) -> backends.Reasons:
+    """Why each kernel cannot take x; None for those that can."""
+    return backends.reasons(OP, x)
 
 
-def shared_block_out(
+def shared_block_native(
     x: Tensor,
     packed: PackedConv,
     scale1: Tensor,
@@ -43,11 +44,11 @@ def shared_block_out(
     skip: bool,
 ) -> None:
     """The native kernel into `out`, unchecked; `hidden` is memory of x's shape for what lies between."""
-    conv_bn_act_out(x, packed, scale1, shift1, None, None, hidden, slope)
-    conv_bn_act_out(hidden, packed, scale2, shift2, x, x if skip else None, out, 0.0)
+    conv_bn_act_native(x, packed, scale1, shift1, None, None, hidden, slope)
+    conv_bn_act_native(hidden, packed, scale2, shift2, x, x if skip else None, out, 0.0)
 
 
-@common.custom_op(OP)
+@backends.custom_op(OP)
 def _op(
     x: Tensor,
     w: Tensor,
@@ -57,10 +58,11 @@ def _op(
     shift2: Tensor,
     slope: float | None,
     skip: bool,
+    backend: str,
 ) -> Tensor:
     shape = tuple(x.shape)
     hidden, out = common.empty_channels_last(x, shape), common.empty_channels_last(x, shape)
-    shared_block_out(
+    shared_block_native(
         common.channels_last(x),
         pack_conv(w, padding=1),
         common.float32(scale1),
@@ -85,6 +87,7 @@ def _(
     shift2: Tensor,
     slope: float | None,
     skip: bool,
+    backend: str,
 ) -> Tensor:
     return common.empty_channels_last(x, tuple(x.shape))
 
@@ -109,14 +112,14 @@ def shared_block(
         scale1, shift1, scale2, shift2: (C,), the two folded batch norms.
         slope: of the first activation: 0 relu, up to 1 leaky relu, None nothing.
         skip: whether x is added once more at the end, as at the entry of a down column.
-        backend: "native", "reference", or "auto": native where it can.
+        backend: one of `BACKENDS`; "auto" takes the best kernel that can run, else torch's own calls.
 
     Returns:
         (N, C, H, W), dtype of x.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
-        RuntimeError: backend="native" and the native kernel cannot run.
+        RuntimeError: the backend asked for cannot run.
     """
     common.check_4d(OP, "x", x)
     c = x.shape[1]
@@ -128,6 +131,7 @@ def shared_block(
         common.check_device(OP, name, value, x)
     common.check_slope(OP, slope)
     tensors = (x, w, scale1, shift1, scale2, shift2)
-    if common.choose(OP, backend, can_run(x), tensors):
-        return _op(*tensors, slope, skip)
-    return shared_block_reference(*tensors, slope, skip)
+    chosen = backends.choose(OP, backend, can_run(x), tensors)
+    if chosen == "reference":
+        return shared_block_reference(*tensors, slope, skip)
+    return _op(*tensors, slope, skip, chosen)

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import native
+from . import _backends as backends
 from . import _common as common
 from .conv_bn_act import PackedConv, conv_bn_act_reference, pack_conv
 
@@ -29,15 +30,12 @@ def stem_reference(
     return F.max_pool2d(conv_bn_act_reference(x, w, scale, shift, stride=2, padding=3, slope=slope), 3, 2, 1)
 
 
-def can_run(image: Tensor) -> str | None:
-    """Why the native kernel cannot take the image, None if it can."""
-    if native.reason(OP) is not None:
-        return native.reason(OP)
-    if image.device.type != "cpu":
-        return f"image is on {image.device}, the native kernel runs on the cpu"
-    if image.dtype not in (torch.uint8, torch.float32):
-        return f"image is {image.dtype}, the native kernel takes uint8 and float32"
-    return None
+def can_run(image: Tensor, w: Tensor) -> backends.Reasons:
+    """Why each kernel cannot take the image and w; None for those that can."""
+    why = backends.reasons(OP, w, "w")
+    if image.dtype not in (torch.uint8, torch.float32) and why["native"] is None:
+        why["native"] = f"image is {image.dtype}, the native kernel takes uint8 and float32"
+    return why
 
 
 def normalised_values(mean: Tensor, std: Tensor) -> Tensor:
@@ -46,7 +44,7 @@ def normalised_values(mean: Tensor, std: Tensor) -> Tensor:
     return common.float32((values - mean.double()) / std.double())
 
 
-def stem_out(
+def stem_native(
     image: Tensor,
     packed: PackedConv,
     scale: Tensor,
@@ -80,22 +78,22 @@ def _empty(image: Tensor, w: Tensor, size: list[int]) -> Tensor:
     )
 
 
-@common.custom_op(OP)
+@backends.custom_op(OP)
 def _op(
     image: Tensor, w: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, std: Tensor, size: list[int],
-    slope: float | None,
+    slope: float | None, backend: str,
 ) -> Tensor:  # fmt: skip
     out = _empty(image, w, size)
     packed = pack_conv(w, stride=2, padding=3)
     parameters = (common.float32(scale), common.float32(shift), normalised_values(mean, std))
-    stem_out(image.contiguous(), packed, *parameters, out, slope)
+    stem_native(image.contiguous(), packed, *parameters, out, slope)
     return out
 
 
 @_op.register_fake
 def _(
     image: Tensor, w: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, std: Tensor, size: list[int],
-    slope: float | None,
+    slope: float | None, backend: str,
 ) -> Tensor:  # fmt: skip
     return _empty(image, w, size)
 
@@ -122,14 +120,14 @@ def stem(
         size: height and width that the image is seen as, with zeros beyond it after normalisation, as
             the network pads; multiples of 4, by default the image's own.
         slope: of the activation: 0 relu, up to 1 leaky relu, None nothing.
-        backend: "native", "reference", or "auto": native where it can.
+        backend: one of `BACKENDS`; "auto" takes the best kernel that can run, else torch's own calls.
 
     Returns:
         (N, K, height / 4, width / 4), dtype of w.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
-        RuntimeError: backend="native" and the native kernel cannot run.
+        RuntimeError: the backend asked for cannot run.
     """
     size = _check(image, w, size)
     for name, value in (("scale", scale), ("shift", shift)):
@@ -139,11 +137,11 @@ def stem(
     for name, value in (("w", w), ("scale", scale), ("shift", shift), ("mean", mean), ("std", std)):
         common.check_device(OP, name, value, image)
     common.check_slope(OP, slope)
-    reason = can_run(image) or common.native_reason(OP, w, "w")
     tensors = (image, w, scale, shift, mean, std)
-    if common.choose(OP, backend, reason, tensors):
-        return _op(*tensors, list(size), slope)
-    return stem_reference(*tensors, size, slope)
+    chosen = backends.choose(OP, backend, can_run(image, w), tensors)
+    if chosen == "reference":
+        return stem_reference(*tensors, size, slope)
+    return _op(*tensors, list(size), slope, chosen)
 
 
 def _check(image: Tensor, w: Tensor, size: Size | None) -> Size:

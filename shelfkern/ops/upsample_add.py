@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import native
+from . import _backends as backends
 from . import _common as common
 
 OP = "upsample_add"
@@ -19,12 +20,12 @@ def upsample_add_reference(x: Tensor, skip: Tensor, gate: Tensor | None = None) 
     return skip + F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
-def can_run(x: Tensor) -> str | None:
-    """Why the native kernel cannot take x, None if it can."""
-    return common.native_reason(OP, x)
+def can_run(x: Tensor) -> backends.Reasons:
+    """Why each kernel cannot take x; None for those that can."""
+    return backends.reasons(OP, x)
 
 
-def upsample_add_out(x: Tensor, skip: Tensor, gate: Tensor | None, out: Tensor) -> None:
+def upsample_add_native(x: Tensor, skip: Tensor, gate: Tensor | None, out: Tensor) -> None:
     """The native kernel into `out`, unchecked: NHWC storage, one dtype, gate float32."""
     n, c, h, w = x.shape
     native.module.upsample_add(
@@ -38,16 +39,16 @@ def upsample_add_out(x: Tensor, skip: Tensor, gate: Tensor | None, out: Tensor) 
     )  # fmt: skip
 
 
-@common.custom_op(OP)
-def _op(x: Tensor, skip: Tensor, gate: Tensor | None) -> Tensor:
+@backends.custom_op(OP)
+def _op(x: Tensor, skip: Tensor, gate: Tensor | None, backend: str) -> Tensor:
     out = common.empty_channels_last(x, tuple(skip.shape))
     gate = None if gate is None else common.float32(gate)
-    upsample_add_out(common.channels_last(x), common.channels_last(skip), gate, out)
+    upsample_add_native(common.channels_last(x), common.channels_last(skip), gate, out)
     return out
 
 
 @_op.register_fake
-def _(x: Tensor, skip: Tensor, gate: Tensor | None) -> Tensor:
+def _(x: Tensor, skip: Tensor, gate: Tensor | None, backend: str) -> Tensor:
     return common.empty_channels_last(x, tuple(skip.shape))
 
 
@@ -58,14 +59,14 @@ def upsample_add(x: Tensor, skip: Tensor, gate: Tensor | None = None, *, backend
         x: (N, C, H, W), floating; channels_last is fastest, any strides work.
         skip: (N, C, 2H, 2W), dtype and device of x.
         gate: (N, C) floating, or None for ones.
-        backend: "native", "reference", or "auto": native where it can.
+        backend: one of `BACKENDS`; "auto" takes the best kernel that can run, else torch's own calls.
 
     Returns:
         (N, C, 2H, 2W), dtype of x; channels_last from the native kernel.
 
     Raises:
         ValueError, TypeError: a shape, device or dtype does not fit; the message names it.
-        RuntimeError: backend="native" and the native kernel cannot run.
+        RuntimeError: the backend asked for cannot run.
     """
     common.check_4d(OP, "x", x)
     n, c, h, w = x.shape
@@ -74,6 +75,7 @@ def upsample_add(x: Tensor, skip: Tensor, gate: Tensor | None = None, *, backend
     if gate is not None:
         common.check_shape(OP, "gate", gate, (n, c), f"x of {tuple(x.shape)}")
         common.check_device(OP, "gate", gate, x)
-    if common.choose(OP, backend, can_run(x), (x, skip, gate)):
-        return _op(x, skip, gate)
-    return upsample_add_reference(x, skip, gate)
+    chosen = backends.choose(OP, backend, can_run(x), (x, skip, gate))
+    if chosen == "reference":
+        return upsample_add_reference(x, skip, gate)
+    return _op(x, skip, gate, chosen)

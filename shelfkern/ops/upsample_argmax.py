@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import _backends as backends
 from . import _common as common
 from . import _resize as resize
 
@@ -20,25 +21,25 @@ def upsample_argmax_reference(
     return resize.reference(wide, size, crop, align_corners).argmax(1).to(torch.uint8)
 
 
-def can_run(scores: Tensor) -> str | None:
-    """Why the native kernel cannot take scores, None if it can."""
-    return resize.reason(OP, scores)
+def can_run(scores: Tensor) -> backends.Reasons:
+    """Why each kernel cannot take scores; None for those that can."""
+    return resize.reasons(OP, scores)
 
 
-def upsample_argmax_out(scores: Tensor, size: tuple[int, int], out: Tensor, align_corners: bool) -> None:
+def upsample_argmax_native(scores: Tensor, size: tuple[int, int], out: Tensor, align_corners: bool) -> None:
     """The native kernel into the contiguous uint8 `out` (N, crop), unchecked: scores in NHWC storage."""
     resize.run_native(OP, scores, size, out, align_corners)
 
 
-@common.custom_op(OP)
-def _op(scores: Tensor, size: list[int], crop: list[int], align_corners: bool) -> Tensor:
+@backends.custom_op(OP)
+def _op(scores: Tensor, size: list[int], crop: list[int], align_corners: bool, backend: str) -> Tensor:
     out = scores.new_empty((scores.shape[0], *crop), dtype=torch.uint8)
-    upsample_argmax_out(common.channels_last(scores), (size[0], size[1]), out, align_corners)
+    upsample_argmax_native(common.channels_last(scores), (size[0], size[1]), out, align_corners)
     return out
 
 
 @_op.register_fake
-def _(scores: Tensor, size: list[int], crop: list[int], align_corners: bool) -> Tensor:
+def _(scores: Tensor, size: list[int], crop: list[int], align_corners: bool, backend: str) -> Tensor:
     return scores.new_empty((scores.shape[0], *crop), dtype=torch.uint8)
 
 
@@ -57,7 +58,7 @@ def upsample_argmax(
         size: (H, W) of the whole result.
         crop: rows and columns of it to make, from the top left; all by default.
         align_corners: as of torch.nn.functional.interpolate.
-        backend: "native", "reference", or "auto": native where it can.
+        backend: one of `BACKENDS`; "auto" takes the best kernel that can run, else torch's own calls.
 
     Returns:
         (N, *crop) uint8. Resized in float32, so that scores within rounding of each other may go
@@ -65,12 +66,13 @@ def upsample_argmax(
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
-        RuntimeError: backend="native" and the native kernel cannot run.
+        RuntimeError: the backend asked for cannot run.
     """
     crop = resize.check(OP, scores, size, crop)
     if not 1 <= scores.shape[1] <= MAX_CLASSES:
         raise ValueError(f"{OP}: scores has {scores.shape[1]} classes, it may have 1 to {MAX_CLASSES}")
     # Labels carry no gradient: nothing is lost where autograd is on.
-    if common.choose(OP, backend, can_run(scores), ()):
-        return _op(scores, list(size), list(crop), align_corners)
-    return upsample_argmax_reference(scores, size, crop, align_corners)
+    chosen = backends.choose(OP, backend, can_run(scores), ())
+    if chosen == "reference":
+        return upsample_argmax_reference(scores, size, crop, align_corners)
+    return _op(scores, list(size), list(crop), align_corners, chosen)

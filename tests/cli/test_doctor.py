@@ -67,22 +67,26 @@ def test_every_op_is_tested() -> None:
     result = run()
     found = rows(result.stdout)
     assert result.exit_code == 0 and "Switched off" not in result.stdout
-    assert {name for name in found if name in ops.NAMES} == set(ops.NAMES)
+    kernels = {f"{op} ({name})" for op, names in ops.KERNELS.items() for name in names if name != "emulated"}
+    assert {name for name in found if name.endswith(")") and name.split()[0] in ops.NAMES} == kernels
     for name in ops.NAMES:
-        state, error, fallback = found[name]
-        assert state == "right" and float(error) <= selftest.LIMIT and fallback == "PyTorch's own calls"
+        state, error = found[f"{name} (native)"]
+        assert state == "right" and float(error) <= selftest.LIMIT
 
 
 def test_a_wrong_kernel_is_named(monkeypatch) -> None:
-    wrong, nan = selftest.Result("stem", 0.5, None), selftest.Result("deconv_add", float("nan"), None)
-    right = selftest.Result("shared_block", 1e-7, None)
+    wrong, nan = (
+        selftest.Result("stem", "cuda", 0.5, None),
+        selftest.Result("deconv_add", "triton", float("nan"), None),
+    )
+    right = selftest.Result("shared_block", "native", 1e-7, None)
     monkeypatch.setattr(selftest, "run_all", lambda: [wrong, right, nan])
     result = run()
     found = rows(result.stdout)
     assert result.exit_code == 1
-    assert found["stem"][:2] == ["wrong, switched off", "5.0e-01"] and found["deconv_add"][1] == "nan"
-    assert found["shared_block"][0] == "right"
-    assert "Switched off for being wrong here: stem, deconv_add." in result.stdout
+    assert found["stem (cuda)"] == ["wrong, switched off", "5.0e-01"]
+    assert found["deconv_add (triton)"][1] == "nan" and found["shared_block (native)"][0] == "right"
+    assert "Switched off for being wrong here: stem (cuda), deconv_add (triton)." in result.stdout
 
 
 @needs_native
@@ -97,11 +101,11 @@ def test_reasons_are_printed_as_they_are(monkeypatch) -> None:
     reason = "cannot load [/lib/a.so]: pip install 'x[video]'"
     monkeypatch.setattr(native, "module", None)
     monkeypatch.setattr(native, "why_not", reason)
-    monkeypatch.setattr(selftest, "run_all", lambda: [selftest.Result("stem", None, reason)])
+    monkeypatch.setattr(selftest, "run_all", lambda: [selftest.Result("stem", "native", None, reason)])
     result = run()
     found = rows(result.stdout)
     assert result.exit_code == 0
-    assert found["native kernels"] == [reason] and found["stem"] == [reason, "", "PyTorch's own calls"]
+    assert found["native kernels"] == [reason] and found["stem (native)"] == [reason, ""]
 
 
 @pytest.mark.parametrize(
@@ -142,5 +146,5 @@ def test_without_the_native_module() -> None:
     found = rows(done.stdout)
     assert found["instruction sets"] == ["-"] and found["threads"] == ["-"]
     assert found["native kernels"][0].startswith("shelfkern._native does not load: ")
-    assert all(found[name][0].startswith("shelfkern._native does not load: ") for name in ops.NAMES)
+    assert all(found[f"{op} (native)"][0].startswith("shelfkern._native does not load: ") for op in ops.NAMES)
     assert "install a C++ compiler (g++ or clang++), then reinstall shelfkern." in done.stdout

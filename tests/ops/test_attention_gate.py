@@ -123,7 +123,7 @@ def test_refusals(change, error, message):
 @needs_native
 @pytest.mark.parametrize("shape", [(2, 3, 4, 5, 6), (0, 3, 2, 2, 4), (1, 1, 1, 1, 1)])
 def test_opcheck(shape):
-    torch.library.opcheck(torch.ops.shelfkern.attention_gate.default, arguments(*shape))
+    torch.library.opcheck(torch.ops.shelfkern.attention_gate.default, (*arguments(*shape), "native"))
 
 
 @needs_native

@@ -8,7 +8,7 @@ from parity import BACKENDS, DTYPES, assert_as_exact, each_isa, layouts, needs_n
 from torch import nn
 
 from shelfkern import native, ops
-from shelfkern.ops import conv_bn_act_out, conv_bn_act_reference, pack_conv
+from shelfkern.ops import conv_bn_act_native, conv_bn_act_reference, pack_conv
 
 # n, c, h, w, k, kernel, stride, padding
 SHAPES = [
@@ -198,7 +198,7 @@ def test_every_isa_writes_all_of_the_output(
 
     def run(isa):
         storage, out = framed(poisoned(expected.shape, dtype), float("nan"))
-        conv_bn_act_out(x, packed, scale, shift, residual, skip, out, slope)
+        conv_bn_act_native(x, packed, scale, shift, residual, skip, out, slope)
         assert torch.equal(out, expected), isa
         assert_only_within(storage, out)
 
@@ -365,7 +365,7 @@ def test_refusals(change, error, message, backend):
 @pytest.mark.parametrize("parts", [(), EVERY])
 def test_opcheck(shape, parts):
     args = only(inputs(*shape), parts)
-    torch.library.opcheck(torch.ops.shelfkern.conv_bn_act.default, (*args, shape[6], shape[7], 0.01))
+    torch.library.opcheck(torch.ops.shelfkern.conv_bn_act.default, (*args, *shape[6:8], 0.01, "native"))
 
 
 @needs_native

@@ -18,7 +18,7 @@ from test_conv_bn_act import (
 from torch import nn
 
 from shelfkern import native, ops
-from shelfkern.ops import deconv_add_out, deconv_add_reference, pack_deconv
+from shelfkern.ops import deconv_add_native, deconv_add_reference, pack_deconv
 
 # n, c, h, w, k
 SHAPES = [
@@ -117,7 +117,7 @@ def test_every_isa_writes_all_of_the_output(n, c, h, w, k, dtype, count):
 
     def run(isa):
         storage, out = framed(poisoned(expected.shape, dtype), float("nan"))
-        deconv_add_out(x, packed, bias.float(), skip, out)
+        deconv_add_native(x, packed, bias.float(), skip, out)
         assert torch.equal(out, expected), isa
         assert_only_within(storage, out)
 
@@ -219,7 +219,7 @@ def test_refusals(change, error, message, backend):
 @pytest.mark.parametrize("op", ["conv_bn_act", "deconv_add"])
 def test_is_off_where_its_kernel_is(op, monkeypatch):
     args = inputs(1, 3, 4, 5, 6)
-    monkeypatch.setitem(native.disabled, op, "off for a test")
+    monkeypatch.setitem(native.disabled, ("native", op), "off for a test")
     assert torch.equal(ops.deconv_add(*args), deconv_add_reference(*args))
     with pytest.raises(RuntimeError, match="off for a test"):
         ops.deconv_add(*args, backend="native")
@@ -228,7 +228,7 @@ def test_is_off_where_its_kernel_is(op, monkeypatch):
 @needs_native
 @pytest.mark.parametrize("shape", [(2, 3, 4, 5, 6), (0, 3, 2, 2, 5), (1, 1, 1, 1, 1)])
 def test_opcheck(shape):
-    torch.library.opcheck(torch.ops.shelfkern.deconv_add.default, inputs(*shape))
+    torch.library.opcheck(torch.ops.shelfkern.deconv_add.default, (*inputs(*shape), "native"))
 
 
 @needs_native

@@ -17,7 +17,7 @@ from test_conv_bn_act import (
 from torch import nn
 
 from shelfkern import native, ops
-from shelfkern.ops import conv_bn_act_reference, pack_conv, shared_block_out, shared_block_reference
+from shelfkern.ops import conv_bn_act_reference, pack_conv, shared_block_native, shared_block_reference
 
 SHAPES = [(1, 24, 6, 10), (2, 17, 5, 7), (1, 17, 1, 9), (2, 3, 4, 1), (1, 1, 1, 1), (1, 16, 12, 80)]
 LONG = [(2, 33, 5, 7), (1, 64, 12, 12), (1, 128, 8, 8), (1, 257, 4, 3), (1, 512, 8, 8)]
@@ -137,7 +137,7 @@ def test_every_isa_writes_all_of_the_output(n, c, h, w, slope, skip, dtype, coun
 
     def run(isa):
         (around_hidden, hidden), (around, out) = (fenced(poisoned((n, c, h, w), dtype)) for _ in range(2))
-        shared_block_out(x, packed, *affine, hidden, out, slope, skip)
+        shared_block_native(x, packed, *affine, hidden, out, slope, skip)
         assert torch.equal(out, expected), isa
         assert_only_within(around, out)
         assert_only_within(around_hidden, hidden)
@@ -253,7 +253,7 @@ def test_refuses_parameters_of_other_devices(name):
 @pytest.mark.parametrize("op", ["conv_bn_act", "shared_block"])
 def test_is_off_where_its_kernel_is(op, monkeypatch):
     args = inputs(1, 3, 4, 5)
-    monkeypatch.setitem(native.disabled, op, "off for a test")
+    monkeypatch.setitem(native.disabled, ("native", op), "off for a test")
     assert torch.equal(ops.shared_block(*args), shared_block_reference(*args))
     with pytest.raises(RuntimeError, match="off for a test"):
         ops.shared_block(*args, backend="native")
@@ -262,7 +262,7 @@ def test_is_off_where_its_kernel_is(op, monkeypatch):
 @needs_native
 @pytest.mark.parametrize("shape", [(2, 3, 4, 5), (0, 3, 2, 2), (1, 1, 1, 1)])
 def test_opcheck(shape):
-    torch.library.opcheck(torch.ops.shelfkern.shared_block.default, (*inputs(*shape), 0.01, True))
+    torch.library.opcheck(torch.ops.shelfkern.shared_block.default, (*inputs(*shape), 0.01, True, "native"))
 
 
 @needs_native

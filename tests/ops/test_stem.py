@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from shelfkern import native, ops
-from shelfkern.ops import pack_conv, stem_out, stem_reference
+from shelfkern.ops import pack_conv, stem_native, stem_reference
 from shelfkern.ops.stem import normalise, normalised_values
 
 # n, h, w, k, and the size that the image is seen as
@@ -177,7 +177,7 @@ def test_every_isa_writes_all_of_the_output(n, h, w, k, beyond, slope, raw, dtyp
 
     def run(isa):
         storage, out = fenced(poisoned(expected.shape, dtype))
-        stem_out(image, packed, scale.float(), shift.float(), values, out, slope)
+        stem_native(image, packed, scale.float(), shift.float(), values, out, slope)
         assert torch.equal(out, expected), isa
         assert_only_within(storage, out)
 
@@ -314,7 +314,7 @@ def test_refusals(change, error, message, backend):
     ],
 )
 def test_opcheck(image, dtype, size):
-    args = image, *parameters(4, dtype), MEAN, STD, size, 0.01
+    args = image, *parameters(4, dtype), MEAN, STD, size, 0.01, "native"
     torch.library.opcheck(torch.ops.shelfkern.stem.default, args)
 
 

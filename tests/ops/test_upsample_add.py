@@ -186,7 +186,7 @@ def test_refusals(change, error, message):
 @needs_native
 @pytest.mark.parametrize("shape", [(2, 3, 4, 5), (0, 3, 2, 2), (1, 1, 1, 1)])
 def test_opcheck(shape):
-    torch.library.opcheck(torch.ops.shelfkern.upsample_add.default, arguments(*shape))
+    torch.library.opcheck(torch.ops.shelfkern.upsample_add.default, (*arguments(*shape), "native"))
 
 
 @needs_native

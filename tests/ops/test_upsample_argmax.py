@@ -106,7 +106,7 @@ def test_more_classes_than_labels():
 @pytest.mark.parametrize("shape", [(2, 3, 4, 5), (0, 3, 2, 2), (1, 1, 1, 1)])
 def test_opcheck(shape):
     torch.library.opcheck(
-        torch.ops.shelfkern.upsample_argmax.default, (random(*shape), [16, 24], [15, 20], True)
+        torch.ops.shelfkern.upsample_argmax.default, (random(*shape), [16, 24], [15, 20], True, "native")
     )
 
 

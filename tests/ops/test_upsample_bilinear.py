@@ -131,7 +131,7 @@ def test_refusals(op, change, error, message):
 @pytest.mark.parametrize("shape", [(2, 3, 4, 5), (0, 3, 2, 2), (1, 1, 1, 1)])
 def test_opcheck(shape):
     torch.library.opcheck(
-        torch.ops.shelfkern.upsample_bilinear.default, (random(*shape), [16, 24], [15, 20], True)
+        torch.ops.shelfkern.upsample_bilinear.default, (random(*shape), [16, 24], [15, 20], True, "native")
     )
 
 
