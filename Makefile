@@ -1,6 +1,7 @@
 # make demo   segments a photo with the weights that ship and says how fast
 # make test   everything that this machine can test
 # make bench  models beside their peers; writes benchmarks/results and the README's table
+# make bench-ops  ops beside their peers, at a few of the networks' shapes; ARGS='-m ""' takes all
 # make lint   ruff, mypy, clang-format
 #
 # Each installs what it needs into .venv.
@@ -12,7 +13,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test bench bench-ops lint format clean
 
 demo: .venv/.demo
 	$(BIN)/python demo/run.py $(IMAGE)
@@ -26,15 +27,19 @@ bench: .venv/.bench
 	$(BIN)/python benchmarks/table.py
 	$(BIN)/python benchmarks/plot.py
 
+bench-ops: .venv/.bench
+	$(BIN)/python -m pytest benchmarks/ops -m quick --benchmark-quiet $(ARGS)
+	$(BIN)/python benchmarks/ops/plot.py benchmarks/results/ops_*.jsonl
+
 lint: .venv/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(BIN)/clang-format --dry-run --Werror
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
 
 format: .venv/.lint
 	$(BIN)/ruff format .
-	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(BIN)/clang-format -i
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
 
 .venv/.torch:
 	$(PYTHON) -m venv .venv
@@ -51,9 +56,10 @@ format: .venv/.lint
 	$(PIP) install -q --no-deps scikit-learn
 	touch $@
 
-.venv/.test: .venv/.installed
-	$(PIP) install -q -e '.[test]'
-	touch $@
+# With the emulator, on which the CUDA kernels are tested.
+.venv/.test: .venv/.torch $(SOURCES)
+	SHELFKERN_EMULATION=1 $(PIP) install -q -e '.[test]'
+	touch .venv/.installed $@
 
 .venv/.bench: .venv/.installed
 	$(PIP) install -q -e '.[bench]'

@@ -1,8 +1,10 @@
-"""Builds shelfkern._native with CMake, or leaves it out where there is no compiler.
+"""Builds shelfkern._native (and _emulation) with CMake, or leaves it out where there is no compiler.
 
 Environment:
     SHELFKERN_NATIVE  auto (default), 0: pure Python, 1: an error without a C++ compiler.
     SHELFKERN_CUDA    auto (default), 0: CPU only, 1: an error without nvcc.
+    SHELFKERN_EMULATION  0 (default), 1: also shelfkern._emulation, which runs the CUDA kernels on the CPU,
+                         for people who write them.
 A compiler that is there and fails is always an error.
 """
 
@@ -18,8 +20,8 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 
 
-def switch(name: str) -> str:
-    value = os.environ.get(name, "auto")
+def switch(name: str, default: str = "auto") -> str:
+    value = os.environ.get(name, default)
     if value not in ("auto", "0", "1"):
         raise SystemExit(f"{name} is {value!r}, it may be auto, 0 or 1")
     return value
@@ -59,6 +61,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DSHELFKERN_CUDA={'ON' if cuda else 'OFF'}",
+            f"-DSHELFKERN_EMULATION={'ON' if switch('SHELFKERN_EMULATION', '0') == '1' else 'OFF'}",
             f"-DSHELFKERN_SANITIZE={'ON' if os.environ.get('SHELFKERN_SANITIZE') == '1' else 'OFF'}",
         ]  # fmt: skip
         if cuda:

@@ -1,7 +1,9 @@
-// The Python module shelfkern._native: the only file that knows Python.
+// The Python module shelfkern._native: the CPU's kernels, and cuda/bindings.cpp's.
 //
 // Tensors come as addresses and sizes, checked by the callers in shelfkern/ops; kernels run without
 // the interpreter's lock.
+#include "cuda/bindings.h"
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -11,7 +13,6 @@
 #include "common/buffers.h"
 #include "common/parallel.h"
 #include "cpu/kernels.h"
-#include "cuda/upsample_add.h"
 
 namespace py = pybind11;
 using namespace shelfkern;
@@ -46,6 +47,19 @@ void resize(Address scores, Address out, int dtype, int64_t n, int64_t h, int64_
     const py::gil_scoped_release unlocked;
     (kernels().*kernel)({pointer(scores), pointer(out), static_cast<DType>(dtype), n, h, w, c, full_h, full_w,
                          out_h, out_w, align_corners, threads});
+}
+
+void upsample_softmax_sum(Address scores, Address out, int dtype, int64_t n, int64_t h, int64_t w, int64_t c,
+                          int64_t full_h, int64_t full_w, int64_t out_h, int64_t out_w, bool align_corners,
+                          int threads, bool mirror, bool exp, int64_t stride_n, int64_t stride_c,
+                          int64_t stride_h) {
+    const py::gil_scoped_release unlocked;
+    kernels().upsample_softmax_sum({{pointer(scores), pointer(out), static_cast<DType>(dtype), n, h, w, c,
+                                     full_h, full_w, out_h, out_w, align_corners, threads, mirror},
+                                    stride_n,
+                                    stride_c,
+                                    stride_h,
+                                    exp});
 }
 
 void conv_bn_act(Address x, Address weight, Address scale, Address shift, Address residual, Address skip,
@@ -91,21 +105,6 @@ void stem(Address image, Address values, Address weight, Address scale, Address 
                     static_cast<DType>(dtype), n, image_h, image_w, h, w, out_c, slope, threads});
 }
 
-void upsample_add_cuda(Address x, Address skip, Address gate, Address out, int dtype, int64_t n, int64_t h,
-                       int64_t w, int64_t c, Address stream) {
-    const py::gil_scoped_release unlocked;
-    cuda::launch_upsample_add({pointer(x), pointer(skip), pointer<float>(gate), pointer(out),
-                               static_cast<cuda::DType>(dtype), n, h, w, c},
-                              pointer(stream));
-}
-
-void upsample_add_cuda_on_host(Address x, Address skip, Address gate, Address out, int dtype, int64_t n,
-                               int64_t h, int64_t w, int64_t c) {
-    const py::gil_scoped_release unlocked;
-    cuda::upsample_add_on_host({pointer(x), pointer(skip), pointer<float>(gate), pointer(out),
-                                static_cast<cuda::DType>(dtype), n, h, w, c});
-}
-
 std::vector<std::string> isas() {
     std::vector<std::string> names;
     for (const char* const* name = runnable_isas(); *name; ++name) names.emplace_back(*name);
@@ -138,9 +137,12 @@ PYBIND11_MODULE(_native, m) {
     m.def("attention_gate", &attention_gate);
     m.def("upsample_bilinear", &resize<&Kernels::upsample_bilinear>);
     m.def("upsample_argmax", &resize<&Kernels::upsample_argmax>);
+    m.def("upsample_softmax_sum", &upsample_softmax_sum);
     m.def("conv_bn_act", &conv_bn_act);
     m.def("stem", &stem);
-    m.def("upsample_add_cuda_on_host", &upsample_add_cuda_on_host);
-    if (*SHELFKERN_CUDA_ARCHS) m.def("upsample_add_cuda", &upsample_add_cuda);
+#if defined(SHELFKERN_WITH_CUDA)
+    py::module_ on_gpu = m.def_submodule("cuda");
+    cuda::bind_cuda_kernels(on_gpu);
+#endif
     bind_buffers(m);
 }

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+import shlex
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -87,6 +89,11 @@ def environment() -> dict[str, object]:
         "commit": git_commit(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def command() -> str:
+    """The command line of this process, as it was typed."""
+    return shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]])
 
 
 def cpu_name() -> str:

@@ -152,3 +152,8 @@ def test_the_commit(tmp_path, monkeypatch) -> None:
 def test_the_commit_without_git(monkeypatch) -> None:
     monkeypatch.setenv("PATH", "")
     assert timing.git_commit() is None
+
+
+def test_the_command_is_what_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing.sys, "orig_argv", ["/somewhere/bin/python", "-m", "pytest", "a b"])
+    assert timing.command() == "python -m pytest 'a b'"

@@ -77,8 +77,8 @@ Cut cut(const Conv& a, const Shape& s) {
 
 // A 1x1 convolution reads a float32 input where it is.
 bool used_in_place(const Conv& a, const Shape& s) {
-    return a.dtype == DType::f32 && s.kernel_h * s.kernel_w == 1 && a.pad_h == 0 &&
-           a.pad_w == 0 && (a.out_h - 1) * a.stride < a.h && (a.out_w - 1) * a.stride < a.w;
+    return a.dtype == DType::f32 && s.kernel_h * s.kernel_w == 1 && a.pad_h == 0 && a.pad_w == 0 &&
+           (a.out_h - 1) * a.stride < a.h && (a.out_w - 1) * a.stride < a.w;
 }
 
 template <typename T>

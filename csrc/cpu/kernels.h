@@ -38,6 +38,14 @@ struct Resize {
     int64_t n, h, w, c, full_h, full_w, out_h, out_w;
     bool align_corners;
     int threads;
+    bool mirror = false;  // flips the whole result left-right
+};
+
+// out += softmax over classes, or exp, of the resize. out: n c out_h out_w float32; strides in elements.
+struct SoftmaxSum {
+    Resize resize;
+    int64_t stride_n, stride_c, stride_h;
+    bool exp;
 };
 
 // out = act(scale * conv(x, weight) + shift + residual) + skip.
@@ -79,6 +87,7 @@ struct Kernels {
     void (*attention_gate)(const AttentionGate&);
     void (*upsample_bilinear)(const Resize&);
     void (*upsample_argmax)(const Resize&);
+    void (*upsample_softmax_sum)(const SoftmaxSum&);
     void (*conv_bn_act)(const Conv&);
     void (*stem)(const Stem&);
 };

@@ -1,4 +1,4 @@
-// The bilinear resize that upsample_bilinear and upsample_argmax share.
+// The bilinear resize that upsample_bilinear, upsample_argmax and upsample_softmax_sum share.
 //
 // A row of the result is made in two steps: the two source rows are blended once, class by class, into
 // a short row; then every vector of neighbouring result pixels picks its sources out of a few
@@ -20,6 +20,7 @@ struct Tap {
 
 // The coordinates that torch.nn.functional.interpolate uses, computed in float32 as it does.
 static inline Tap tap(int64_t i, int64_t extent, int64_t full, bool align_corners) {
+    if (extent == full) return {i, i, 0};
     float source;
     if (align_corners) {
         const float step = full > 1 ? static_cast<float>(extent - 1) / static_cast<float>(full - 1) : 0;
@@ -35,6 +36,12 @@ static inline Tap tap(int64_t i, int64_t extent, int64_t full, bool align_corner
     return {first, first + 1 < extent ? first + 1 : first, fraction < 1 ? fraction : 1};
 }
 
+// As torch has it, so that infinities meet the same zeros.
+template <typename V>
+static inline V blend(V from, V to, V fraction) {
+    return from * (1 - fraction) + to * fraction;
+}
+
 // The horizontal taps of one vector of result pixels.
 struct Columns {
     vi first, next;  // lanes of the kLanes floats from `base`
@@ -48,17 +55,20 @@ static inline void make_columns(const Resize& a, Columns* columns, int64_t* firs
     const int64_t vectors = (a.out_w + kLanes - 1) / kLanes;
     for (int64_t v = 0; v < vectors; ++v) {
         Columns& column = columns[v];
-        column.narrow = true;
         for (int lane = 0; lane < kLanes; ++lane) {
             const int64_t x = v * kLanes + lane;
-            const Tap t = tap(x < a.out_w ? x : a.out_w - 1, a.w, a.full_w, a.align_corners);
-            if (lane == 0) column.base = t.first;
+            const int64_t shown = x < a.out_w ? x : a.out_w - 1;
+            const Tap t = tap(a.mirror ? a.full_w - 1 - shown : shown, a.w, a.full_w, a.align_corners);
             first[x] = t.first;
             next[x] = t.next;
-            column.first[lane] = static_cast<int32_t>(t.first - column.base);
-            column.next[lane] = static_cast<int32_t>(t.next - column.base);
             column.fraction[lane] = t.fraction;
-            if (t.next - column.base >= kLanes) column.narrow = false;
+        }
+        const int64_t begin = v * kLanes, end = begin + kLanes - 1;
+        column.base = a.mirror ? first[end] : first[begin];
+        column.narrow = (a.mirror ? next[begin] : next[end]) - column.base < kLanes;
+        for (int lane = 0; lane < kLanes; ++lane) {
+            column.first[lane] = static_cast<int32_t>(first[begin + lane] - column.base);
+            column.next[lane] = static_cast<int32_t>(next[begin + lane] - column.base);
         }
     }
 }
@@ -82,7 +92,7 @@ static inline vf resize_columns(const float* row, const Columns& column, const i
         left = gather(row, first);
         right = gather(row, next);
     }
-    return left + (right - left) * column.fraction;
+    return blend(left, right, column.fraction);
 }
 
 // Floats between the classes' blended rows.
@@ -98,7 +108,7 @@ static void blend_rows(const Resize& a, const T* scores, int64_t n, int64_t y, f
     for (int64_t x = 0; x < a.w; ++x) {
         for (int64_t k = 0; k < a.c; ++k) {
             const float from = load_one(top + x * a.c + k), to = load_one(bottom + x * a.c + k);
-            blended[k * stride + x] = from + (to - from) * t.fraction;
+            blended[k * stride + x] = blend(from, to, t.fraction);
         }
     }
 }

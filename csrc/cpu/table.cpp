@@ -11,19 +11,19 @@ void upsample_add(const UpsampleAdd&);
 void attention_gate(const AttentionGate&);
 void upsample_bilinear(const Resize&);
 void upsample_argmax(const Resize&);
+void upsample_softmax_sum(const SoftmaxSum&);
 void conv_bn_act(const Conv&);
 void stem(const Stem&);
 
 extern const Kernels table;
-const Kernels table = {
-    SHELFKERN_NAME(SHELFKERN_ISA),
-    upsample_add,
-    attention_gate,
-    upsample_bilinear,
-    upsample_argmax,
-    conv_bn_act,
-    stem,
-};
+const Kernels table = {SHELFKERN_NAME(SHELFKERN_ISA),
+                       upsample_add,
+                       attention_gate,
+                       upsample_bilinear,
+                       upsample_argmax,
+                       upsample_softmax_sum,
+                       conv_bn_act,
+                       stem};
 
 }  // namespace SHELFKERN_ISA
 }  // namespace shelfkern

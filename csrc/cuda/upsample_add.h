@@ -1,27 +1,21 @@
 // skip + gate[n, c] * nearest_x2(x) on NHWC tensors, on a GPU.
 #pragma once
 
-#include <cstdint>
+#include "tensor.h"
 
 namespace shelfkern {
 namespace cuda {
 
-enum class DType : int { f32 = 0, bf16 = 1, f16 = 3 };
-
-// x: n h w c; skip, out: n 2h 2w c; gate: n c float32 or null.
+// x: n h w c; skip, out: n 2h 2w c; all of one dtype. gate: n c float32, contiguous, or null for ones.
 struct UpsampleAdd {
-    const void *x, *skip;
+    Nhwc x, skip;
     const float* gate;
-    void* out;
+    Nhwc out;
     DType dtype;
-    int64_t n, h, w, c;
 };
 
 // Enqueues the kernel on a cudaStream_t; throws std::runtime_error where CUDA refuses.
-void launch_upsample_add(const UpsampleAdd& args, void* stream);
-
-// Runs every thread of the same grid one after another on the CPU: the kernel's own code, for tests.
-void upsample_add_on_host(const UpsampleAdd& args);
+void upsample_add(const UpsampleAdd& op, void* stream);
 
 }  // namespace cuda
 }  // namespace shelfkern

@@ -9,6 +9,11 @@ from .stem import stem, stem_native, stem_reference
 from .upsample_add import upsample_add, upsample_add_native, upsample_add_reference
 from .upsample_argmax import upsample_argmax, upsample_argmax_native, upsample_argmax_reference
 from .upsample_bilinear import upsample_bilinear, upsample_bilinear_native, upsample_bilinear_reference
+from .upsample_softmax_sum import (
+    upsample_softmax_sum,
+    upsample_softmax_sum_native,
+    upsample_softmax_sum_reference,
+)
 
 NAMES = tuple(KERNELS)
 
@@ -43,4 +48,7 @@ __all__ = [
     "upsample_bilinear",
     "upsample_bilinear_native",
     "upsample_bilinear_reference",
+    "upsample_softmax_sum",
+    "upsample_softmax_sum_native",
+    "upsample_softmax_sum_reference",
 ]

@@ -20,14 +20,15 @@ BACKENDS = ("auto", "native", "cuda", "triton", "emulated", "reference")
 
 # Every op and the backends that have a kernel of it, on each device the one that "auto" prefers first.
 KERNELS = {
-    "attention_gate": ("native",),
+    "attention_gate": ("native", "cuda", "emulated"),
     "conv_bn_act": ("native",),
     "deconv_add": ("native",),
-    "shared_block": ("native",),
-    "stem": ("native",),
-    "upsample_add": ("native",),
-    "upsample_argmax": ("native",),
+    "shared_block": ("native", "cuda", "emulated"),
+    "stem": ("native", "cuda", "emulated"),
+    "upsample_add": ("native", "cuda", "emulated"),
+    "upsample_argmax": ("native", "cuda", "emulated"),
     "upsample_bilinear": ("native",),
+    "upsample_softmax_sum": ("native", "cuda", "emulated"),
 }
 
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
@@ -121,6 +122,17 @@ def call_cuda(backend: str, op: str, x: Tensor, *arguments: Any) -> None:
         return
     with torch.cuda.device(x.device):
         getattr(native.cuda, op)(*arguments, torch.cuda.current_stream().cuda_stream)
+
+
+def strides(x: Tensor) -> tuple[int, int, int]:
+    """Strides of n, h and w as CUDA C++ kernels take them; channels are contiguous."""
+    n, _, h, w = x.stride()
+    return n, h, w
+
+
+def multiprocessors(x: Tensor) -> int:
+    """Of the GPU that x is on; emulated kernels see an H200's."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 132
 
 
 def custom_op(name: str, mutates_args: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Any]:

@@ -55,6 +55,11 @@ def channels_last(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
+def channels_innermost(x: Tensor) -> Tensor:
+    """x itself if its channels are neighbours in memory, otherwise a copy in NHWC storage."""
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else channels_last(x)
+
+
 def empty_channels_last(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """An uninitialised (N, C, H, W) tensor in NHWC storage, of x's dtype."""
     n, c, h, w = shape

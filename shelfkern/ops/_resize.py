@@ -1,6 +1,8 @@
-"""Sizes and checks that upsample_bilinear and upsample_argmax share."""
+"""Sizes and checks that the ops which resize scores share."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,8 +39,8 @@ def check(op: str, scores: Tensor, size: Size, crop: Size | None) -> Size:
     return crop
 
 
-def run_native(op: str, scores: Tensor, size: Size, out: Tensor, align_corners: bool) -> None:
-    """The native kernel into `out`, whose last two dimensions are the crop; unchecked."""
+def run_native(op: str, scores: Tensor, size: Size, out: Tensor, align_corners: bool, *others: Any) -> None:
+    """The native kernel into `out` (..., crop), unchecked; others are arguments of its own."""
     n, c, h, w = scores.shape
     getattr(native.module, op)(
         scores.data_ptr(),
@@ -49,4 +51,26 @@ def run_native(op: str, scores: Tensor, size: Size, out: Tensor, align_corners: 
         *out.shape[-2:],
         align_corners,
         torch.get_num_threads(),
+        *others,
+    )  # fmt: skip
+
+
+def run_cuda(
+    backend: str, op: str, scores: Tensor, size: Size, out: Tensor, align_corners: bool, *others: Any
+) -> None:
+    """The same of the CUDA kernel, whose scores may have any strides but that of channels, which is 1."""
+    n, c, h, w = scores.shape
+    backends.call_cuda(
+        backend,
+        op,
+        scores,
+        scores.data_ptr(),
+        out.data_ptr(),
+        native.DTYPE_CODES[scores.dtype],
+        n, h, w, c,
+        backends.strides(scores),
+        *size,
+        *out.shape[-2:],
+        align_corners,
+        *others,
     )  # fmt: skip

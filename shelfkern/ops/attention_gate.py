@@ -11,6 +11,10 @@ from . import _common as common
 
 OP = "attention_gate"
 
+# As csrc/cuda/attention_gate.cu: what a block reads at once, of as many pixels' channels.
+CUDA_BLOCK_BYTES = 128
+CUDA_BLOCK_PIXELS = 32
+
 
 def attention_gate_reference(x: Tensor, w: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """The same in torch calls, for any device and dtype; differentiable. Half dtypes compute in float32."""
@@ -41,11 +45,55 @@ def attention_gate_native(x: Tensor, w: Tensor, scale: Tensor, shift: Tensor, ou
     )  # fmt: skip
 
 
+def pixel_slices(x: Tensor) -> int:
+    """Into how many parts the CUDA kernel cuts an image's pixels: the GPU is filled, with work for each."""
+    n, c, h, w = x.shape
+    blocks = n * -(-c * x.element_size() // CUDA_BLOCK_BYTES)
+    return max(1, min(-(-h * w // CUDA_BLOCK_PIXELS), backends.multiprocessors(x) // max(1, blocks)))
+
+
+def attention_gate_cuda(
+    x: Tensor,
+    w: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    out: Tensor,
+    backend: str = "cuda",
+    slices: int | None = None,
+) -> None:
+    """The CUDA kernels into `out`, unchecked: channels of x contiguous, parameters float32.
+
+    slices: of an image's pixels, by default `pixel_slices`.
+    """
+    n, c, height, width = x.shape
+    slices = slices or pixel_slices(x)
+    sums = x.new_empty((n, slices, c), dtype=torch.float32)
+    backends.call_cuda(
+        backend,
+        OP,
+        x,
+        x.data_ptr(),
+        w.data_ptr(),
+        scale.data_ptr(),
+        shift.data_ptr(),
+        sums.data_ptr(),
+        out.data_ptr(),
+        native.DTYPE_CODES[x.dtype],
+        n, height, width, c,
+        backends.strides(x),
+        slices,
+        w.shape[0],
+    )  # fmt: skip
+
+
 @backends.custom_op(OP)
 def _op(x: Tensor, w: Tensor, scale: Tensor, shift: Tensor, backend: str) -> Tensor:
     out = x.new_empty((x.shape[0], w.shape[0]), dtype=torch.float32)
     parameters = (common.float32(w), common.float32(scale), common.float32(shift))
-    attention_gate_native(common.channels_last(x), *parameters, out)
+    if backend == "native":
+        attention_gate_native(common.channels_last(x), *parameters, out)
+    else:
+        attention_gate_cuda(common.channels_innermost(x), *parameters, out, backend)
     return out
 
 

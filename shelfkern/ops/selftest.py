@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ from . import (
     upsample_argmax_reference,
     upsample_bilinear,
     upsample_bilinear_reference,
+    upsample_softmax_sum,
+    upsample_softmax_sum_reference,
 )
 from ._backends import unavailable
 
@@ -96,7 +99,24 @@ def _cases() -> dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], tu
             (x,),
             dict(size=size, crop=(12, 17)),
         ),
+        "upsample_softmax_sum": (
+            _into_zeros(upsample_softmax_sum),
+            _into_zeros(upsample_softmax_sum_reference),
+            (x,),
+            dict(size=size, crop=(12, 17), mirror=True),
+        ),
     }
+
+
+def _into_zeros(add: Callable[..., None]) -> Callable[..., Tensor]:
+    """What an op that adds to `out` adds."""
+
+    def added(scores: Tensor, size: tuple[int, int], crop: tuple[int, int], **arguments: Any) -> Tensor:
+        out = scores.new_zeros((*scores.shape[:2], *crop))
+        add(scores, size, out, **arguments)
+        return out
+
+    return added
 
 
 def _pair(channels: int) -> tuple[Tensor, Tensor]:

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+import dataclasses
 
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import native
 from . import _backends as backends
 from . import _common as common
 from .conv_bn_act import PackedConv, conv_bn_act_native, conv_bn_act_reference, pack_conv
 
 OP = "shared_block"
+
+# As csrc/cuda/shared_block.cu: channels are padded to 64 or 128, and a tile is some rows of 16 pixels.
+MAX_CUDA_CHANNELS = 128
+CUDA_TILE_WIDTH = 16
+# For 64 and 128 padded channels: rows of a tile, and what one costs in units of 64 pixels convolved, of
+# which h has 18 a row and two rows more. 12 rows fill their units best; 128 channels leave room for 8.
+CUDA_TILE_ROWS = {64: {12: 4 + 3, 8: 3 + 2, 4: 2 + 1}, 128: {8: 3 + 2, 4: 2 + 1}}
 
 
 def shared_block_reference(
@@ -28,7 +40,18 @@ def shared_block_reference(
 
 def can_run(x: Tensor) -> backends.Reasons:
     """Why each kernel cannot take x; None for those that can."""
-    return backends.reasons(OP, x)
+    why = backends.reasons(OP, x)
+    for backend in ("cuda", "emulated"):
+        why[backend] = why[backend] or _cuda_reason(backend, x)
+    return why
+
+
+def _cuda_reason(backend: str, x: Tensor) -> str | None:
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return f"x is {x.dtype}, the {backend} kernel takes bfloat16 and float16"
+    if not 1 <= x.shape[1] <= MAX_CUDA_CHANNELS:
+        return f"x has {x.shape[1]} channels, the {backend} kernel takes 1 to {MAX_CUDA_CHANNELS}"
+    return None
 
 
 def shared_block_native(
@@ -48,6 +71,85 @@ def shared_block_native(
     conv_bn_act_native(hidden, packed, scale2, shift2, x, x if skip else None, out, 0.0)
 
 
+@dataclasses.dataclass(frozen=True)
+class PackedBlock:
+    """A block's parameters as the CUDA kernel reads them, with zeros for the channels added to 64 or 128.
+
+    Attributes:
+        weight: (9 taps, padded / 64, padded, 64) of the kernel's dtype: 64 input channels innermost, and
+            before them the output channels.
+        scale1, shift1, scale2, shift2: (padded,) float32.
+    """
+
+    weight: Tensor
+    scale1: Tensor
+    shift1: Tensor
+    scale2: Tensor
+    shift2: Tensor
+
+
+def pack_block(
+    w: Tensor, scale1: Tensor, shift1: Tensor, scale2: Tensor, shift2: Tensor, dtype: torch.dtype
+) -> PackedBlock:
+    """Packs a block's parameters for the CUDA kernel."""
+    c = w.shape[0]
+    padded = 64 if c <= 64 else 128
+    square = F.pad(w.detach(), (0, 0, 0, 0, 0, padded - c, 0, padded - c)).to(dtype)
+    taps = square.permute(2, 3, 1, 0).reshape(9, padded // 64, 64, padded)
+    vectors = [F.pad(common.float32(v), (0, padded - c)) for v in (scale1, shift1, scale2, shift2)]
+    return PackedBlock(taps.transpose(2, 3).contiguous(), *vectors)
+
+
+def tile_rows(shape: tuple[int, ...], multiprocessors: int) -> int:
+    """The rows of a tile that finish an (N, C, H, W) input soonest: large tiles, but in full waves."""
+    n, c, h, w = shape
+    columns = -(-w // CUDA_TILE_WIDTH)
+
+    def cost(candidate: tuple[int, int]) -> int:
+        rows, work = candidate
+        return -(-n * -(-h // rows) * columns // multiprocessors) * work
+
+    return min(CUDA_TILE_ROWS[64 if c <= 64 else 128].items(), key=cost)[0]
+
+
+def shared_block_cuda(
+    x: Tensor,
+    packed: PackedBlock,
+    out: Tensor,
+    slope: float | None,
+    skip: bool,
+    backend: str = "cuda",
+    rows: int | None = None,
+    blocks: int | None = None,
+) -> None:
+    """The CUDA kernel into `out`, unchecked: channels contiguous, any other strides.
+
+    rows: of a tile, one of `CUDA_TILE_ROWS`; blocks: that share the tiles, by default one a multiprocessor.
+    """
+    n, c, h, w = x.shape
+    multiprocessors = backends.multiprocessors(x)
+    backends.call_cuda(
+        backend,
+        OP,
+        x,
+        x.data_ptr(),
+        packed.weight.data_ptr(),
+        packed.scale1.data_ptr(),
+        packed.shift1.data_ptr(),
+        packed.scale2.data_ptr(),
+        packed.shift2.data_ptr(),
+        out.data_ptr(),
+        native.DTYPE_CODES[x.dtype],
+        n, h, w, c,
+        backends.strides(x),
+        backends.strides(out),
+        common.native_slope(slope),
+        skip,
+        rows or tile_rows(tuple(x.shape), multiprocessors),
+        blocks or multiprocessors,
+    )  # fmt: skip
+
+
 @backends.custom_op(OP)
 def _op(
     x: Tensor,
@@ -61,19 +163,16 @@ def _op(
     backend: str,
 ) -> Tensor:
     shape = tuple(x.shape)
-    hidden, out = common.empty_channels_last(x, shape), common.empty_channels_last(x, shape)
-    shared_block_native(
-        common.channels_last(x),
-        pack_conv(w, padding=1),
-        common.float32(scale1),
-        common.float32(shift1),
-        common.float32(scale2),
-        common.float32(shift2),
-        hidden,
-        out,
-        slope,
-        skip,
-    )
+    out = common.empty_channels_last(x, shape)
+    norms = (scale1, shift1, scale2, shift2)
+    if backend in ("cuda", "emulated"):
+        packed = pack_block(w, *norms, x.dtype)
+        shared_block_cuda(common.channels_innermost(x), packed, out, slope, skip, backend)
+    else:
+        x, hidden = common.channels_last(x), common.empty_channels_last(x, shape)
+        first, second, third, fourth = map(common.float32, norms)
+        packed_conv = pack_conv(w, padding=1)
+        shared_block_native(x, packed_conv, first, second, third, fourth, hidden, out, slope, skip)
     return out
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -13,6 +15,12 @@ from .conv_bn_act import PackedConv, conv_bn_act_reference, pack_conv
 
 OP = "stem"
 Size = tuple[int, int]
+
+# As csrc/cuda/stem.cu: output channels of a block, elements of one's weights at 16 bits, and how many
+# blocks fit on a multiprocessor.
+CUDA_CHANNELS = 64
+CUDA_WEIGHT_ROW = 184
+CUDA_BLOCKS_A_MULTIPROCESSOR = 2
 
 
 def normalise(image: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -72,6 +80,73 @@ def stem_native(
     )  # fmt: skip
 
 
+@dataclasses.dataclass(frozen=True)
+class PackedStem:
+    """A stem's parameters as the CUDA kernel reads them: groups of 64 output channels, zeros beyond the last.
+
+    Attributes:
+        weight: of the kernel's dtype. float32: (groups, 7 * 21, 64), the 7 x 3 elements of each filter row.
+            16 bits: (groups, 64, 184), each filter row between one zero and two, and zeros at the end.
+        scale, shift: (groups * 64,) float32.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    shift: Tensor
+
+
+def pack_stem(w: Tensor, scale: Tensor, shift: Tensor) -> PackedStem:
+    """Packs a stem's parameters for the CUDA kernel."""
+    k = w.shape[0]
+    groups = -(-k // CUDA_CHANNELS)
+    more = groups * CUDA_CHANNELS - k
+    rows = F.pad(w.detach().permute(0, 2, 3, 1).reshape(k, 7, 21), (0, 0, 0, 0, 0, more))
+    if w.dtype is torch.float32:
+        weight = rows.reshape(groups, CUDA_CHANNELS, 7 * 21).transpose(1, 2)
+    else:
+        rows = F.pad(rows, (1, 2)).reshape(groups, CUDA_CHANNELS, 7 * 24)
+        weight = F.pad(rows, (0, CUDA_WEIGHT_ROW - 7 * 24))
+    scale, shift = (F.pad(common.float32(v), (0, more)) for v in (scale, shift))
+    return PackedStem(weight.contiguous(), scale, shift)
+
+
+def stem_cuda(
+    image: Tensor,
+    packed: PackedStem,
+    values: Tensor,
+    out: Tensor,
+    slope: float | None,
+    backend: str = "cuda",
+    blocks: int | None = None,
+) -> None:
+    """The CUDA kernel into `out` (N, K, H / 4, W / 4), unchecked: out with contiguous channels, image any.
+
+    blocks: that share the tiles, by default as many as a GPU holds at once.
+    """
+    raw = image.dtype is torch.uint8
+    n, k, out_h, out_w = out.shape
+    image = image.permute(0, 3, 1, 2) if raw else image
+    backends.call_cuda(
+        backend,
+        OP,
+        image,
+        image.data_ptr(),
+        values.data_ptr(),
+        packed.weight.data_ptr(),
+        packed.scale.data_ptr(),
+        packed.shift.data_ptr(),
+        out.data_ptr(),
+        native.DTYPE_CODES[image.dtype],
+        native.DTYPE_CODES[out.dtype],
+        n, *image.shape[2:],
+        image.stride(),
+        out_h, out_w, k,
+        backends.strides(out),
+        common.native_slope(slope),
+        blocks or CUDA_BLOCKS_A_MULTIPROCESSOR * backends.multiprocessors(image),
+    )  # fmt: skip
+
+
 def _empty(image: Tensor, w: Tensor, size: list[int]) -> Tensor:
     return image.new_empty((image.shape[0], size[0] // 4, size[1] // 4, w.shape[0]), dtype=w.dtype).permute(
         0, 3, 1, 2
@@ -83,10 +158,13 @@ def _op(
     image: Tensor, w: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, std: Tensor, size: list[int],
     slope: float | None, backend: str,
 ) -> Tensor:  # fmt: skip
-    out = _empty(image, w, size)
-    packed = pack_conv(w, stride=2, padding=3)
-    parameters = (common.float32(scale), common.float32(shift), normalised_values(mean, std))
-    stem_native(image.contiguous(), packed, *parameters, out, slope)
+    out, values = _empty(image, w, size), normalised_values(mean, std)
+    if backend == "native":
+        packed = pack_conv(w, stride=2, padding=3)
+        parameters = common.float32(scale), common.float32(shift), values
+        stem_native(image.contiguous(), packed, *parameters, out, slope)
+    else:
+        stem_cuda(image, pack_stem(w, scale, shift), values, out, slope, backend)
     return out
 
 

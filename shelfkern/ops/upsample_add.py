@@ -39,11 +39,36 @@ def upsample_add_native(x: Tensor, skip: Tensor, gate: Tensor | None, out: Tenso
     )  # fmt: skip
 
 
+def upsample_add_cuda(
+    x: Tensor, skip: Tensor, gate: Tensor | None, out: Tensor, backend: str = "cuda"
+) -> None:
+    """The CUDA kernel into `out`, unchecked: channels contiguous, any other strides, gate float32."""
+    n, c, h, w = x.shape
+    backends.call_cuda(
+        backend,
+        OP,
+        x,
+        x.data_ptr(),
+        skip.data_ptr(),
+        native.address(gate),
+        out.data_ptr(),
+        native.DTYPE_CODES[x.dtype],
+        n, h, w, c,
+        backends.strides(x),
+        backends.strides(skip),
+        backends.strides(out),
+    )  # fmt: skip
+
+
 @backends.custom_op(OP)
 def _op(x: Tensor, skip: Tensor, gate: Tensor | None, backend: str) -> Tensor:
     out = common.empty_channels_last(x, tuple(skip.shape))
     gate = None if gate is None else common.float32(gate)
-    upsample_add_native(common.channels_last(x), common.channels_last(skip), gate, out)
+    if backend == "native":
+        upsample_add_native(common.channels_last(x), common.channels_last(skip), gate, out)
+    else:
+        innermost = common.channels_innermost(x), common.channels_innermost(skip)
+        upsample_add_cuda(*innermost, gate, out, backend)
     return out
 
 

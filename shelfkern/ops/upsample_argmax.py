@@ -31,10 +31,21 @@ def upsample_argmax_native(scores: Tensor, size: tuple[int, int], out: Tensor, a
     resize.run_native(OP, scores, size, out, align_corners)
 
 
+def upsample_argmax_cuda(
+    scores: Tensor, size: tuple[int, int], out: Tensor, align_corners: bool, backend: str = "cuda"
+) -> None:
+    """The CUDA kernel into the contiguous uint8 `out` (N, crop), unchecked: channels of scores contiguous."""
+    resize.run_cuda(backend, OP, scores, size, out, align_corners)
+
+
 @backends.custom_op(OP)
 def _op(scores: Tensor, size: list[int], crop: list[int], align_corners: bool, backend: str) -> Tensor:
     out = scores.new_empty((scores.shape[0], *crop), dtype=torch.uint8)
-    upsample_argmax_native(common.channels_last(scores), (size[0], size[1]), out, align_corners)
+    whole = (size[0], size[1])
+    if backend == "native":
+        upsample_argmax_native(common.channels_last(scores), whole, out, align_corners)
+    else:
+        upsample_argmax_cuda(common.channels_innermost(scores), whole, out, align_corners, backend)
     return out
 
 

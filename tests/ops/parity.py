@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -12,7 +14,18 @@ from shelfkern import native
 
 needs_native = pytest.mark.skipif(native.why_not is not None, reason=f"no native kernels: {native.why_not}")
 BACKENDS = [pytest.param("native", marks=needs_native), "reference"]
+# The CUDA C++ kernels: on the CPU, thread by thread, and on a GPU where there is one.
+needs_emulator = pytest.mark.skipif(
+    native.emulation is None, reason=f"no emulator: {native.why_not_emulated}"
+)
+needs_cuda = pytest.mark.skipif(native.cuda_reason() is not None, reason=f"no CUDA: {native.cuda_reason()}")
+CUDA_BACKENDS = [
+    pytest.param("emulated", marks=needs_emulator),
+    pytest.param("cuda", marks=[pytest.mark.gpu, needs_cuda]),
+]
 DTYPES = [torch.float32, torch.bfloat16]
+CUDA_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # a name in Python from 3.13
 ISAS = native.module.isas() if native.module else []
 
 
@@ -33,6 +46,27 @@ def layouts(x: Tensor) -> Iterator[tuple[str, Tensor]]:
     yield "strided", x.repeat_interleave(2, 3)[..., ::2]
     yield "transposed", x.transpose(2, 3).contiguous().transpose(2, 3)
     yield "offset", nhwc(torch.cat([x[:1], x]))[1:]
+
+
+def moved(backend: str, *tensors: Tensor | None) -> list[Tensor | None]:
+    """Tensors on the device that the backend's kernels run on."""
+    if backend != "cuda":
+        return list(tensors)
+    return [None if t is None else t.cuda() for t in tensors]
+
+
+@contextlib.contextmanager
+def far_apart(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Iterator[Tensor]:
+    """A zeroed (N, C, H, W) tensor in NHWC storage whose images are more than 2**31 elements apart.
+
+    The memory between them is reserved and never touched.
+    """
+    n, c, h, w = shape
+    stride = 2**31 + 16
+    nbytes = ((n - 1) * stride + c * h * w) * dtype.itemsize
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | MAP_NORESERVE)
+    storage = torch.frombuffer(memory, dtype=dtype)
+    yield storage.as_strided((n, c, h, w), (stride, 1, w * c, c))
 
 
 def poisoned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

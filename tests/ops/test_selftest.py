@@ -21,6 +21,7 @@ OUTPUTS = {
     "upsample_add": ("upsample_add", 3),
     "upsample_argmax": ("upsample_argmax", 1),
     "upsample_bilinear": ("upsample_bilinear", 1),
+    "upsample_softmax_sum": ("upsample_softmax_sum", 1),
 }
 
 

@@ -4,12 +4,27 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from parity import BACKENDS, DTYPES, assert_as_exact, each_isa, layouts, needs_native, poisoned, random
+from parity import (
+    BACKENDS,
+    CUDA_BACKENDS,
+    DTYPES,
+    assert_as_exact,
+    each_isa,
+    far_apart,
+    layouts,
+    moved,
+    needs_emulator,
+    needs_native,
+    nhwc,
+    poisoned,
+    random,
+)
 from test_conv_bn_act import (
     assert_no_bit_changes,
     assert_only_within,
     double,
     fenced,
+    framed,
     same_non_finite,
     whole,
     with_threads,
@@ -18,6 +33,7 @@ from torch import nn
 
 from shelfkern import native, ops
 from shelfkern.ops import conv_bn_act_reference, pack_conv, shared_block_native, shared_block_reference
+from shelfkern.ops.shared_block import CUDA_TILE_ROWS, pack_block, shared_block_cuda, tile_rows
 
 SHAPES = [(1, 24, 6, 10), (2, 17, 5, 7), (1, 17, 1, 9), (2, 3, 4, 1), (1, 1, 1, 1), (1, 16, 12, 80)]
 LONG = [(2, 33, 5, 7), (1, 64, 12, 12), (1, 128, 8, 8), (1, 257, 4, 3), (1, 512, 8, 8)]
@@ -281,3 +297,151 @@ def test_compile_and_export():
     program = torch.export.export(Block(), args)
     assert "shelfkern.shared_block" in str(program.graph)
     assert torch.equal(program.module()(*args), expected)
+
+
+# The CUDA kernel. Tiles of 16 columns, and of 4 to 12 rows: less than one, just one, and several with
+# rests; channels of 64 and 128, of whole packs and not.
+CUDA_SHAPES = [
+    (1, 64, 9, 17),
+    (2, 64, 15, 20),
+    (1, 128, 5, 16),
+    (1, 128, 9, 18),
+    (2, 17, 5, 7),
+    (1, 72, 3, 40),
+    (3, 3, 4, 1),
+    (1, 1, 1, 1),
+]
+
+
+def cuda_rows(c):
+    return CUDA_TILE_ROWS[64 if c <= 64 else 128]
+
+
+def run_cuda(backend, args, slope=0.01, skip=True, seed=0, storage=nhwc, **options):
+    """The raw kernel into poisoned memory that is fenced, on inputs in the given storage."""
+    if backend == "emulated":
+        native.emulation.set_seed(seed)
+    frame, out = fenced(poisoned(args[0].shape, args[0].dtype))
+    x, out, *parameters = moved(backend, storage(args[0]), out, *args[1:])
+    shared_block_cuda(x, pack_block(*parameters, x.dtype), out, slope, skip, backend, **options)
+    if backend == "emulated":
+        assert_only_within(frame, out)
+    return out.cpu()
+
+
+@pytest.mark.parametrize("backend", CUDA_BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", CUDA_SHAPES)
+def test_cuda_is_the_reference(shape, dtype, backend):
+    args = inputs(*shape, dtype)
+    for rows in cuda_rows(shape[1]):
+        check(run_cuda(backend, args, rows=rows), args, slope=0.01, skip=True)
+
+
+@pytest.mark.parametrize("backend", CUDA_BACKENDS)
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("slope", SLOPES)
+def test_cuda_every_slope(slope, skip, backend):
+    args = inputs(1, 19, 5, 8, torch.float16)
+    check(run_cuda(backend, args, slope, skip), args, slope=slope, skip=skip)
+
+
+@pytest.mark.parametrize("backend", CUDA_BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", CUDA_SHAPES)
+def test_cuda_rounds_whole_numbers_twice(shape, dtype, backend):
+    # Every sum is exact: no wrong fragment, border or tap goes unseen.
+    args = whole_inputs(*shape, dtype=dtype)
+    result = run_cuda(backend, args, 0.25, blocks=2, seed=1)
+    assert torch.equal(result, stepwise(*args, 0.25, True))
+
+
+@pytest.mark.parametrize("backend", CUDA_BACKENDS)
+@pytest.mark.parametrize("c", [64, 128])
+def test_cuda_repeats_bit_for_bit(c, backend):
+    args = inputs(1, c, 9, 18, torch.bfloat16)
+    first = run_cuda(backend, args, rows=8)
+    for blocks, rows in ((1, 8), (3, 8), (5, 4), (None, None)):
+        assert torch.equal(run_cuda(backend, args, seed=7, rows=rows, blocks=blocks), first)
+
+
+@pytest.mark.parametrize("backend", CUDA_BACKENDS)
+@pytest.mark.parametrize("c", [16, 19, 80])
+def test_cuda_takes_windows_and_unaligned_memory(c, backend):
+    args = inputs(2, c, 5, 9, torch.float16)
+    expected = run_cuda(backend, args)
+
+    def unaligned(x):
+        return torch.cat([torch.zeros(1, dtype=x.dtype), nhwc(x).permute(0, 2, 3, 1).flatten()])[
+            1:
+        ].as_strided(x.shape, nhwc(x).stride())
+
+    for storage in (unaligned, lambda x: framed(x, float("nan"))[1]):
+        assert torch.equal(run_cuda(backend, args, storage=storage), expected)
+
+
+@needs_emulator
+def test_cuda_takes_images_far_apart():
+    args = inputs(2, 16, 3, 5, torch.float16)
+    with far_apart(args[0].shape, torch.float16) as x, far_apart(args[0].shape, torch.float16) as out:
+        x.copy_(args[0])
+        shared_block_cuda(x, pack_block(*args[1:], x.dtype), out, 0.01, True, "emulated")
+        check(out, args, slope=0.01, skip=True)
+
+
+@pytest.mark.parametrize("backend", CUDA_BACKENDS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_cuda_keeps_what_is_not_finite(value, backend):
+    args = whole_inputs(1, 9, 6, 20, dtype=torch.float16)
+    args[0][0, 3, 2, 15] = value
+    same_non_finite(run_cuda_unfenced(backend, args), stepwise(*args, 0.25, True))
+
+
+def run_cuda_unfenced(backend, args):
+    x, *parameters = moved(backend, nhwc(args[0]), *args[1:])
+    out = torch.empty_like(x)
+    shared_block_cuda(x, pack_block(*parameters, x.dtype), out, 0.25, True, backend)
+    return out.cpu()
+
+
+@pytest.mark.parametrize("backend", CUDA_BACKENDS)
+def test_cuda_public_op(backend):
+    args = inputs(2, 24, 5, 7, torch.bfloat16)
+    for name, x in layouts(args[0]):
+        x, *parameters = moved(backend, x, *args[1:])
+        result = ops.shared_block(x, *parameters, slope=0.01, skip=True, backend=backend).cpu()
+        check(result, args, slope=0.01, skip=True), name
+    assert ops.shared_block(x[:0], *parameters, backend=backend).shape == (0, 24, 5, 7)
+
+
+@needs_emulator
+@pytest.mark.parametrize("change, message", [
+    (dict(dtype=torch.float32), "x is torch.float32, the emulated kernel takes bfloat16 and float16"),
+    (dict(c=129), "x has 129 channels, the emulated kernel takes 1 to 128"),
+])  # fmt: skip
+def test_cuda_says_why_not(change, message):
+    args = inputs(1, change.get("c", 8), 3, 3, change.get("dtype", torch.float16))
+    with pytest.raises(
+        RuntimeError, match=f"^shared_block: backend is 'emulated', which cannot run: {message}$"
+    ):
+        ops.shared_block(*args, backend="emulated")
+
+
+@needs_emulator
+@pytest.mark.parametrize("c", [64, 128])
+def test_cuda_reads_shared_memory_without_bank_conflicts(c):
+    native.emulation.reset_statistics()
+    run_cuda("emulated", inputs(1, c, 9, 17, torch.float16), rows=4)
+    counts = native.emulation.statistics()
+    assert counts["launches"] == 1 and counts["bank_conflicts"] == 0
+    # Six tiles, of 6 x 18 and 4 x 16 pixels: 7 and 4 rows of matrices, and none for what nobody reads.
+    assert counts["mma"] == 6 * (7 + 4) * (c // 8) * (c // 16) * 9
+    assert counts["global_bytes_written"] == 9 * 17 * c * 2
+
+
+def test_tiles_are_large_unless_that_leaves_multiprocessors_idle():
+    assert tile_rows((1, 64, 128, 128), 132) == 8  # 128 tiles in one wave
+    assert tile_rows((8, 64, 256, 512), 132) == 12
+    assert tile_rows((1, 64, 64, 64), 132) == 4
+    assert tile_rows((1, 128, 64, 64), 132) == 4
+    assert tile_rows((8, 128, 128, 256), 132) == 8

@@ -4,10 +4,26 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from parity import BACKENDS, DTYPES, assert_as_exact, each_isa, layouts, needs_native, nhwc, poisoned, random
+from parity import (
+    BACKENDS,
+    CUDA_BACKENDS,
+    CUDA_DTYPES,
+    DTYPES,
+    assert_as_exact,
+    each_isa,
+    far_apart,
+    layouts,
+    moved,
+    needs_emulator,
+    needs_native,
+    nhwc,
+    poisoned,
+    random,
+)
 
 from shelfkern import native, ops
 from shelfkern.ops import upsample_add_reference
+from shelfkern.ops.upsample_add import upsample_add_cuda
 
 SHAPES = [
     (1, 64, 8, 16),
@@ -92,55 +108,92 @@ def test_any_strides():
     )
 
 
-@needs_native
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    "shape", [(2, 64, 3, 5), (1, 8, 2, 2), (1, 7, 3, 4), (3, 1, 1, 1), (0, 16, 2, 2), (1, 4, 30, 40)]
-)
+def run_cuda(x, skip, gate, out, seed=0, backend="emulated"):
+    """The CUDA kernel, on channels_last tensors or windows of them."""
+    if backend == "emulated":
+        native.emulation.set_seed(seed)
+    x, skip, gate, result = moved(backend, x, skip, gate, out)
+    upsample_add_cuda(x, skip, gate, result, backend)
+    if result is not out:
+        out.copy_(result)
+
+
+@pytest.mark.parametrize("backend", CUDA_BACKENDS)
+def test_cuda_public_op(backend):
+    arguments_ = arguments(2, 12, 3, 5, torch.float16)
+    for x in dict(layouts(arguments_[0])).values():
+        for skip in dict(layouts(arguments_[1])).values():
+            result = ops.upsample_add(*moved(backend, x, skip, arguments_[2]), backend=backend).cpu()
+            check(result, *arguments_)
+
+
+@pytest.mark.parametrize("backend", CUDA_BACKENDS)
+@pytest.mark.parametrize("dtype", CUDA_DTYPES)
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 64, 3, 5), (1, 4, 30, 40)])
 @pytest.mark.parametrize("gated", [True, False])
-def test_the_gpu_kernel_run_on_the_host(shape, dtype, gated):
-    n, c, h, w = shape
+def test_cuda_kernel(shape, dtype, gated, backend):
     x, skip, gate = arguments(*shape, dtype, gated)
-    x, skip = nhwc(x), nhwc(skip)
-    out = poisoned((n, 2 * h, 2 * w, c), dtype)
-    native.module.upsample_add_cuda_on_host(
-        x.data_ptr(),
-        skip.data_ptr(),
-        native.address(gate),
-        out.data_ptr(),
-        native.DTYPE_CODES[dtype],
-        n,
-        h,
-        w,
-        c,
-    )
-    check(out.permute(0, 3, 1, 2), x, skip, gate)
+    n, c, h, w = skip.shape
+    for seed in range(3):
+        out = poisoned((n, h, w, c), dtype).permute(0, 3, 1, 2)
+        run_cuda(nhwc(x), nhwc(skip), gate, out, seed, backend)
+        check(out, x, skip, gate)
 
 
-@needs_native
-def test_the_gpu_kernel_takes_unaligned_tensors():
-    n, c, h, w = 1, 8, 3, 3
-    x, skip, gate = arguments(n, c, h, w)
-    x = nhwc(x)
-    storage = torch.empty(skip.numel() + 1)
-    shifted = storage[1:].view(n, 2 * h, 2 * w, c).copy_(skip.permute(0, 2, 3, 1))
-    out = poisoned((n, 2 * h, 2 * w, c), torch.float32)
-    native.module.upsample_add_cuda_on_host(
-        x.data_ptr(), shifted.data_ptr(), gate.data_ptr(), out.data_ptr(), 0, n, h, w, c
-    )
-    check(out.permute(0, 3, 1, 2), x, skip, gate)
+@needs_emulator
+@pytest.mark.parametrize("dtype", CUDA_DTYPES)
+@pytest.mark.parametrize("start", [0, 3, 8])
+@pytest.mark.parametrize("c", [8, 13])
+def test_cuda_kernel_on_windows(start, c, dtype):
+    # Channels from `start` of wider pixels, inside rows and images with a border: packs fit or do not.
+    def window(values):
+        n, c, h, w = values.shape
+        whole = poisoned((n + 1, h + 2, w + 1, c + start + 11), dtype).permute(0, 3, 1, 2)
+        inside = whole[1:, start : start + c, 1:-1, 1:]
+        return whole, inside.copy_(values)
+
+    x, skip, gate = arguments(2, c, 3, 5, dtype)
+    whole, out = window(torch.full_like(skip, torch.nan))
+    run_cuda(window(x)[1], window(skip)[1], gate, out)
+    check(out, x, skip, gate)
+    out.fill_(torch.nan)
+    assert whole.isnan().all()
 
 
-@needs_native
-def test_half_precision_conversions_of_the_gpu_kernel():
+@needs_emulator
+@pytest.mark.parametrize("which", range(4))
+def test_cuda_kernel_on_unaligned_tensors(which):
+    x, skip, gate = arguments(1, 8, 3, 3)
+    tensors = [nhwc(x), nhwc(skip), gate, nhwc(torch.full_like(skip, torch.nan))]
+    storage = torch.empty(tensors[which].numel() + 1)[1:]
+    shifted = storage.as_strided(tensors[which].shape, tensors[which].stride(), storage.storage_offset())
+    tensors[which] = shifted.copy_(tensors[which])
+    assert shifted.data_ptr() % 16 != 0
+    run_cuda(*tensors)
+    check(tensors[3], x, skip, gate)
+
+
+@needs_emulator
+def test_cuda_kernel_on_images_far_apart():
+    # More than 2^31 elements from one to the next: offsets need 64 bits.
+    x, skip, gate = arguments(3, 8, 2, 3, torch.bfloat16)
+    with (
+        far_apart(x.shape, x.dtype) as far_x,
+        far_apart(skip.shape, x.dtype) as far_skip,
+        far_apart(skip.shape, x.dtype) as out,
+    ):
+        run_cuda(far_x.copy_(x), far_skip.copy_(skip), gate, out.fill_(torch.nan))
+        check(out.clone(), x, skip, gate)
+
+
+@needs_emulator
+def test_half_precision_conversions_of_the_cuda_kernel():
     # Every float16 is kept by 0 + 1 * x: widening and narrowing are inverses, NaN stays NaN.
     every = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)
-    x = every.view(1, 256, 256, 1)
-    skip, out = torch.zeros(1, 512, 512, 1, dtype=torch.float16), poisoned((1, 512, 512, 1), torch.float16)
-    native.module.upsample_add_cuda_on_host(
-        x.data_ptr(), skip.data_ptr(), 0, out.data_ptr(), native.DTYPE_CODES[torch.float16], 1, 256, 256, 1
-    )
-    assert torch.equal(out[0, ::2, ::2].nan_to_num(7), x[0].nan_to_num(7))
+    x = every.view(1, 256, 256, 1).permute(0, 3, 1, 2)
+    skip, out = torch.zeros(1, 1, 512, 512).half(), torch.full((1, 1, 512, 512), torch.nan).half()
+    run_cuda(x, skip, None, out)
+    assert torch.equal(out[..., ::2, ::2].nan_to_num(7), x.nan_to_num(7))
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])

@@ -1,0 +1,35 @@
+// Tensors as the GPU ops' arguments: addresses, sizes and strides, checked by shelfkern/ops.
+#pragma once
+
+#include <cstdint>
+
+namespace shelfkern {
+namespace cuda {
+
+enum class DType : int { f32 = 0, bf16 = 1, u8 = 2, f16 = 3 };
+
+// An NHWC tensor or a window of one. Channels are contiguous; the other strides count elements.
+struct Nhwc {
+    void* data;
+    int64_t n, h, w, c;
+    int64_t stride_n, stride_h, stride_w;
+
+    bool empty() const { return n == 0 || h == 0 || w == 0 || c == 0; }
+
+    // Elements from the first to the last, both included.
+    int64_t extent() const {
+        return empty() ? 0 : (n - 1) * stride_n + (h - 1) * stride_h + (w - 1) * stride_w + c;
+    }
+
+    // Whether every pixel is whole packs of `vector` elements, each aligned to its bytes.
+    bool has_packs(int64_t vector, int64_t element_bytes) const {
+        const bool aligned = reinterpret_cast<uintptr_t>(data) % (vector * element_bytes) == 0;
+        const auto whole = [&](int64_t size, int64_t stride) { return size <= 1 || stride % vector == 0; };
+        return aligned && c % vector == 0 && whole(n, stride_n) && whole(h, stride_h) && whole(w, stride_w);
+    }
+};
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace cuda
+}  // namespace shelfkern

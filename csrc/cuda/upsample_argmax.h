@@ -1,0 +1,23 @@
+// Argmax over classes of the bilinear resize of NHWC scores, on a GPU.
+#pragma once
+
+#include "tensor.h"
+
+namespace shelfkern {
+namespace cuda {
+
+// scores: n h w c, c up to 256, resized to full_h x full_w. labels: the first out_h rows and out_w columns
+// of it, n out_h out_w, contiguous.
+struct UpsampleArgmax {
+    Nhwc scores;
+    uint8_t* labels;
+    DType dtype;
+    int64_t full_h, full_w, out_h, out_w;
+    bool align_corners;
+};
+
+// Enqueues the kernel on a cudaStream_t; throws std::runtime_error where CUDA refuses.
+void upsample_argmax(const UpsampleArgmax& op, void* stream);
+
+}  // namespace cuda
+}  // namespace shelfkern

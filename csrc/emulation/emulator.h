@@ -1,0 +1,85 @@
+// Runs CUDA kernels on the CPU, one fiber a thread, and reports what a GPU would let pass.
+//
+// A launch runs its blocks one after another in random order and switches between a block's threads at
+// barriers and collectives, in random order too, all from one seed. Races are found by what orders two
+// accesses, not by the order that happened, so a seed need not be lucky.
+//
+// What is wrong with a kernel is thrown by run() as a std::runtime_error of one sentence: its kernel,
+// block, thread, source line and address. The launch ends there; the next one starts afresh.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace shelfkern {
+namespace emulation {
+
+struct Grid {
+    std::string name;
+    int64_t x, y, z;
+    int threads, shared_bytes;
+    bool after_previous;
+};
+
+// Where the running thread is.
+struct Position {
+    int thread;
+    int64_t block_x, block_y, block_z, blocks_x, blocks_y, blocks_z;
+};
+
+// Since the last reset.
+struct Statistics {
+    int64_t launches, barriers, global_bytes_read, global_bytes_written, mma;
+    // Wavefronts that ldmatrix needs beyond one for each 8x8 matrix.
+    int64_t bank_conflicts;
+};
+
+extern Position position;
+extern Statistics statistics;
+extern unsigned char* shared_memory;
+
+void set_seed(uint64_t seed);
+
+// Calls thread(arguments) once for every thread of the grid.
+void run(const Grid& grid, void (*thread)(const void*), const void* arguments);
+
+// All below is called by the running thread.
+
+// Ends the launch: the thread and its source line, then `what`.
+[[noreturn]] void report(const std::string& what, int line);
+
+void barrier(int line);
+
+// Of the calling thread's warp: waits until every lane is at the same collective and line; the last one
+// to come calls complete(requests of all lanes).
+using Complete = void (*)(void* const* requests);
+void collective(const char* name, Complete complete, void* request, int line);
+// A collective that orders the warp's accesses to shared memory.
+void warp_barrier(int line);
+
+// A window of shared memory from byte `start`.
+void check_window(int64_t start, int64_t bytes, int alignment, int line);
+
+// Accesses to shared memory: `byte` counts from the start of the block's. Bounds are the caller's.
+void read_shared(int64_t byte, int bytes, int line);
+void write_shared(int64_t byte, int bytes, int line);
+// By the whole warp at once.
+void read_shared_by_warp(int64_t byte, int bytes, int line);
+
+// Counts what ldmatrix waits for where the rows of an 8x8 matrix share banks.
+void count_bank_conflicts(const unsigned char* const (&rows)[8]);
+
+// Accesses to global memory that other threads or launches may write.
+void read_global(const void* address, int bytes, int line);
+void write_global(const void* address, int bytes, int line);
+
+// 16 bytes from source, zeros where it is null, to the shared memory at `byte`, landing when waited for.
+void start_copy(int64_t byte, const void* source, int line);
+void commit_copies();
+void wait_for_copies(int in_flight, int line);
+
+// The previous kernel's results may be used from here on, by this thread.
+void wait_for_previous();
+
+}  // namespace emulation
+}  // namespace shelfkern
