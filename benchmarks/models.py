@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import shelfkern
 from shelfkern import nn as models
 from shelfkern.cli.bench import MAX_ERROR, error_of
-from shelfkern.timing import Timing, environment, median_ratio, time_interleaved
+from shelfkern.timing import Timing, command, environment, median_ratio, time_interleaved
 
 RESULTS = Path(__file__).parent / "results"
 # Share of equal labels.
@@ -136,7 +136,7 @@ def main(names: tuple[str, ...], sizes: tuple[tuple[int, int], ...], rounds: int
             for labels in (False, True):
                 rows += run_case(name, size, labels, rounds)
                 torch.compiler.reset()
-    about = environment() | {"command": "python benchmarks/models.py"}
+    about = environment() | {"command": command()}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("".join(json.dumps(row | about) + "\n" for row in rows))
     show(rows)

@@ -1,0 +1,53 @@
+"""conv_bn_act: act(scale * conv(x, w) + shift + residual) + skip."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from harness import Case, Inputs, Kernel, Op, Outcome, Run, Tensors, replayed
+from library import fused_conv
+from shapes import Problem
+
+from shelfkern import ops
+
+
+def inputs(problem: Problem, random: Inputs) -> tuple[Tensors, dict[str, Any]]:
+    vectors = random.vectors(problem)
+    tensors = {
+        "x": random.activation(problem.reads[0]),
+        "w": random.weight(problem.weight, math.prod(problem.weight[1:])),
+        "scale": vectors.get("scale"),
+        "shift": vectors.get("shift"),
+        "residual": random.activation(problem.writes) if problem.residual else None,
+        "skip": random.activation(problem.writes) if problem.skip else None,
+    }
+    return tensors, dict(stride=problem.stride, padding=problem.weight[2] // 2, slope=problem.slope)
+
+
+def native(case: Case, kernel: Kernel) -> Run:
+    x, w, *others = case.tensors.values()
+    packed = ops.pack_conv(w, case.options["stride"], case.options["padding"])
+    out = case.poisoned()
+
+    def run():
+        kernel(x, packed, *others, out, case.options["slope"])
+        return out
+
+    return run
+
+
+def library(case: Case, name: str) -> Run:
+    x, w, scale, shift, residual, skip = case.tensors.values()
+    conv = fused_conv(name, w, scale, shift, case.problem.stride, case.problem.slope)
+    if skip is None:
+        return lambda: conv(x, residual)
+    return lambda: conv(x, residual).add_(skip)
+
+
+OP = Op("conv_bn_act", inputs, {"native": native}, library)
+
+
+@replayed
+def test_conv_bn_act(outcome: Outcome, benchmark) -> None:
+    outcome.replay(benchmark)

@@ -1,0 +1,44 @@
+"""deconv_add: a transposed convolution of stride 2, a bias and a skip."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from harness import Case, Inputs, Kernel, Op, Outcome, Run, Tensors, replayed
+from shapes import Problem
+
+from shelfkern import ops
+
+# Of the nine taps of a channel, those that reach a pixel, on average.
+TAPS = 9 / 4
+
+
+def inputs(problem: Problem, random: Inputs) -> tuple[Tensors, dict[str, Any]]:
+    x, skip = problem.reads
+    tensors = {
+        "x": random.activation(x),
+        "w": random.weight(problem.weight, TAPS * problem.weight[0]),
+        **random.vectors(problem),
+        "skip": random.activation(skip),
+    }
+    return tensors, {}
+
+
+def native(case: Case, kernel: Kernel) -> Run:
+    x, w, bias, skip = case.tensors.values()
+    packed = ops.pack_deconv(w)
+    out = case.poisoned()
+
+    def run():
+        kernel(x, packed, bias, skip, out)
+        return out
+
+    return run
+
+
+OP = Op("deconv_add", inputs, {"native": native})
+
+
+@replayed
+def test_deconv_add(outcome: Outcome, benchmark) -> None:
+    outcome.replay(benchmark)

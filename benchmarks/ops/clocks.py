@@ -1,0 +1,194 @@
+"""Timing on a CPU and on a GPU, and the ceilings of the machine that times are held against."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from shelfkern.timing import Timing, time_interleaved
+
+Runs = Mapping[str, Callable[[], object]]
+
+MIN_ROUNDS, MAX_ROUNDS = 5, 200
+# Written before every call on a GPU. Many times its L2, and long enough that the host has launched the
+# call before the device comes to it.
+FLUSH_BYTES = 1 << 30
+# Calls in a graph, so that the events around it cost little of each.
+GRAPH_CALLS = 20
+# Seconds of the longest call that is also timed in a graph.
+GRAPH_LIMIT = 200e-6
+
+COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}
+PRODUCT_EXTENT = {"cpu": 2048, "cuda": 8192}
+
+
+@dataclasses.dataclass(frozen=True)
+class Times:
+    """Seconds of one variant, interleaved with the others.
+
+    Attributes:
+        warm: with inputs in the caches, as far as they fit.
+        cold: with none in a GPU's L2; None on a CPU.
+        graph: of one call in a replayed CUDA graph, inputs in L2; None on a CPU, for long calls, and for
+            those that cannot be captured.
+    """
+
+    warm: Timing
+    cold: Timing | None = None
+    graph: Timing | None = None
+
+
+class Stopwatch:
+    """Times variants on one device, each set of them for about `seconds`."""
+
+    def __init__(self, device: str, seconds: float, max_autotune: bool = False) -> None:
+        self.device = device
+        self.seconds = seconds
+        self.compile_options: dict[str, Any] = {"freezing": True, "max_autotune": max_autotune}
+        self._flush = None
+        if device == "cuda":
+            self._flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+            torch.backends.cudnn.benchmark = True
+
+    def context_lost(self) -> bool:
+        """Whether the GPU's context is broken for the rest of the process, as by a write out of bounds."""
+        if self.device == "cpu":
+            return False
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            return True
+        return False
+
+    def measure(self, runs: Runs) -> dict[str, Times]:
+        """Times of every variant."""
+        if self._flush is None:
+            return {name: Times(timing) for name, timing in self.on_cpu(runs).items()}
+        cold, warm = self.on_gpu(runs, cold=True), self.on_gpu(runs, cold=False)
+        graphs = self._graphs({name: run for name, run in runs.items() if warm[name].median < GRAPH_LIMIT})
+        return {name: Times(warm[name], cold[name], graphs.get(name)) for name in runs}
+
+    def on_cpu(self, runs: Runs) -> dict[str, Timing]:
+        """Times of single calls."""
+        return time_interleaved(runs, self._rounds(runs), warmup=1)
+
+    def on_gpu(self, runs: Runs, cold: bool) -> dict[str, Timing]:
+        """Times between events around single calls, after a flush; and unless cold, after one call more."""
+        names = list(runs)
+        rounds = self._rounds(runs)
+        events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in names}
+        for index in range(rounds):
+            start = index % len(names)
+            for name in names[start:] + names[:start]:
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                self._flush.zero_()
+                if not cold:
+                    runs[name]()
+                begin.record()
+                runs[name]()
+                end.record()
+                events[name].append((begin, end))
+            # Keeps the queue of launches short of its limit, where the host would wait in mid-call.
+            torch.cuda.synchronize()
+        return {
+            name: Timing(tuple(begin.elapsed_time(end) / 1e3 for begin, end in pairs))
+            for name, pairs in events.items()
+        }
+
+    def _rounds(self, runs: Runs) -> int:
+        """As many as fit, from one round that also warms up."""
+        for run in runs.values():
+            run()
+        begin = time.perf_counter()
+        for run in runs.values():
+            if self._flush is not None:
+                self._flush.zero_()
+            run()
+        if self._flush is not None:
+            torch.cuda.synchronize()
+        one = time.perf_counter() - begin
+        return max(MIN_ROUNDS, min(MAX_ROUNDS, int(self.seconds / one)))
+
+    def _graphs(self, runs: Runs) -> dict[str, Timing]:
+        captured = {name: graph for name, run in runs.items() if (graph := _capture(run))}
+        if not captured:
+            return {}
+        timings = self.on_gpu({name: graph.replay for name, graph in captured.items()}, cold=False)
+        return {
+            name: Timing(tuple(seconds / GRAPH_CALLS for seconds in timing.seconds))
+            for name, timing in timings.items()
+        }
+
+
+def _capture(run: Callable[[], object]) -> torch.cuda.CUDAGraph | None:
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    try:
+        with torch.cuda.graph(graph):
+            for _ in range(GRAPH_CALLS):
+                run()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return None
+    return graph
+
+
+@dataclasses.dataclass(frozen=True)
+class Ceilings:
+    """What the machine reaches.
+
+    Attributes:
+        bytes_per_s: of a large copy, reads and writes counted.
+        flop_per_s: of a large matrix product, by the kind of arithmetic.
+    """
+
+    bytes_per_s: float
+    flop_per_s: dict[str, float]
+
+    def arithmetic(self, dtype: torch.dtype) -> str:
+        """The kind of arithmetic that a dtype is held against: TF32 for float32 where it was measured.
+
+        A CPU without 16-bit products computes them in float32: there the faster of the two counts.
+        """
+        if dtype is torch.float32:
+            return "tf32" if "tf32" in self.flop_per_s else "float32"
+        name = str(dtype).removeprefix("torch.")
+        return max((name, "float32"), key=lambda kind: self.flop_per_s.get(kind, 0.0))
+
+    def seconds(self, flop: float, nbytes: float, dtype: torch.dtype) -> float:
+        """The least time for so much arithmetic and traffic."""
+        return max(flop / self.flop_per_s[self.arithmetic(dtype)], nbytes / self.bytes_per_s)
+
+
+def measure_ceilings(stopwatch: Stopwatch, dtypes: tuple[torch.dtype, ...]) -> Ceilings:
+    """Measures this machine's ceilings."""
+    device = stopwatch.device
+    source = torch.empty(COPY_BYTES[device], dtype=torch.uint8, device=device).fill_(1)
+    target = torch.empty_like(source)
+    copy = _median(stopwatch, lambda: target.copy_(source))
+    flop_per_s = {str(d).removeprefix("torch."): _product(stopwatch, d) for d in dtypes}
+    if device == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True
+        flop_per_s["tf32"] = _product(stopwatch, torch.float32)
+        torch.backends.cuda.matmul.allow_tf32 = False
+    return Ceilings(2 * source.numel() / copy, flop_per_s)
+
+
+def _product(stopwatch: Stopwatch, dtype: torch.dtype) -> float:
+    extent = PRODUCT_EXTENT[stopwatch.device]
+    # Random, since a GPU draws less power and runs faster on zeros.
+    a, b = (torch.randn(extent, extent, device=stopwatch.device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    return 2 * math.pow(extent, 3) / _median(stopwatch, lambda: torch.mm(a, b, out=out))
+
+
+def _median(stopwatch: Stopwatch, run: Callable[[], object]) -> float:
+    measure = (
+        stopwatch.on_cpu if stopwatch.device == "cpu" else lambda runs: stopwatch.on_gpu(runs, cold=False)
+    )
+    return measure({"it": run})["it"].median

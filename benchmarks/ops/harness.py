@@ -1,0 +1,324 @@
+"""What the benchmarks of ops share: inputs, variants, and the check before any time is taken."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pytest
+import torch
+from clocks import Stopwatch, Times
+from shapes import Entry, Problem
+from torch import Tensor, nn
+
+from shelfkern import ops
+
+# Ours, on each device; emulated and interpreted kernels are for tests.
+BACKENDS = {"cpu": ("native",), "cuda": ("cuda", "triton")}
+LIBRARIES = {"cpu": ("oneDNN",), "cuda": ("cuDNN", "cuDNN fused")}
+EAGER, COMPILED = "eager channels_last", "torch.compile"
+DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16),
+    "cuda": (torch.float16, torch.bfloat16, torch.float32),
+}
+
+Tensors = dict[str, "Tensor | None"]
+# Computes its op once and gives the result.
+Run = Callable[[], Tensor]
+# A backend's raw function of an op, such as shelfkern.ops.upsample_add_native.
+Kernel = Callable[..., None]
+
+
+class Wrong(AssertionError):
+    """A variant's result is further from float64 than it may be."""
+
+
+class ContextLost(Exception):
+    """A kernel broke the CUDA context: this process can measure no more. Its argument is the variant."""
+
+
+class Inputs:
+    """Random tensors of one dtype on one device, the same at every run."""
+
+    def __init__(self, dtype: torch.dtype, device: str) -> None:
+        self.dtype = dtype
+        self.device = device
+        self._generator = torch.Generator(device).manual_seed(0)
+
+    def activation(self, shape: tuple[int, ...]) -> Tensor:
+        """Normal, (N, C, H, W) in NHWC storage."""
+        return self._normal(shape).to(self.dtype).contiguous(memory_format=torch.channels_last)
+
+    def weight(self, shape: tuple[int, ...], terms: int) -> Tensor:
+        """Normal, scaled so that a sum of so many products with normal activations is normal."""
+        weight = (self._normal(shape) / math.sqrt(terms)).to(self.dtype)
+        return weight.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else weight
+
+    def vector(self, length: int) -> Tensor:
+        """Normal float32."""
+        return self._normal((length,))
+
+    def vectors(self, problem: Problem) -> Tensors:
+        """The problem's float32 parameters by name."""
+        return {name: self.vector(problem.writes[1]) for name in problem.vectors}
+
+    def image(self, shape: tuple[int, ...]) -> Tensor:
+        """uint8."""
+        return torch.randint(0, 256, shape, generator=self._generator, device=self.device, dtype=torch.uint8)
+
+    def _normal(self, shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, generator=self._generator, device=self.device)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A problem with its tensors, by the names of the op's parameters, and the op's other arguments."""
+
+    problem: Problem
+    dtype: torch.dtype
+    tensors: Tensors
+    options: dict[str, Any]
+
+    def fresh(self) -> Case:
+        """The same, with an `out` of its own where the op adds to one."""
+        if "out" not in self.tensors:
+            return self
+        return dataclasses.replace(self, tensors=self.tensors | {"out": self.tensors["out"].clone()})
+
+    def call(self, function: Callable[..., Tensor | None], **options: Any) -> Tensor:
+        """The function's result, or the `out` that it adds to."""
+        result = function(**self.tensors, **self.options, **options)
+        return self.tensors["out"] if result is None else result
+
+    def poisoned(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Memory for the result, of NaN (255 where it is uint8), in NHWC storage if it has 4 dimensions."""
+        dtype = dtype or self.dtype
+        device = next(t.device for t in self.tensors.values() if t is not None)
+        value = float("nan") if dtype.is_floating_point else 255
+        out = torch.full(self.problem.writes, value, dtype=dtype, device=device)
+        return out.contiguous(memory_format=torch.channels_last) if out.ndim == 4 else out
+
+
+def one_rounding(case: Case, truth: Tensor) -> float:
+    """An error that is allowed where eager is exact by luck: one rounding of the largest value."""
+    return torch.finfo(case.dtype).eps * float(truth.abs().max())
+
+
+def resize_rounding(case: Case, truth: Tensor) -> float:
+    """The same for resizes, whose source coordinates are rounded in float32."""
+    scores = case.tensors["scores"]
+    coordinate = torch.finfo(torch.float32).eps * max(scores.shape[2:])
+    return (torch.finfo(case.dtype).eps + 4 * coordinate) * float(scores.abs().max())
+
+
+def as_exact(result: Tensor, truth: Tensor, eager: Tensor, floor: float) -> float:
+    """The root-mean-square error over the truth's root mean square.
+
+    Raises:
+        Wrong: it is more than twice eager's, or the largest error more than four times eager's.
+    """
+    if result.shape != truth.shape:
+        raise Wrong(f"the result is {tuple(result.shape)}, it must be {tuple(truth.shape)}")
+    errors, allowed = (result.double() - truth).abs(), (eager.double() - truth).abs()
+    for name, found, limit in (
+        ("root-mean-square", errors.square().mean().sqrt(), 2 * allowed.square().mean().sqrt()),
+        ("largest", errors.max(), 4 * allowed.max()),
+    ):
+        # Written so that NaN is wrong.
+        if not found <= max(float(limit), floor):
+            raise Wrong(f"the {name} error is {found:.3g}, at most {max(float(limit), floor):.3g} is allowed")
+    return float(errors.square().mean().sqrt() / truth.square().mean().sqrt())
+
+
+def against_float64(op: Op, case: Case) -> Callable[[Tensor], float]:
+    """`as_exact` for results of the case."""
+    truth, eager = op.truth(case.fresh()), op.refer(case.fresh())
+    floor = op.floor(case, truth)
+    return lambda result: as_exact(result, truth, eager, floor)
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """How an op is benchmarked.
+
+    Attributes:
+        name: of the op.
+        inputs: from a problem to its tensors, by the names of the op's parameters, and other arguments.
+        kernels: by backend, from a case and the kernel to a call of it with its weights packed and its
+            result allocated beforehand, as the engine calls it. Backends without one are called by the
+            public op.
+        library: from a case and one of `LIBRARIES` to the library's own fused call.
+        reference: in torch calls, by default the op's own.
+        floor: the error that is always allowed.
+        judge: from a case to a check of a result, which gives its error or raises `Wrong`.
+    """
+
+    name: str
+    inputs: Callable[[Problem, Inputs], tuple[Tensors, dict[str, Any]]]
+    kernels: Mapping[str, Callable[[Case, Kernel], Run]]
+    library: Callable[[Case, str], Run] | None = None
+    reference: Callable[..., Tensor | None] | None = None
+    floor: Callable[[Case, Tensor], float] = one_rounding
+    judge: Callable[[Op, Case], Callable[[Tensor], float]] = against_float64
+
+    def case(self, problem: Problem, dtype: torch.dtype, device: str) -> Case:
+        """The problem with random inputs."""
+        return Case(problem, dtype, *self.inputs(problem, Inputs(dtype, device)))
+
+    def refer(self, case: Case) -> Tensor:
+        """The result in torch calls."""
+        return case.call(self.reference or getattr(ops, f"{self.name}_reference"))
+
+    def truth(self, case: Case) -> Tensor:
+        """The result in float64."""
+        wide = {name: t.double() if _is_floating(t) else t for name, t in case.tensors.items()}
+        return self.refer(dataclasses.replace(case, tensors=wide))
+
+    def ours(self, device: str) -> list[str]:
+        """Names of the variants that are this library's."""
+        return [backend for backend in BACKENDS[device] if backend in ops.KERNELS[self.name]]
+
+    def variants(self, device: str) -> list[str]:
+        """Names of all variants that are compared on a device."""
+        libraries = LIBRARIES[device] if self.library else ()
+        return [*self.ours(device), EAGER, *libraries, COMPILED]
+
+    def why_not(self, backend: str, case: Case) -> str | None:
+        """Why a backend has no kernel for the case; None if it has."""
+        can_run = self._module.can_run
+        names = inspect.signature(can_run).parameters
+        return can_run(*(case.tensors[name] for name in names))[backend]
+
+    @property
+    def _module(self) -> Any:
+        # As an attribute of shelfkern.ops the name is the public op.
+        return importlib.import_module(f"shelfkern.ops.{self.name}")
+
+    def build(self, variant: str, case: Case, compile_options: dict[str, Any]) -> Run:
+        """One variant of the case, ready to be called."""
+        case = case.fresh()
+        if variant == EAGER:
+            return lambda: self.refer(case)
+        if variant == COMPILED:
+            return _compiled(self, case, compile_options)
+        if variant in self.kernels:
+            return self.kernels[variant](case, getattr(self._module, f"{self.name}_{variant}"))
+        if variant in ops.KERNELS[self.name]:
+            return lambda: case.call(getattr(ops, self.name), backend=variant)
+        return self.library(case, variant)
+
+
+def _is_floating(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.is_floating_point()
+
+
+class Composition(nn.Module):
+    """The reference with its weights as parameters, which torch.compile can freeze."""
+
+    def __init__(self, op: Op, case: Case) -> None:
+        super().__init__()
+        self._op, self._case = op, case
+        self._moving = {"x", "image", "scores", "skip", "residual", "gate", "out"} & set(case.tensors)
+        for name in set(case.tensors) - self._moving:
+            value = case.tensors[name]
+            self.register_parameter(name, None if value is None else nn.Parameter(value, requires_grad=False))
+
+    def forward(self, **moving: Tensor | None) -> Tensor:
+        fixed = {name: getattr(self, name) for name in self._case.tensors if name not in self._moving}
+        return self._op.refer(dataclasses.replace(self._case, tensors=fixed | moving))
+
+    def moving(self) -> Tensors:
+        """What changes from call to call."""
+        return {name: self._case.tensors[name] for name in self._moving}
+
+
+def _compiled(op: Op, case: Case, options: dict[str, Any]) -> Run:
+    # Without it torch.compile would stop compiling after eight shapes of one function.
+    torch.compiler.reset()
+    composition = Composition(op, case).eval()
+    compiled = torch.compile(composition, dynamic=False, options=options)
+    moving = composition.moving()
+    return lambda: compiled(**moving)
+
+
+class Replay:
+    """A clock that shows seconds measured before.
+
+    pytest-benchmark times one variant after the other; ours were timed interleaved, and reach it by this.
+    """
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def play(self, seconds: Iterator[float]) -> None:
+        """Moves the clock by the next of the seconds."""
+        self.now += next(seconds)
+
+
+REPLAY = Replay()
+replayed = pytest.mark.benchmark(timer=REPLAY)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What became of one variant: its error and times; or why it was refused, or could not run."""
+
+    error: float | None = None
+    times: Times | None = None
+    refused: str | None = None
+    unavailable: str | None = None
+
+    def replay(self, benchmark: Any) -> None:
+        """Gives pytest-benchmark the times; fails if the variant was refused, skips if it could not run."""
+        if self.refused is not None:
+            pytest.fail(self.refused, pytrace=False)
+        if self.unavailable is not None:
+            pytest.skip(self.unavailable)
+        seconds = (self.times.cold or self.times.warm).seconds
+        benchmark.extra_info["error"] = self.error
+        benchmark.pedantic(REPLAY.play, args=(iter(seconds),), rounds=len(seconds))
+
+
+@torch.no_grad()
+def compare(
+    op: Op, entry: Entry, dtype: torch.dtype, stopwatch: Stopwatch, variants: list[str]
+) -> dict[str, Outcome]:
+    """Every variant's outcome: all are checked against float64, then the right ones are timed interleaved."""
+    case = op.case(entry.problem, dtype, stopwatch.device)
+    outcomes, runs = _checked(op, case, variants, stopwatch)
+    for name, times in (stopwatch.measure(runs) if runs else {}).items():
+        outcomes[name] = dataclasses.replace(outcomes[name], times=times)
+    return outcomes
+
+
+def _checked(
+    op: Op, case: Case, variants: list[str], stopwatch: Stopwatch
+) -> tuple[dict[str, Outcome], dict[str, Run]]:
+    error_of = op.judge(op, case)
+    outcomes: dict[str, Outcome] = {}
+    runs: dict[str, Run] = {}
+    for name in variants:
+        ours = name in ops.KERNELS[op.name]
+        if ours and (why := op.why_not(name, case)):
+            outcomes[name] = Outcome(unavailable=why)
+            continue
+        try:
+            run = op.build(name, case, stopwatch.compile_options)
+            outcomes[name] = Outcome(error=error_of(run()))
+            runs[name] = run
+        except Wrong as error:
+            outcomes[name] = Outcome(refused=f"{name} is wrong, not timed: {error}")
+        except Exception as error:
+            if stopwatch.context_lost():
+                raise ContextLost(name) from error
+            # A peer that this torch lacks is no fault of ours; a kernel of ours that fails is.
+            message = f"{name} failed: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            outcomes[name] = Outcome(refused=message) if ours else Outcome(unavailable=message)
+    return outcomes, runs

@@ -1,0 +1,60 @@
+"""The libraries' own fused convolutions: oneDNN on a CPU, cuDNN on a GPU, batch norms folded into weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from shelfkern.engine.library import make_conv
+from shelfkern.engine.plan import Activation
+
+Conv = Callable[..., Tensor]
+
+
+def fused_conv(
+    library: str,
+    w: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    stride: int = 1,
+    slope: float | None = 0.0,
+) -> Conv:
+    """A function of x and perhaps a residual: act(scale * conv(x, w) + shift + residual).
+
+    Padding is half the kernel.
+
+    library: "oneDNN"; "cuDNN" is the convolution with a bias, the rest in place; "cuDNN fused" is
+    torch.cudnn_convolution_relu and torch.cudnn_convolution_add_relu.
+    """
+    folded = w if scale is None else w.float() * scale[:, None, None, None]
+    folded = folded.to(w.dtype).contiguous(memory_format=torch.channels_last)
+    bias = None if shift is None else shift.to(w.dtype)
+    if library == "oneDNN":
+        return make_conv(folded, None, bias, stride, Activation(slope))
+    # cuDNN fuses relu alone.
+    make = _cudnn_fused if library == "cuDNN fused" and slope == 0 else _cudnn
+    return make(folded, bias, stride, slope)
+
+
+def _cudnn(w: Tensor, bias: Tensor | None, stride: int, slope: float | None) -> Conv:
+    def run(x: Tensor, residual: Tensor | None = None) -> Tensor:
+        out = F.conv2d(x, w, bias, stride, w.shape[2] // 2)
+        if residual is not None:
+            out += residual
+        return out if slope is None else F.leaky_relu_(out, slope)
+
+    return run
+
+
+def _cudnn_fused(w: Tensor, bias: Tensor | None, stride: int, slope: float | None) -> Conv:
+    geometry = ([stride] * 2, [w.shape[2] // 2] * 2, [1, 1], 1)
+
+    def run(x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if residual is None:
+            return torch.cudnn_convolution_relu(x, w, bias, *geometry)
+        return torch.cudnn_convolution_add_relu(x, w, residual, 1.0, bias, *geometry)
+
+    return run

@@ -1,0 +1,92 @@
+"""Draws a file of op results: the fraction of the machine's ceiling that ours and the fastest peer reach."""
+
+from __future__ import annotations
+
+import collections
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+
+from matplotlib import pyplot as plt
+
+Row = dict[str, Any]
+# Of one op: the best of ours and the fastest of the others, a pair for each problem.
+Pairs = dict[str, list[tuple[Row, Row]]]
+OURS, PEER = "#1b6ca8", "#b8643c"
+
+
+def pairs(rows: list[Row]) -> Pairs:
+    """Rows by op, of problems that both have. Cold times where there are some."""
+    cache = "cold" if any(row["cache"] == "cold" for row in rows) else "warm"
+    problems: dict[tuple[str, str], list[Row]] = collections.defaultdict(list)
+    for row in rows:
+        if row["cache"] == cache:
+            problems[row["op"], row["shape"]].append(row)
+    found: Pairs = collections.defaultdict(list)
+    for (op, _), variants in sorted(problems.items()):
+        ours, peers = ([row for row in variants if row["ours"] is mine] for mine in (True, False))
+        if ours and peers:
+            found[op].append(tuple(min(group, key=lambda row: row["median_us"]) for group in (ours, peers)))
+    return found
+
+
+def speed_up(of_one_op: list[tuple[Row, Row]]) -> float:
+    """How many times faster ours is than the fastest peer: the geometric mean over problems."""
+    return statistics.geometric_mean(ours["to_fastest_peer"] for ours, _ in of_one_op)
+
+
+def draw(axis: plt.Axes, dtype: str, found: Pairs) -> None:
+    """A line an op: a dot a problem, ours above, the fastest peer below."""
+    for line, of_one_op in enumerate(found.values()):
+        for offset, colour, which, name in ((-0.17, OURS, 0, "shelfkern"), (0.17, PEER, 1, "fastest peer")):
+            fractions = [100 * pair[which]["fraction"] for pair in of_one_op]
+            label = name if line == 0 else None
+            axis.scatter(
+                fractions, [line + offset] * len(fractions), s=14, color=colour, alpha=0.7, label=label
+            )
+    labels = [f"{op}\n{speed_up(of_one_op):.2f}x" for op, of_one_op in found.items()]
+    axis.set_yticks(range(len(found)), labels, fontsize=8)
+    axis.set_ylim(len(found) - 0.5, -0.5)
+    axis.set_xlim(left=0)
+    axis.axvline(100, color="#999", linewidth=0.8)
+    axis.set_title(dtype, fontsize=9)
+    axis.set_xlabel("% of the ceiling", fontsize=8)
+    axis.grid(axis="x", color="#eee")
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def main() -> None:
+    """Writes an SVG beside each file of results that is named."""
+    for path in map(Path, sys.argv[1:]):
+        rows = [json.loads(line) for line in path.read_text().splitlines() if line]
+        by_dtype = {dtype: pairs([r for r in rows if r["dtype"] == dtype]) for dtype in _dtypes(rows)}
+        by_dtype = {dtype: found for dtype, found in by_dtype.items() if found}
+        if not by_dtype:
+            sys.exit(f"{path} holds no problem that ours and a peer were timed on")
+        figure, axes = plt.subplots(
+            1, len(by_dtype), figsize=(4.2 * len(by_dtype), 5), squeeze=False, layout="constrained"
+        )
+        for axis, (dtype, found) in zip(axes[0], by_dtype.items(), strict=True):
+            draw(axis, dtype, found)
+        axes[0][-1].legend(fontsize=8, loc="lower right")
+        figure.suptitle(
+            "Each dot a problem; the figure, ours to the fastest peer (geometric mean)", fontsize=9
+        )
+        # Without a date and with fixed ids, so that equal results give equal files.
+        plt.rcParams["svg.hashsalt"] = "shelfkern"
+        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+
+
+def _dtypes(rows: list[Row]) -> list[str]:
+    return list(dict.fromkeys(row["dtype"] for row in rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""The problems that the four published models give each op, read off the models' own plans."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from shelfkern import nn as models
+from shelfkern.engine import Plan
+from shelfkern.engine.lower import lower
+from shelfkern.engine.plan import Step, step_macs
+
+MODELS = ("shelfnet18_lw", "shelfnet34_lw", "shelfnet50", "shelfnet101")
+SIZES = ((512, 512), (1024, 2048))
+Size = tuple[int, int]
+Shape = tuple[int, ...]
+
+# The quick problems: of these models, the first that has the op, at the first size, the heaviest few.
+QUICK_MODELS = ("shelfnet18_lw", "shelfnet50")
+QUICK_PROBLEMS = 3
+
+# Bytes of an element written, where it has not the op's dtype. The sum of softmaxes is also read.
+WRITTEN_BYTES = {"upsample_argmax": 1, "attention_gate": 4, "upsample_softmax_sum": 4 + 4}
+# Products with the four scores around a pixel.
+BILINEAR_MACS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One op at one size.
+
+    Attributes:
+        op: its name.
+        reads: shapes of the activations it reads: (N, C, H, W), a gate's (N, C), raw images' (N, H, W, 3).
+        writes: shape of its result.
+        macs: multiply-adds of its convolutions, products with gates and bilinear weights.
+        weight: shape of its weights, empty for none.
+        vectors: names of its float32 parameters of one value an output channel.
+        stride: of the convolution.
+        slope: of the activation: 0 relu, None nothing.
+        residual, skip: whether these are added before and after the last activation.
+        raw: whether it reads uint8 images.
+    """
+
+    op: str
+    reads: tuple[Shape, ...]
+    writes: Shape
+    macs: int
+    weight: Shape = ()
+    vectors: tuple[str, ...] = ()
+    stride: int = 1
+    slope: float | None = None
+    residual: bool = False
+    skip: bool = False
+    raw: bool = False
+
+    @property
+    def flop(self) -> int:
+        """Floating-point operations."""
+        return 2 * self.macs
+
+    def bytes(self, dtype: torch.dtype) -> int:
+        """The least traffic: each input read once, the result written once. Leaves out mean and std."""
+        read = sum(math.prod(shape) * self._read_bytes(shape, dtype) for shape in self.reads)
+        read += math.prod(self.weight) * dtype.itemsize if self.weight else 0
+        read += 4 * self.writes[1] * len(self.vectors)
+        return read + math.prod(self.writes) * WRITTEN_BYTES.get(self.op, dtype.itemsize)
+
+    def _read_bytes(self, shape: Shape, dtype: torch.dtype) -> int:
+        if self.raw:
+            return 1
+        return 4 if len(shape) == 2 else dtype.itemsize
+
+    def __str__(self) -> str:
+        parts = ["x".join(map(str, self.reads[0]))]
+        if self.raw:
+            parts.append("raw")
+        if len(self.weight) == 4:
+            parts.append(f"{self.weight[2]}x{self.weight[3]}s{self.stride}")
+        parts.append("to_" + "x".join(map(str, self.writes[1:])))
+        parts += ["plain"] * (self.op == "conv_bn_act" and "scale" not in self.vectors)
+        parts += [] if self.slope is None else [f"leaky{self.slope:g}" if self.slope else "relu"]
+        return "-".join(parts + ["residual"] * self.residual + ["skip"] * self.skip)
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A problem, how often each model and size has it ("shelfnet50 512x512"), and whether it is quick."""
+
+    problem: Problem
+    uses: dict[str, int] = dataclasses.field(hash=False)
+    quick: bool
+
+
+def plan_of(model: str) -> Plan:
+    """A published model's plan, of shapes without values."""
+    with torch.device("meta"):
+        return lower(getattr(models, model)().eval())
+
+
+def problems_of(plan: Plan, batch: int, size: Size) -> Iterator[Problem]:
+    """Every step's problem, and those of the resizes that follow the plan."""
+    for step in plan.steps:
+        yield from _problems_of_step(step, batch, size)
+    yield from _problems_of_scores(plan.scores.shape(batch, *size), size)
+
+
+def _problems_of_step(step: Step, batch: int, size: Size) -> Iterator[Problem]:
+    fields = {field.name: getattr(step, field.name) for field in dataclasses.fields(step)}
+    problem = Problem(
+        op=step.op,
+        reads=tuple(value.shape(batch, *size) for value in step.inputs) or ((batch, 3, *size),),
+        writes=step.output.shape(batch, *size),
+        macs=step_macs(step, batch, *size),
+        weight=tuple(fields["weight"].shape) if "weight" in fields else (),
+        vectors=tuple(
+            name for name, value in fields.items() if isinstance(value, Tensor) and value.ndim == 1
+        ),
+        stride=fields.get("stride", 2 if step.op in ("stem", "deconv_add") else 1),
+        slope=fields["act"].slope if "act" in fields else None,
+        residual=fields.get("residual", False),
+        skip=fields.get("skip", False),
+    )
+    yield problem
+    if not step.inputs:
+        yield dataclasses.replace(problem, reads=((batch, *size, 3),), raw=True)
+
+
+def _problems_of_scores(scores: Shape, size: Size) -> Iterator[Problem]:
+    n, classes = scores[:2]
+    macs = BILINEAR_MACS * n * classes * math.prod(size)
+    for op in ("upsample_bilinear", "upsample_softmax_sum"):
+        yield Problem(op, (scores,), (n, classes, *size), macs)
+    yield Problem("upsample_argmax", (scores,), (n, *size), macs)
+
+
+@functools.cache
+def table(batch: int = 1) -> tuple[Entry, ...]:
+    """Every distinct problem of the published models at `SIZES`, in the order in which they first come."""
+    uses: dict[Problem, collections.Counter[str]] = {}
+    for model in MODELS:
+        plan = plan_of(model)
+        for size in SIZES:
+            for problem in problems_of(plan, batch, size):
+                uses.setdefault(problem, collections.Counter())[use(model, size)] += 1
+    quick = {problem for op in {problem.op for problem in uses} for problem in _quick(op, uses)}
+    return tuple(Entry(problem, dict(found), problem in quick) for problem, found in uses.items())
+
+
+def use(model: str, size: Size) -> str:
+    """The name under which `Entry.uses` counts."""
+    return f"{model} {size[0]}x{size[1]}"
+
+
+def _quick(op: str, uses: dict[Problem, collections.Counter[str]]) -> list[Problem]:
+    for model in QUICK_MODELS:
+        name = use(model, SIZES[0])
+        found = [problem for problem in uses if problem.op == op and uses[problem][name]]
+        if found:
+            return sorted(found, key=lambda problem: -uses[problem][name] * problem.macs)[:QUICK_PROBLEMS]
+    return []
