@@ -21,13 +21,13 @@ BACKENDS = ("auto", "native", "cuda", "triton", "emulated", "reference")
 # Every op and the backends that have a kernel of it, on each device the one that "auto" prefers first.
 KERNELS = {
     "attention_gate": ("native", "cuda", "emulated"),
-    "conv_bn_act": ("native",),
-    "deconv_add": ("native",),
-    "shared_block": ("native", "cuda", "emulated"),
+    "conv_bn_act": ("native", "triton"),
+    "deconv_add": ("native", "triton"),
+    "shared_block": ("native", "cuda", "triton", "emulated"),
     "stem": ("native", "cuda", "emulated"),
-    "upsample_add": ("native", "cuda", "emulated"),
+    "upsample_add": ("native", "cuda", "triton", "emulated"),
     "upsample_argmax": ("native", "cuda", "emulated"),
-    "upsample_bilinear": ("native",),
+    "upsample_bilinear": ("native", "triton"),
     "upsample_softmax_sum": ("native", "cuda", "emulated"),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -37,6 +38,13 @@ def check(op: str, scores: Tensor, size: Size, crop: Size | None) -> Size:
     if len(crop) != 2 or min(crop) < 1 or crop[0] > size[0] or crop[1] > size[1]:
         raise ValueError(f"{op}: crop is {crop}, it may be from (1, 1) to size {size}")
     return crop
+
+
+def step(extent: int, full: int, align_corners: bool) -> float:
+    """Source pixels from one result pixel to the next, rounded to float32 as torch does."""
+    if align_corners:
+        return float(np.float32(extent - 1) / np.float32(full - 1)) if full > 1 else 0.0
+    return float(np.float32(extent) / np.float32(full))
 
 
 def run_native(op: str, scores: Tensor, size: Size, out: Tensor, align_corners: bool, *others: Any) -> None:

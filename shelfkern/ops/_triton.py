@@ -1,4 +1,55 @@
-"""Whether Triton kernels can run here."""
+"""Triton where it is installed, and what the Triton kernels share."""
 
-why_not: str | None = "the Triton kernels are not there yet"
-INTERPRETED = False
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError as error:
+    triton = tl = gdc_launch_dependents = gdc_wait = None
+    why_not: str | None = f"Triton does not load ({error}): pip install triton"
+else:
+    why_not = None
+
+# Interpreted kernels run on the CPU, operation by operation, in numpy.
+INTERPRETED = triton is not None and triton.knobs.runtime.interpret
+# The interpreter multiplies bfloat16 as if its bits were whole numbers, and does not round to nearest.
+WIDEN = None if tl is None else tl.constexpr(INTERPRETED)
+
+
+def jit(kernel: Callable[..., Any]) -> Any:
+    """triton.jit, or without Triton the function itself, so that the module imports."""
+    return kernel if triton is None else triton.jit(kernel)
+
+
+def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Within it, launches go to the GPU that x is on, to torch's current stream there."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def overlaps_launches(x: Tensor) -> bool:
+    """Whether kernels on x's GPU can start before the one ahead of them has ended."""
+    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+
+
+def strides(x: Tensor | None) -> tuple[int, int, int]:
+    """Strides of n, h and w; zeros for None."""
+    return (0, 0, 0) if x is None else (x.stride(0), x.stride(2), x.stride(3))
+
+
+@jit
+def rounded(values, pointer):
+    """float32 values in the dtype that the pointer points to: the nearest, of two the even."""
+    if WIDEN and pointer.dtype.element_ty == tl.bfloat16:
+        bits = values.to(tl.int32, bitcast=True)
+        near = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        values = tl.where(values == values, near.to(tl.float32, bitcast=True), values)
+    return values.to(pointer.dtype.element_ty)

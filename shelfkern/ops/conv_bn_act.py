@@ -11,12 +11,18 @@ from torch.nn import functional as F
 from .. import native
 from . import _backends as backends
 from . import _common as common
+from . import _conv_triton as conv
+from . import _triton
+from ._triton import gdc_launch_dependents, gdc_wait, jit, rounded, tl
 
 OP = "conv_bn_act"
 PANEL = 16
 # Products that are summed from zero before they join the rest. A running sum of 576 is off from float64
 # by up to 1.7 times what eager's blocked sums are, one of 1152 by 2.5 times, one of 288 no more than they.
 MAX_TERMS = 288
+
+# A tile of the second kernel of a split sum: small, for it only reads and adds.
+SUM_BLOCK_M, SUM_BLOCK_N = 16, 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +134,170 @@ def out_shape(x: Tensor, w: Tensor, stride: int, padding: int) -> tuple[int, int
     return x.shape[0], w.shape[0], extents[0], extents[1]
 
 
+@jit
+def _finish_tile(
+    acc, rows, columns, scale, shift, residual, skip, out, pixels, channels, out_h, out_w,
+    residual_n, residual_h, residual_w, skip_n, skip_h, skip_w, out_stride_n, out_stride_h, out_stride_w,
+    slope,
+    HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_SKIP: tl.constexpr,
+    ACT: tl.constexpr,
+):  # fmt: skip
+    """Everything after the sum, and the store."""
+    image, y, x = conv.pixel_of(rows, out_h, out_w)
+    mask = (rows < pixels)[:, None] & (columns < channels)[None, :]
+    acc = conv.finish(
+        acc, columns, channels, mask, scale, shift,
+        residual, conv.offsets(image, y, x, residual_n, residual_h, residual_w),
+        skip, conv.offsets(image, y, x, skip_n, skip_h, skip_w),
+        slope, HAS_SCALE, HAS_SHIFT, HAS_RESIDUAL, HAS_SKIP, ACT,
+    )  # fmt: skip
+    to = conv.offsets(image, y, x, out_stride_n, out_stride_h, out_stride_w)
+    tl.store(out + to[:, None] + columns[None, :], rounded(acc, out), mask=mask)
+
+
+@jit
+def conv_kernel(
+    x, weight, scale, shift, residual, skip, out, parts, pixels, channels, h, w, out_h, out_w,
+    x_n, x_h, x_w, residual_n, residual_h, residual_w, skip_n, skip_h, skip_w,
+    out_stride_n, out_stride_h, out_stride_w, slope,
+    C: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
+    STRIDE: tl.constexpr, PADDING: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_SKIP: tl.constexpr,
+    ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SPLIT: tl.constexpr, SWAP: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """One tile of the convolution, or with SPLIT one part of its sums."""
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
+    tiles_m, tiles_n = tl.cdiv(pixels, BLOCK_M), tl.cdiv(channels, BLOCK_N)
+    tile_m, tile_n = conv.tile_of(tl.program_id(0), tiles_m, tiles_n, 8)
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    image, y, column = conv.pixel_of(rows, out_h, out_w)
+    top, left = y * STRIDE - PADDING, column * STRIDE - PADDING
+    first_pixel = x + conv.offsets(image, top, left, x_n, x_h, x_w)
+    weight_rows = weight + columns.to(tl.int64) * (KERNEL_H * KERNEL_W * C)
+
+    blocks: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
+    steps: tl.constexpr = KERNEL_H * KERNEL_W * blocks
+    share: tl.constexpr = (steps + SPLIT - 1) // SPLIT
+    part = tl.program_id(1)
+    acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
+    for step in range(part * share, tl.minimum(part * share + share, steps)):
+        tap, r, s = step // blocks, step // blocks // KERNEL_W, step // blocks % KERNEL_W
+        k = step % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
+        inside = rows < pixels
+        if PADDING > 0:
+            inside = inside & (top + r >= 0) & (top + r < h) & (left + s >= 0) & (left + s < w)
+        pixel_mask, weight_mask = inside[:, None], (columns < channels)[None, :]
+        if C % BLOCK_K != 0:
+            pixel_mask, weight_mask = pixel_mask & (k < C)[None, :], weight_mask & (k < C)[:, None]
+        a = tl.load(first_pixel[:, None] + (r * x_h + s * x_w) + k[None, :], mask=pixel_mask, other=0.0)
+        b = tl.load(weight_rows[None, :] + (tap * C + k)[:, None], mask=weight_mask, other=0.0)
+        acc = conv.multiply(a, b, acc, SWAP, PRECISION)
+    if SWAP:
+        acc = tl.trans(acc)
+
+    if SPLIT > 1:
+        to = (part * pixels + rows).to(tl.int64) * channels
+        mask = (rows < pixels)[:, None] & (columns < channels)[None, :]
+        tl.store(parts + to[:, None] + columns[None, :], acc, mask=mask)
+    else:
+        _finish_tile(
+            acc, rows, columns, scale, shift, residual, skip, out, pixels, channels, out_h, out_w,
+            residual_n, residual_h, residual_w, skip_n, skip_h, skip_w,
+            out_stride_n, out_stride_h, out_stride_w, slope,
+            HAS_SCALE, HAS_SHIFT, HAS_RESIDUAL, HAS_SKIP, ACT,
+        )  # fmt: skip
+
+
+@jit
+def sum_kernel(
+    parts, scale, shift, residual, skip, out, pixels, channels, out_h, out_w,
+    residual_n, residual_h, residual_w, skip_n, skip_h, skip_w,
+    out_stride_n, out_stride_h, out_stride_w, slope,
+    HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_SKIP: tl.constexpr,
+    ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Adds the parts of every sum in their order, so that repeats are equal bit for bit, and finishes."""
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (rows < pixels)[:, None] & (columns < channels)[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for part in tl.static_range(SPLIT):
+        start = (part * pixels + rows).to(tl.int64) * channels
+        acc += tl.load(parts + start[:, None] + columns[None, :], mask=mask, other=0.0)
+    _finish_tile(
+        acc, rows, columns, scale, shift, residual, skip, out, pixels, channels, out_h, out_w,
+        residual_n, residual_h, residual_w, skip_n, skip_h, skip_w,
+        out_stride_n, out_stride_h, out_stride_w, slope,
+        HAS_SCALE, HAS_SHIFT, HAS_RESIDUAL, HAS_SKIP, ACT,
+    )  # fmt: skip
+
+
+def conv_bn_act_triton(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    skip: Tensor | None,
+    out: Tensor,
+    kernel: tuple[int, int],
+    stride: int,
+    padding: int,
+    slope: float | None,
+    config: conv.Config | None = None,
+    precision: str | None = None,
+    overlap: bool = False,
+) -> None:
+    """The Triton kernel into `out`, unchecked: channels contiguous, any other strides.
+
+    Args:
+        weight: of `pack_weight`, x's dtype.
+        scale, shift: float32.
+        config: one of `configurations`, by default the first.
+        precision: of float32 products, "tf32" or "ieee"; by default as torch's own convolutions.
+        overlap: starts before the kernel ahead has ended and waits for it, on GPUs that can.
+    """
+    n, c, h, w = x.shape
+    _, k, out_h, out_w = out.shape
+    pixels = n * out_h * out_w
+    if pixels * k == 0:
+        return
+    problem = conv.Problem(pixels, k, kernel[0] * kernel[1], c, x.dtype)
+    precision = precision or conv.default_precision(x.dtype)
+    config = config or conv.configurations(problem, precision, backends.multiprocessors(x))[0]
+    overlap = overlap and _triton.overlaps_launches(x)
+    act, slope = conv.activation(slope)
+    after = (
+        *_triton.strides(residual), *_triton.strides(skip), *_triton.strides(out), slope,
+    )  # fmt: skip
+    flags = dict(conv.flags(scale, shift, residual, skip), ACT=act)
+    options = dict(launch_pdl=True) if overlap else {}
+    parts = conv.workspace(config, pixels, k, x)
+    grid = (conv.cdiv(pixels, config.block_m) * conv.cdiv(k, config.block_n), config.split)
+    with _triton.on_device_of(x):
+        conv_kernel[grid](
+            x, weight, scale, shift, residual, skip, out, parts, pixels, k, h, w, out_h, out_w,
+            *_triton.strides(x), *after, c, *kernel, stride, padding, **flags,
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=conv.block_k(config, problem),
+            SPLIT=config.split, SWAP=config.swap, PRECISION=precision, OVERLAP=overlap,
+            num_warps=config.warps, num_stages=config.stages, **options,
+        )  # fmt: skip
+        if config.split > 1:
+            sum_kernel[(conv.cdiv(pixels, SUM_BLOCK_M), conv.cdiv(k, SUM_BLOCK_N))](
+                parts, scale, shift, residual, skip, out, pixels, k, out_h, out_w, *after, **flags,
+                BLOCK_M=SUM_BLOCK_M, BLOCK_N=SUM_BLOCK_N, SPLIT=config.split, OVERLAP=overlap,
+                num_warps=4, **options,
+            )  # fmt: skip
+
+
 @backends.custom_op(OP)
 def _op(
     x: Tensor,
@@ -142,16 +312,16 @@ def _op(
     backend: str,
 ) -> Tensor:
     out = common.empty_channels_last(x, out_shape(x, w, stride, padding))
-    conv_bn_act_native(
-        common.channels_last(x),
-        pack_conv(w, stride, padding),
-        None if scale is None else common.float32(scale),
-        None if shift is None else common.float32(shift),
-        None if residual is None else common.channels_last(residual),
-        None if skip is None else common.channels_last(skip),
-        out,
-        slope,
-    )
+    scale, shift = (None if t is None else common.float32(t) for t in (scale, shift))
+    if backend == "triton":
+        residual, skip = (None if t is None else common.channels_innermost(t) for t in (residual, skip))
+        weight, kernel = conv.pack_weight(w, x.dtype), (w.shape[2], w.shape[3])
+        after = (scale, shift, residual, skip, out)
+        conv_bn_act_triton(common.channels_innermost(x), weight, *after, kernel, stride, padding, slope)
+    else:
+        residual, skip = (None if t is None else common.channels_last(t) for t in (residual, skip))
+        packed = pack_conv(w, stride, padding)
+        conv_bn_act_native(common.channels_last(x), packed, scale, shift, residual, skip, out, slope)
     return out
 
 

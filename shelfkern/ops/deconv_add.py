@@ -6,11 +6,15 @@ convolutions of the input, one a parity, write every second pixel: no zeros are 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from . import _backends as backends
 from . import _common as common
+from . import _conv_triton as conv
+from . import _triton
+from ._triton import gdc_launch_dependents, gdc_wait, jit, rounded, tl
 from .conv_bn_act import PackedConv, conv_bn_act_native, pack_conv
 
 OP = "deconv_add"
@@ -42,18 +46,119 @@ def can_run(x: Tensor) -> backends.Reasons:
 
 def deconv_add_native(x: Tensor, packed: PackedDeconv, bias: Tensor, skip: Tensor, out: Tensor) -> None:
     """The native kernel into `out`, unchecked: NHWC storage, bias float32."""
-    for parity, conv in enumerate(packed):
+    for parity, taps in enumerate(packed):
         row, column = divmod(parity, 2)
         part = (slice(None), slice(None), slice(row, None, 2), slice(column, None, 2))
-        conv_bn_act_native(x, conv, None, bias, skip[part], None, out[part], None)
+        conv_bn_act_native(x, taps, None, bias, skip[part], None, out[part], None)
+
+
+@jit
+def deconv_kernel(
+    x, weight, bias, skip, out, pixels, channels, h, w,
+    x_n, x_h, x_w, skip_n, skip_h, skip_w, out_n, out_h, out_w,
+    C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SWAP: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """One tile of the output pixels of one parity: BLOCK_M input pixels, of which it sees the next too."""
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
+    tiles_m, tiles_n = tl.cdiv(pixels, BLOCK_M), tl.cdiv(channels, BLOCK_N)
+    # Four taps before two and one: the longest programs start first.
+    parity = 3 - tl.program_id(0) // (tiles_m * tiles_n)
+    odd_y, odd_x = parity // 2, parity % 2
+    tile_m, tile_n = conv.tile_of(tl.program_id(0) % (tiles_m * tiles_n), tiles_m, tiles_n, 8)
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    image, y, column = conv.pixel_of(rows, h, w)
+    pixel = x + conv.offsets(image, y, column, x_n, x_h, x_w)
+    weight_rows = weight + columns.to(tl.int64) * (9 * C)
+
+    blocks: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
+    acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
+    for step in range(0, (1 + odd_y) * (1 + odd_x) * blocks):
+        # The input at and after; of an even row or column the middle tap, of an odd one the last and first.
+        down, right = step // blocks // (1 + odd_x), step // blocks % (1 + odd_x)
+        tap = 3 * (1 + odd_y - 2 * down) + 1 + odd_x - 2 * right
+        k = step % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
+        inside = (rows < pixels) & (y + down < h) & (column + right < w)
+        pixel_mask, weight_mask = inside[:, None], (columns < channels)[None, :]
+        if C % BLOCK_K != 0:
+            pixel_mask, weight_mask = pixel_mask & (k < C)[None, :], weight_mask & (k < C)[:, None]
+        a = tl.load(pixel[:, None] + (down * x_h + right * x_w) + k[None, :], mask=pixel_mask, other=0.0)
+        b = tl.load(weight_rows[None, :] + (tap * C + k)[:, None], mask=weight_mask, other=0.0)
+        acc = conv.multiply(a, b, acc, SWAP, PRECISION)
+    if SWAP:
+        acc = tl.trans(acc)
+
+    mask = (rows < pixels)[:, None] & (columns < channels)[None, :]
+    out_y, out_x = 2 * y + odd_y, 2 * column + odd_x
+    acc = conv.finish(
+        acc, columns, channels, mask, bias, bias,
+        skip, out, skip, conv.offsets(image, out_y, out_x, skip_n, skip_h, skip_w), 1.0,
+        False, True, False, True, "none",
+    )  # fmt: skip
+    to = conv.offsets(image, out_y, out_x, out_n, out_h, out_w)
+    tl.store(out + to[:, None] + columns[None, :], rounded(acc, out), mask=mask)
+
+
+def pack_deconv_triton(w: Tensor, dtype: torch.dtype) -> Tensor:
+    """Packs weights (C, K, 3, 3) as (K, 9, C) of the kernel's dtype."""
+    return conv.pack_weight(w.transpose(0, 1), dtype)
+
+
+def deconv_add_triton(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    skip: Tensor,
+    out: Tensor,
+    config: conv.Config | None = None,
+    precision: str | None = None,
+    overlap: bool = False,
+) -> None:
+    """The Triton kernel into `out`, unchecked: channels contiguous, any other strides.
+
+    Args:
+        weight: of `pack_deconv_triton`, x's dtype.
+        bias: float32.
+        config: one of `configurations`, not split, by default the first.
+        precision, overlap: as of `conv_bn_act_triton`.
+    """
+    n, c, h, w = x.shape
+    pixels, k = n * h * w, out.shape[1]
+    if pixels * k == 0:
+        return
+    problem = conv.Problem(pixels, k, 9, c, x.dtype)
+    precision = precision or conv.default_precision(x.dtype)
+    config = config or configurations(problem, precision, backends.multiprocessors(x))[0]
+    overlap = overlap and _triton.overlaps_launches(x)
+    tiles = conv.cdiv(pixels, config.block_m) * conv.cdiv(k, config.block_n)
+    with _triton.on_device_of(x):
+        deconv_kernel[(4 * tiles,)](
+            x, weight, bias, skip, out, pixels, k, h, w,
+            *_triton.strides(x), *_triton.strides(skip), *_triton.strides(out),
+            c, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=conv.block_k(config, problem),
+            SWAP=config.swap, PRECISION=precision, OVERLAP=overlap,
+            num_warps=config.warps, num_stages=config.stages, **(dict(launch_pdl=True) if overlap else {}),
+        )  # fmt: skip
+
+
+def configurations(problem: conv.Problem, precision: str, multiprocessors: int) -> list[conv.Config]:
+    """Those of `_conv_triton` that keep a sum in one program: four parities fill a GPU without splitting."""
+    every = conv.configurations(problem, precision, multiprocessors)
+    return [config for config in every if config.split == 1]
 
 
 @backends.custom_op(OP)
 def _op(x: Tensor, w: Tensor, bias: Tensor, skip: Tensor, backend: str) -> Tensor:
     out = common.empty_channels_last(x, tuple(skip.shape))
-    deconv_add_native(
-        common.channels_last(x), pack_deconv(w), common.float32(bias), common.channels_last(skip), out
-    )
+    bias = common.float32(bias)
+    if backend == "triton":
+        x, skip = common.channels_innermost(x), common.channels_innermost(skip)
+        deconv_add_triton(x, pack_deconv_triton(w, x.dtype), bias, skip, out)
+    else:
+        deconv_add_native(common.channels_last(x), pack_deconv(w), bias, common.channels_last(skip), out)
     return out
 
 

@@ -11,7 +11,14 @@ from torch.nn import functional as F
 from .. import native
 from . import _backends as backends
 from . import _common as common
-from .conv_bn_act import PackedConv, conv_bn_act_native, conv_bn_act_reference, pack_conv
+from . import _conv_triton as conv
+from .conv_bn_act import (
+    PackedConv,
+    conv_bn_act_native,
+    conv_bn_act_reference,
+    conv_bn_act_triton,
+    pack_conv,
+)
 
 OP = "shared_block"
 
@@ -150,6 +157,31 @@ def shared_block_cuda(
     )  # fmt: skip
 
 
+def shared_block_triton(
+    x: Tensor,
+    weight: Tensor,
+    scale1: Tensor,
+    shift1: Tensor,
+    scale2: Tensor,
+    shift2: Tensor,
+    hidden: Tensor,
+    out: Tensor,
+    slope: float | None,
+    skip: bool,
+    config: conv.Config | None = None,
+    precision: str | None = None,
+    overlap: bool = False,
+) -> None:
+    """Two launches of the Triton convolution into `out`, unchecked: channels contiguous, any other strides.
+
+    weight: of `pack_weight`; hidden: memory of x's shape; the rest as of `conv_bn_act_triton`.
+    """
+    options = (config, precision, overlap)
+    conv_bn_act_triton(x, weight, scale1, shift1, None, None, hidden, (3, 3), 1, 1, slope, *options)
+    again = x if skip else None
+    conv_bn_act_triton(hidden, weight, scale2, shift2, x, again, out, (3, 3), 1, 1, 0.0, *options)
+
+
 @backends.custom_op(OP)
 def _op(
     x: Tensor,
@@ -168,11 +200,14 @@ def _op(
     if backend in ("cuda", "emulated"):
         packed = pack_block(w, *norms, x.dtype)
         shared_block_cuda(common.channels_innermost(x), packed, out, slope, skip, backend)
+        return out
+    hidden = common.empty_channels_last(x, shape)
+    scale1, shift1, scale2, shift2 = map(common.float32, norms)
+    rest = (scale1, shift1, scale2, shift2, hidden, out, slope, skip)
+    if backend == "triton":
+        shared_block_triton(common.channels_innermost(x), conv.pack_weight(w, x.dtype), *rest)
     else:
-        x, hidden = common.channels_last(x), common.empty_channels_last(x, shape)
-        first, second, third, fourth = map(common.float32, norms)
-        packed_conv = pack_conv(w, padding=1)
-        shared_block_native(x, packed_conv, first, second, third, fourth, hidden, out, slope, skip)
+        shared_block_native(common.channels_last(x), pack_conv(w, padding=1), *rest)
     return out
 
 

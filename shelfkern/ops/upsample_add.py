@@ -9,8 +9,13 @@ from torch.nn import functional as F
 from .. import native
 from . import _backends as backends
 from . import _common as common
+from . import _conv_triton as conv
+from . import _triton
+from ._triton import gdc_launch_dependents, gdc_wait, jit, rounded, tl
 
 OP = "upsample_add"
+# Elements of x that a Triton program takes: 8 a thread, so that 16-bit loads are of 16 bytes.
+TRITON_TILE = 1024
 
 
 def upsample_add_reference(x: Tensor, skip: Tensor, gate: Tensor | None = None) -> Tensor:
@@ -60,15 +65,61 @@ def upsample_add_cuda(
     )  # fmt: skip
 
 
+@jit
+def upsample_add_kernel(
+    x, skip, gate, out, pixels, channels, h, w,
+    x_n, x_h, x_w, skip_n, skip_h, skip_w, out_n, out_h, out_w,
+    GATED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M input pixels, read once, and the four output pixels of each."""
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = (rows < pixels)[:, None] & (columns < channels)[None, :]
+    image, y, column = conv.pixel_of(rows, h, w)
+    values = conv.load_rows(x, conv.offsets(image, y, column, x_n, x_h, x_w), columns, mask)
+    if GATED:
+        values = values * conv.load_rows(gate, image * channels, columns, mask)
+    for corner in tl.static_range(4):
+        to_y, to_x = 2 * y + corner // 2, 2 * column + corner % 2
+        old = conv.load_rows(skip, conv.offsets(image, to_y, to_x, skip_n, skip_h, skip_w), columns, mask)
+        to = conv.offsets(image, to_y, to_x, out_n, out_h, out_w)
+        tl.store(out + to[:, None] + columns[None, :], rounded(old + values, out), mask=mask)
+
+
+def upsample_add_triton(
+    x: Tensor, skip: Tensor, gate: Tensor | None, out: Tensor, overlap: bool = False
+) -> None:
+    """The Triton kernel into `out`, unchecked: channels contiguous, any other strides, gate float32."""
+    n, c, h, w = x.shape
+    if x.numel() == 0:
+        return
+    overlap = overlap and _triton.overlaps_launches(x)
+    block_c = min(64, 1 << (c - 1).bit_length())
+    block_m = TRITON_TILE // block_c
+    with _triton.on_device_of(x):
+        upsample_add_kernel[(conv.cdiv(n * h * w, block_m), conv.cdiv(c, block_c))](
+            x, skip, gate, out, n * h * w, c, h, w,
+            *_triton.strides(x), *_triton.strides(skip), *_triton.strides(out),
+            GATED=gate is not None, BLOCK_M=block_m, BLOCK_C=block_c, OVERLAP=overlap,
+            num_warps=4, **(dict(launch_pdl=True) if overlap else {}),
+        )  # fmt: skip
+
+
 @backends.custom_op(OP)
 def _op(x: Tensor, skip: Tensor, gate: Tensor | None, backend: str) -> Tensor:
     out = common.empty_channels_last(x, tuple(skip.shape))
     gate = None if gate is None else common.float32(gate)
     if backend == "native":
         upsample_add_native(common.channels_last(x), common.channels_last(skip), gate, out)
+        return out
+    x, skip = common.channels_innermost(x), common.channels_innermost(skip)
+    if backend == "triton":
+        upsample_add_triton(x, skip, gate, out)
     else:
-        innermost = common.channels_innermost(x), common.channels_innermost(skip)
-        upsample_add_cuda(*innermost, gate, out, backend)
+        upsample_add_cuda(x, skip, gate, out, backend)
     return out
 
 

@@ -6,9 +6,14 @@ from torch import Tensor
 
 from . import _backends as backends
 from . import _common as common
+from . import _conv_triton as conv
 from . import _resize as resize
+from . import _triton
+from ._triton import gdc_launch_dependents, gdc_wait, jit, rounded, tl
 
 OP = "upsample_bilinear"
+# Results of a Triton program.
+TRITON_TILE = 1024
 
 
 def upsample_bilinear_reference(
@@ -28,10 +33,87 @@ def upsample_bilinear_native(scores: Tensor, size: tuple[int, int], out: Tensor,
     resize.run_native(OP, scores, size, out, align_corners)
 
 
+@jit
+def upsample_bilinear_kernel(
+    scores, out, channels, h, w, out_h, out_w, scores_n, scores_h, scores_w, step_y, step_x,
+    ALIGN: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_C: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Part of one row of the output, of some classes."""
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
+    image, y = tl.program_id(0) // out_h, tl.program_id(0) % out_h
+    x = tl.program_id(1) * BLOCK_X + tl.arange(0, BLOCK_X)
+    columns = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = (x < out_w)[:, None] & (columns < channels)[None, :]
+
+    # A row as a tensor of one, so that both axes are computed alike.
+    top, bottom, down = source(y + tl.arange(0, 1), h, step_y, ALIGN)
+    left, right, across = source(x, w, step_x, ALIGN)
+    image = image + tl.zeros((1,), tl.int32)
+    upper = scores + conv.offsets(image, top, top * 0, scores_n, scores_h, scores_w)
+    lower = scores + conv.offsets(image, bottom, bottom * 0, scores_n, scores_h, scores_w)
+    a = load_columns(upper, left, columns, mask, scores_w)
+    b = load_columns(upper, right, columns, mask, scores_w)
+    c = load_columns(lower, left, columns, mask, scores_w)
+    d = load_columns(lower, right, columns, mask, scores_w)
+    across, down = across[:, None], down[:, None]
+    above, below = a * (1 - across) + b * across, c * (1 - across) + d * across
+    result = above * (1 - down) + below * down
+
+    plane = (image.to(tl.int64) * channels + columns) * out_h + y
+    to = plane[None, :] * out_w + x[:, None]
+    tl.store(out + to, rounded(result, out), mask=mask)
+
+
+@jit
+def source(position, size, step, ALIGN: tl.constexpr):
+    """The two taps of output positions along one axis, and the share of the second."""
+    if ALIGN:
+        at = position.to(tl.float32) * step
+    else:
+        at = tl.maximum((position.to(tl.float32) + 0.5) * step - 0.5, 0.0)
+    first = tl.minimum(at.to(tl.int32), size - 1)
+    # An axis that keeps its size has one tap, so that an infinity meets no zero.
+    second = tl.where(step == 1.0, first, tl.minimum(first + 1, size - 1))
+    return first, second, tl.minimum(at - first.to(tl.float32), 1.0)
+
+
+@jit
+def load_columns(row, x, columns, mask, stride_w):
+    """A row's pixels at x, some classes of each, in float32."""
+    at = row + x.to(tl.int64) * stride_w
+    return tl.load(at[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+def upsample_bilinear_triton(
+    scores: Tensor, size: tuple[int, int], out: Tensor, align_corners: bool, overlap: bool = False
+) -> None:
+    """The Triton kernel into the contiguous `out` (N, C, crop), unchecked: scores' channels contiguous."""
+    n, c, h, w = scores.shape
+    if n * c == 0:
+        return
+    overlap = overlap and _triton.overlaps_launches(scores)
+    block_c = min(32, 1 << (c - 1).bit_length())
+    block_x = TRITON_TILE // block_c
+    step_y, step_x = (resize.step(a, b, align_corners) for a, b in ((h, size[0]), (w, size[1])))
+    out_h, out_w = out.shape[2:]
+    with _triton.on_device_of(scores):
+        upsample_bilinear_kernel[(n * out_h, conv.cdiv(out_w, block_x), conv.cdiv(c, block_c))](
+            scores, out, c, h, w, out_h, out_w, *_triton.strides(scores), step_y, step_x,
+            ALIGN=align_corners, BLOCK_X=block_x, BLOCK_C=block_c, OVERLAP=overlap,
+            num_warps=4, **(dict(launch_pdl=True) if overlap else {}),
+        )  # fmt: skip
+
+
 @backends.custom_op(OP)
 def _op(scores: Tensor, size: list[int], crop: list[int], align_corners: bool, backend: str) -> Tensor:
     out = scores.new_empty((*scores.shape[:2], *crop))
-    upsample_bilinear_native(common.channels_last(scores), (size[0], size[1]), out, align_corners)
+    if backend == "triton":
+        scores = common.channels_innermost(scores)
+        upsample_bilinear_triton(scores, (size[0], size[1]), out, align_corners)
+    else:
+        upsample_bilinear_native(common.channels_last(scores), (size[0], size[1]), out, align_corners)
     return out
 
 
