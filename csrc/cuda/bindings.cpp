@@ -76,11 +76,10 @@ void bind_attention_gate(Address x, Address weight, Address scale, Address shift
                          int dtype, int64_t n, int64_t h, int64_t w, int64_t c, const Strides& x_strides,
                          int64_t slices, int64_t k, Address stream) {
     const py::gil_scoped_release unlocked;
-    attention_gate(
-        {nhwc(x, n, h, w, c, x_strides), pointer<const float>(weight), pointer<const float>(scale),
-         pointer<const float>(shift), pointer<float>(sums), slices, pointer<float>(out), k,
-         static_cast<DType>(dtype)},
-        pointer(stream));
+    attention_gate({nhwc(x, n, h, w, c, x_strides), pointer<const float>(weight), pointer<const float>(scale),
+                    pointer<const float>(shift), pointer<float>(sums), slices, pointer<float>(out), k,
+                    static_cast<DType>(dtype)},
+                   pointer(stream));
 }
 
 // image_strides: of n, channels, h and w. h, w: of out.
@@ -92,8 +91,13 @@ void bind_stem(Address image, Address values, Address weight, Address scale, Add
     const auto [stride_n, stride_c, stride_h, stride_w] = image_strides;
     stem({{pointer(image), static_cast<DType>(image_dtype), n, image_h, image_w, stride_n, stride_c, stride_h,
            stride_w},
-          pointer<const float>(values), pointer(weight), pointer<const float>(scale),
-          pointer<const float>(shift), nhwc(out, n, h, w, k, out_strides), static_cast<DType>(dtype), slope,
+          pointer<const float>(values),
+          pointer(weight),
+          pointer<const float>(scale),
+          pointer<const float>(shift),
+          nhwc(out, n, h, w, k, out_strides),
+          static_cast<DType>(dtype),
+          slope,
           blocks},
          pointer(stream));
 }

@@ -4,10 +4,26 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from parity import BACKENDS, DTYPES, assert_as_exact, each_isa, layouts, needs_native, nhwc, poisoned, random
+from parity import (
+    BACKENDS,
+    CUDA_BACKENDS,
+    CUDA_DTYPES,
+    DTYPES,
+    assert_as_exact,
+    each_isa,
+    far_apart,
+    layouts,
+    moved,
+    needs_emulator,
+    needs_native,
+    nhwc,
+    poisoned,
+    random,
+)
 
 from shelfkern import native, ops
 from shelfkern.ops import attention_gate_reference
+from shelfkern.ops.attention_gate import attention_gate_cuda, pixel_slices
 
 SHAPES = [
     (1, 64, 8, 16, 64),
@@ -140,3 +156,147 @@ def test_compile_and_export():
     program = torch.export.export(Gate(), args)
     assert "shelfkern.attention_gate" in str(program.graph)
     assert torch.equal(program.module()(*args), expected)
+
+
+# The CUDA kernels. Channels of whole 16-byte loads and not, of one block and several, more than are summed
+# at a time; pixels for one step of a block and for several.
+CUDA_SHAPES = [
+    *SHAPES,
+    (1, 64, 16, 32, 64),
+    (2, 65, 3, 11, 13),
+    (1, 7, 13, 17, 65),
+    (1, 264, 2, 3, 9),
+    (1, 259, 1, 1, 3),
+    (3, 128, 1, 1, 1),
+]
+
+
+@pytest.fixture
+def memory_starts_as_nan():
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def run_cuda(backend, args, storage=nhwc, seed=0, slices=None):
+    """The raw kernels on x in the given storage, into poisoned memory with a fence."""
+    if backend == "emulated":
+        native.emulation.set_seed(seed)
+    x, *parameters = moved(backend, args[0], *args[1:])
+    n, k = x.shape[0], parameters[0].shape[0]
+    (memory,) = moved(backend, poisoned((n * k + 20,), torch.float32))
+    out = memory[10:-10].view(n, k)
+    attention_gate_cuda(storage(x), *parameters, out, backend, slices)
+    assert memory[:10].isnan().all() and memory[-10:].isnan().all()
+    return out.cpu()
+
+
+@pytest.mark.usefixtures("memory_starts_as_nan")
+@pytest.mark.parametrize("backend", CUDA_BACKENDS)
+@pytest.mark.parametrize("dtype", CUDA_DTYPES)
+@pytest.mark.parametrize("shape", CUDA_SHAPES)
+def test_cuda_is_the_reference(shape, dtype, backend):
+    args = arguments(*shape, dtype)
+    for slices in (None, 1, 3):
+        check(run_cuda(backend, args, slices=slices), *args)
+
+
+@pytest.mark.parametrize("backend", CUDA_BACKENDS)
+@pytest.mark.parametrize("c", [65, 128])
+def test_cuda_repeats_bit_for_bit(c, backend):
+    args = arguments(2, c, 9, 14, 10, torch.bfloat16)
+    first = run_cuda(backend, args, slices=11)
+    for seed in range(1, 4):
+        assert torch.equal(run_cuda(backend, args, seed=seed, slices=11), first)
+
+
+def window(x):
+    """x inside larger rows, images and pixels, with NaN around it."""
+    n, c, h, w = x.shape
+    memory = torch.full((n + 1, h + 2, w + 1, c + 24), torch.nan, dtype=x.dtype, device=x.device)
+    return memory[1:, 1:-1, 1:, 8:-16].permute(0, 3, 1, 2).copy_(x)
+
+
+def unaligned(x):
+    memory = torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)
+    return memory[1:].as_strided(x.shape, nhwc(x).stride(), 1).copy_(x)
+
+
+@pytest.mark.parametrize("backend", CUDA_BACKENDS)
+@pytest.mark.parametrize("dtype", CUDA_DTYPES)
+@pytest.mark.parametrize("c", [13, 16])
+@pytest.mark.parametrize("storage", [window, unaligned])
+def test_cuda_takes_windows_and_unaligned_memory(storage, c, dtype, backend):
+    args = arguments(2, c, 5, 9, 6, dtype)
+    check(run_cuda(backend, args, storage), *args)
+
+
+@needs_emulator
+def test_cuda_takes_images_far_apart():
+    args = arguments(3, 8, 2, 3, 5, torch.float16)
+    with far_apart(args[0].shape, torch.float16) as x:
+        check(run_cuda("emulated", args, lambda values: x.copy_(values)), *args)
+
+
+@pytest.mark.parametrize("backend", CUDA_BACKENDS)
+def test_cuda_keeps_the_mean_of_a_large_map(backend):
+    # 2048 equal numbers for a thread: a running float32 sum of them would be off by 1e-5 of its value.
+    args = torch.full((1, 1, 128, 128), 0.1), torch.ones(1, 1), torch.full((1,), 10.0), torch.full((1,), -1.0)
+    result = run_cuda(backend, args, slices=1)
+    assert abs(result.item() - torch.sigmoid(10 * args[0][0, 0, 0, 0].double() - 1).item()) < 3e-7
+
+
+@pytest.mark.parametrize("backend", CUDA_BACKENDS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_cuda_keeps_what_is_not_finite(value, backend):
+    x, weight, scale, shift = arguments(2, 8, 7, 9, 4)
+    x[0, 3, 5, 2] = value
+    args = x, weight, scale.abs(), shift
+    torch.testing.assert_close(
+        run_cuda(backend, args), attention_gate_reference(*args), equal_nan=True, rtol=1e-6, atol=1e-6
+    )
+
+
+@needs_emulator
+def test_cuda_refuses_more_pixels_than_it_can_count():
+    x = torch.zeros(1, 1, 1, 1).expand(1, 1, 2**16, 2**15)
+    with pytest.raises(RuntimeError, match=r"^attention_gate: x has 2147483648 pixels an image, it may"):
+        run_cuda("emulated", (x, *arguments(1, 1, 1, 1, 1)[1:]), storage=lambda x: x)
+
+
+@pytest.mark.parametrize("backend", CUDA_BACKENDS)
+def test_cuda_public_op(backend):
+    args = arguments(2, 12, 3, 5, 7, torch.bfloat16)
+    for _, x in layouts(args[0]):
+        x, *parameters = moved(backend, x, *args[1:])
+        check(ops.attention_gate(x, *parameters, backend=backend).cpu(), *args)
+    assert ops.attention_gate(x[:0], *parameters, backend=backend).shape == (0, 7)
+
+
+@needs_emulator
+def test_cuda_reads_every_pixel_once():
+    native.emulation.reset_statistics()
+    run_cuda("emulated", arguments(1, 64, 16, 32, 64, torch.bfloat16))
+    counts = native.emulation.statistics()
+    assert counts["launches"] == 2
+    # x once; sums of 16 slices, written and then read by the 8 blocks of 8 outputs.
+    assert counts["global_bytes_read"] == 64 * 16 * 32 * 2 + 8 * 16 * 64 * 4
+    assert counts["global_bytes_written"] == 16 * 64 * 4 + 64 * 4
+
+
+@pytest.mark.parametrize(
+    "shape, slices",
+    [
+        ((1, 64, 64, 128), 132),  # one block a multiprocessor
+        ((1, 128, 32, 64), 64),
+        ((1, 512, 8, 8), 2),  # 32 pixels for each
+        ((8, 512, 64, 64), 2),
+        ((64, 512, 64, 64), 1),  # more images than multiprocessors
+        ((0, 64, 8, 8), 2),
+        ((1, 64, 1, 1), 1),
+    ],
+)
+def test_slices_fill_the_gpu(shape, slices):
+    assert pixel_slices(torch.empty(shape, dtype=torch.bfloat16)) == slices

@@ -4,12 +4,27 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from parity import BACKENDS, DTYPES, assert_as_exact, each_isa, layouts, needs_native, poisoned, random
+from parity import (
+    BACKENDS,
+    CUDA_BACKENDS,
+    CUDA_DTYPES,
+    DTYPES,
+    assert_as_exact,
+    each_isa,
+    far_apart,
+    layouts,
+    moved,
+    needs_emulator,
+    needs_native,
+    poisoned,
+    random,
+)
 from test_conv_bn_act import (
     assert_no_bit_changes,
     assert_only_within,
     double,
     fenced,
+    framed,
     same_non_finite,
     whole,
     with_threads,
@@ -19,7 +34,7 @@ from torch.nn import functional as F
 
 from shelfkern import native, ops
 from shelfkern.ops import pack_conv, stem_native, stem_reference
-from shelfkern.ops.stem import normalise, normalised_values
+from shelfkern.ops.stem import normalise, normalised_values, pack_stem, stem_cuda
 
 # n, h, w, k, and the size that the image is seen as
 SHAPES = [
@@ -334,3 +349,164 @@ def test_compile_and_export():
     program = torch.export.export(Stem(), args)
     assert "shelfkern.stem" in str(program.graph)
     assert torch.equal(program.module()(*args), expected)
+
+
+# The CUDA kernel. Tiles of 7 x 8 pooled pixels: less than one, just one, and several with rests; rows of
+# bytes that are whole words and not; channels of 64, of whole packs and not.
+CUDA_SHAPES = [
+    *SHAPES,
+    (1, 28, 32, 64, (28, 32)),
+    (2, 57, 68, 8, (60, 68)),
+    (1, 29, 35, 65, (32, 36)),
+    (1, 8, 12, 1, (8, 12)),
+    (1, 11, 13, 7, (12, 16)),
+    (3, 4, 4, 13, (4, 4)),
+]
+
+
+def images(n, h, w, dtype):
+    """A raw image and a normalised one."""
+    return pixels(n, h, w), random(n, 3, h, w, dtype=dtype)
+
+
+def run_cuda(
+    backend, image, parameters, norm=(MEAN, STD), size=None, slope=0.01, seed=0, frame=fenced, **options
+):
+    """The raw kernel into poisoned memory that nothing else is written of."""
+    if backend == "emulated":
+        native.emulation.set_seed(seed)
+    height, width = size or (image.shape[1:3] if image.dtype is torch.uint8 else image.shape[2:])
+    shape = image.shape[0], parameters[0].shape[0], height // 4, width // 4
+    memory, out = frame(poisoned(shape, parameters[0].dtype))
+    start, strides = out.storage_offset(), out.stride()
+    image, memory, *rest = moved(backend, image, memory, *parameters, *norm)
+    out = memory.as_strided(shape, strides, start)
+    packed, values = pack_stem(*rest[:3]), normalised_values(*rest[3:])
+    stem_cuda(image, packed, values, out, slope, backend, **options)
+    result = out.cpu().clone()
+    out.fill_(torch.nan)
+    assert memory.isnan().all()
+    return result
+
+
+@pytest.mark.parametrize("backend", CUDA_BACKENDS)
+@pytest.mark.parametrize("dtype", CUDA_DTYPES)
+@pytest.mark.parametrize("shape", CUDA_SHAPES)
+def test_cuda_is_the_reference(shape, dtype, backend):
+    args, size = parameters(shape[3], dtype), shape[4]
+    for image in images(*shape[:3], dtype):
+        check(run_cuda(backend, image, args, size=size), image, args, MEAN, STD, size, 0.01)
+
+
+@pytest.mark.parametrize("backend", CUDA_BACKENDS)
+@pytest.mark.parametrize("dtype", CUDA_DTYPES)
+@pytest.mark.parametrize("shape", CUDA_SHAPES)
+def test_cuda_rounds_whole_numbers_once(shape, dtype, backend):
+    # Every sum is exact: no wrong fragment, border or tap goes unseen. 16ths keep results in float16's range.
+    image, args, norm = pixels(*shape[:3]), whole(parameters(shape[3], dtype)), (WHOLE_MEAN, WHOLE_STD)
+    args[1] = args[1] / 16
+    normalised = image.permute(0, 3, 1, 2).to(dtype) - 3
+    expected = truth(normalised, *args, *norm, shape[4], 0.25).to(dtype)
+    for either in (image, normalised):
+        assert torch.equal(run_cuda(backend, either, args, norm, shape[4], 0.25, seed=1), expected)
+
+
+@pytest.mark.parametrize("backend", CUDA_BACKENDS)
+@pytest.mark.parametrize("dtype", CUDA_DTYPES)
+@pytest.mark.parametrize("slope", SLOPES)
+def test_cuda_every_slope(slope, dtype, backend):
+    image, args, size = pixels(1, 13, 18), parameters(19, dtype), (16, 20)
+    check(run_cuda(backend, image, args, size=size, slope=slope), image, args, MEAN, STD, size, slope)
+
+
+@pytest.mark.parametrize("backend", CUDA_BACKENDS)
+@pytest.mark.parametrize("dtype", CUDA_DTYPES)
+def test_cuda_repeats_bit_for_bit(dtype, backend):
+    image, args = pixels(2, 32, 36), parameters(65, dtype)
+    first = run_cuda(backend, image, args)
+    for seed, blocks in ((1, 1), (2, 3), (3, None)):
+        assert torch.equal(run_cuda(backend, image, args, seed=seed, blocks=blocks), first)
+
+
+@pytest.mark.parametrize("backend", CUDA_BACKENDS)
+@pytest.mark.parametrize("dtype", CUDA_DTYPES)
+@pytest.mark.parametrize("k", [13, 16])
+def test_cuda_writes_windows_and_unaligned_memory(k, dtype, backend):
+    image, args = pixels(2, 12, 36), parameters(k, dtype)
+    expected = run_cuda(backend, image, args)
+
+    def aligned(t):
+        # Whole packs to the left and the right of each pixel's channels.
+        n, c, h, w = t.shape
+        memory = poisoned((n, h + 1, w + 1, c + 24), t.dtype)
+        return memory, memory[:, 1:, 1:, 8:-16].permute(0, 3, 1, 2)
+
+    for frame in (lambda t: framed(t, torch.nan), aligned):
+        assert torch.equal(run_cuda(backend, image, args, frame=frame), expected)
+
+
+@pytest.mark.parametrize("backend", CUDA_BACKENDS)
+@pytest.mark.parametrize("dtype", CUDA_DTYPES)
+def test_cuda_reads_images_of_any_strides(dtype, backend):
+    args, size = parameters(9, dtype), (16, 36)
+    for image in images(2, 14, 36, dtype):
+        expected = run_cuda(backend, image, args, size=size)
+        (image,) = moved(backend, image)
+        for name, view in layouts(image):
+            assert torch.equal(run_cuda(backend, view, args, size=size), expected), name
+        left = torch.cat([image, image], 2)[:, :, : image.shape[2]]
+        unaligned = torch.cat([image.flatten()[:1], image.flatten()])[1:].view(image.shape)
+        for view in (left, unaligned):
+            assert torch.equal(run_cuda(backend, view, args, size=size), expected)
+        expanded = image[:1].expand_as(image)
+        expected = run_cuda(backend, expanded.contiguous(), args, size=size)
+        assert torch.equal(run_cuda(backend, expanded, args, size=size), expected)
+
+
+@needs_emulator
+@pytest.mark.parametrize("dtype", CUDA_DTYPES)
+def test_cuda_takes_images_far_apart(dtype):
+    image, args = pixels(2, 8, 12), parameters(8, dtype)
+    with far_apart((2, 3, 8, 12), torch.uint8) as far, far_apart((2, 8, 2, 3), dtype) as out:
+        far.copy_(image.permute(0, 3, 1, 2))
+        stem_cuda(
+            far.permute(0, 2, 3, 1), pack_stem(*args), normalised_values(MEAN, STD), out, 0.01, "emulated"
+        )
+        check(out.clone(), image, args, MEAN, STD, (8, 12), 0.01)
+
+
+@pytest.mark.parametrize("backend", CUDA_BACKENDS)
+@pytest.mark.parametrize("dtype", CUDA_DTYPES)
+@pytest.mark.parametrize("slope", SLOPES)
+def test_cuda_sends_nan_and_inf_where_torch_does(slope, dtype, backend):
+    # NaN beside the windows of pooled pixels that it does not reach: what pads a filter row is no part of it.
+    image, args = random(1, 3, 40, 45, dtype=dtype), parameters(9, dtype)
+    image[0, 2, 6, 10], image[0, 0, 6, 30], image[0, 1, 20, 19] = float("nan"), float("nan"), float("inf")
+    image[0, 2, 35, 44] = -float("inf")
+    x, *rest = moved(backend, image, *args)
+    result = ops.stem(x, *rest, *moved(backend, MEAN, STD), size=(40, 48), slope=slope, backend=backend).cpu()
+    same_non_finite(result, truth(image, *args, MEAN, STD, (40, 48), slope))
+
+
+@pytest.mark.parametrize("backend", CUDA_BACKENDS)
+def test_cuda_public_op(backend):
+    args = parameters(24, torch.bfloat16)
+    for image in images(2, 9, 14, torch.bfloat16):
+        x, *rest = moved(backend, image, *args, MEAN, STD)
+        result = ops.stem(x, *rest, size=(12, 16), backend=backend)
+        assert result.is_contiguous(memory_format=torch.channels_last)
+        check(result.cpu(), image, args, MEAN, STD, (12, 16), 0.0)
+        assert ops.stem(x[:0], *rest, size=(12, 16), backend=backend).shape == (0, 24, 3, 4)
+
+
+@needs_emulator
+@pytest.mark.parametrize("raw", [True, False])
+def test_cuda_reads_shared_memory_without_bank_conflicts(raw):
+    image = images(1, 60, 64, torch.float16)[not raw]
+    native.emulation.reset_statistics()
+    run_cuda("emulated", image, parameters(64, torch.float16))
+    counts = native.emulation.statistics()
+    assert counts["launches"] == 1 and counts["bank_conflicts"] == 0
+    # Of 3 x 2 tiles: 8 warps, 11 steps, 2 fragments of pixels and 8 of channels.
+    assert counts["mma"] == 6 * 8 * 11 * 2 * 8
+    assert counts["global_bytes_written"] == 15 * 16 * 64 * 2
