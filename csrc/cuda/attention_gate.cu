@@ -140,7 +140,7 @@ gate_kernel(const GateArgs args) {
 }
 
 template <typename S>
-void launch_slices(const AttentionGate& op, void* stream) {
+void launch_slices(const AttentionGate& op, Stream stream) {
     const Nhwc& x = op.x;
     const int64_t groups = ceil_div(x.c, S::kChannels);
     const SliceArgs<typename S::T> args{
@@ -148,12 +148,12 @@ void launch_slices(const AttentionGate& op, void* stream) {
         static_cast<int>(x.w),           static_cast<int>(x.c),
         static_cast<int>(groups),        static_cast<unsigned>(x.h * x.w),
         static_cast<unsigned>(op.slices)};
-    launch(sum_slices_kernel<S>, {"attention_gate", kThreads, kWarps * S::kChannels * 4, stream, true},
+    launch(sum_slices_kernel<S>, {"attention_gate", kThreads, kWarps * S::kChannels * 4, stream},
            {x.n * groups * op.slices}, args);
 }
 
 template <typename T>
-void launch_type(const AttentionGate& op, void* stream) {
+void launch_type(const AttentionGate& op, Stream stream) {
     constexpr int kPack = 16 / sizeof(T);
     if (op.x.has_packs(kPack, sizeof(T))) {
         launch_slices<Shape<T, kPack>>(op, stream);
@@ -162,7 +162,7 @@ void launch_type(const AttentionGate& op, void* stream) {
     }
 }
 
-void launch_sums(const AttentionGate& op, void* stream) {
+void launch_sums(const AttentionGate& op, Stream stream) {
     switch (op.dtype) {
         case DType::f32:
             return launch_type<float>(op, stream);
@@ -177,7 +177,7 @@ void launch_sums(const AttentionGate& op, void* stream) {
 
 }  // namespace
 
-void attention_gate(const AttentionGate& op, void* stream) {
+void attention_gate(const AttentionGate& op, Stream stream) {
     const Nhwc& x = op.x;
     const int64_t pixels = x.h * x.w;
     if (pixels > 0x7fffffff) {
@@ -194,7 +194,9 @@ void attention_gate(const AttentionGate& op, void* stream) {
                         static_cast<int>(x.c),
                         static_cast<int>(op.k),
                         static_cast<float>(pixels)};
-    launch(gate_kernel, {"attention_gate", kThreads, (kWarps + 1) * kChunk * 4, stream, true},
+    // Only the sums were not there before: the weights may be read while they are made.
+    const Stream after{stream.handle, true};
+    launch(gate_kernel, {"attention_gate", kThreads, (kWarps + 1) * kChunk * 4, after},
            {x.n * ceil_div(op.k, kWarps)}, args);
 }
 

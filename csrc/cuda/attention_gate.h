@@ -17,7 +17,7 @@ struct AttentionGate {
 };
 
 // Enqueues the kernels on a cudaStream_t; throws std::runtime_error where CUDA refuses.
-void attention_gate(const AttentionGate& op, void* stream);
+void attention_gate(const AttentionGate& op, Stream stream);
 
 }  // namespace cuda
 }  // namespace shelfkern

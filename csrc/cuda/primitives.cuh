@@ -11,7 +11,7 @@
 //         if (i < args.count) args.out.store(i, 2 * args.x.load(i));
 //     }
 //
-//     launch(scale_kernel, {"scale", kThreads, 0, stream, true}, {ceil_div(count, kThreads)}, args);
+//     launch(scale_kernel, {"scale", kThreads, 0, stream}, {ceil_div(count, kThreads)}, args);
 //
 // Functions that kernels call begin with DEVICE. Arithmetic is plain C++ (expf, fmaf, fmaxf);
 // #pragma unroll may be used.
@@ -46,8 +46,8 @@
 //         b 16x8:  b[0] (2t.., g), b[1] (2t + 8.., g)
 //         d 16x8:  d[0], d[1] (g, 2t..), d[2], d[3] (g + 8, 2t..)
 //
-// Launches that overlap (sm_90 and later; nothing before). A launch with after_previous may start
-// before the kernel ahead of it in the stream has ended.
+// Launches that overlap (sm_90 and later; nothing before): on a Stream with overlap a kernel may start
+// before the one ahead of it has ended.
 //     wait_for_previous()          returns when it has ended; every thread calls it before its first
 //                                  access to global memory other than weights.
 //     release_next()               allows the next launch to start once all blocks have called it.
@@ -68,8 +68,7 @@ struct Launch {
     const char* name;  // the op, for error messages
     int threads;       // of a block: a multiple of 32
     int shared_bytes = 0;
-    void* stream = nullptr;  // cudaStream_t
-    bool after_previous = false;
+    Stream stream = {};
 };
 
 struct Grid {
@@ -333,9 +332,9 @@ void launch(void (*kernel)(Args), const Launch& launch, const Grid& grid, const 
         dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z));
     config.blockDim = dim3(static_cast<unsigned>(launch.threads));
     config.dynamicSmemBytes = static_cast<size_t>(launch.shared_bytes);
-    config.stream = static_cast<cudaStream_t>(launch.stream);
+    config.stream = static_cast<cudaStream_t>(launch.stream.handle);
     config.attrs = &overlap;
-    config.numAttrs = launch.after_previous && overlaps_launches(launch) ? 1 : 0;
+    config.numAttrs = launch.stream.overlap && overlaps_launches(launch) ? 1 : 0;
     check_cuda(launch, cudaLaunchKernelEx(&config, kernel, args));
 }
 

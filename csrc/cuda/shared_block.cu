@@ -319,7 +319,7 @@ shared_block_kernel(const Args<typename S::T> args) {
 }
 
 template <typename S>
-void launch_shape(const SharedBlock& op, void* stream) {
+void launch_shape(const SharedBlock& op, Stream stream) {
     using T = typename S::T;
     const Nhwc& x = op.x;
     const int64_t tiles_y = ceil_div(x.h, S::kRows), tiles_x = ceil_div(x.w, kOutW);
@@ -340,12 +340,11 @@ void launch_shape(const SharedBlock& op, void* stream) {
                        op.skip};
     const bool packs = x.has_packs(kPack, sizeof(T)) && op.out.has_packs(kPack, sizeof(T));
     launch(packs ? shared_block_kernel<S, true> : shared_block_kernel<S, false>,
-           {"shared_block", kThreads, S::kSharedBytes, stream, true}, {std::min(args.tiles, op.blocks)},
-           args);
+           {"shared_block", kThreads, S::kSharedBytes, stream}, {std::min(args.tiles, op.blocks)}, args);
 }
 
 template <typename T>
-void launch_typed(const SharedBlock& op, void* stream) {
+void launch_typed(const SharedBlock& op, Stream stream) {
     if (op.x.c <= 64) {
         if (op.rows == 12) return launch_shape<Shape<T, 64, 12>>(op, stream);
         if (op.rows == 8) return launch_shape<Shape<T, 64, 8>>(op, stream);
@@ -360,7 +359,7 @@ void launch_typed(const SharedBlock& op, void* stream) {
 
 }  // namespace
 
-void shared_block(const SharedBlock& op, void* stream) {
+void shared_block(const SharedBlock& op, Stream stream) {
     if (op.x.empty()) return;
     op.dtype == DType::bf16 ? launch_typed<BF16>(op, stream) : launch_typed<F16>(op, stream);
 }

@@ -21,7 +21,7 @@ struct SharedBlock {
     int64_t blocks;  // at most; each takes tiles until none is left
 };
 
-void shared_block(const SharedBlock& op, void* stream);
+void shared_block(const SharedBlock& op, Stream stream);
 
 }  // namespace cuda
 }  // namespace shelfkern

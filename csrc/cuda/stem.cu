@@ -408,7 +408,7 @@ stem_kernel(const Args<S> args) {
 }
 
 template <typename S>
-void launch_shape(const Stem& op, void* stream) {
+void launch_shape(const Stem& op, Stream stream) {
     using T = typename S::T;
     const Image& image = op.image;
     const Nhwc& out = op.out;
@@ -435,12 +435,12 @@ void launch_shape(const Stem& op, void* stream) {
     args.tiles_y = static_cast<unsigned>(tiles_y), args.tiles_x = static_cast<unsigned>(tiles_x);
     args.tiles = static_cast<unsigned>(tiles);
     args.slope = op.slope;
-    launch(stem_kernel<S>, {"stem", kThreads, S::kSharedBytes, stream, true},
-           {std::min(tiles, op.blocks), groups}, args);
+    launch(stem_kernel<S>, {"stem", kThreads, S::kSharedBytes, stream}, {std::min(tiles, op.blocks), groups},
+           args);
 }
 
 template <typename T>
-void launch_type(const Stem& op, void* stream) {
+void launch_type(const Stem& op, Stream stream) {
     if (op.image.dtype == DType::u8) {
         launch_shape<Shape<T, uint8_t>>(op, stream);
     } else if (op.image.dtype == op.dtype) {
@@ -452,7 +452,7 @@ void launch_type(const Stem& op, void* stream) {
 
 }  // namespace
 
-void stem(const Stem& op, void* stream) {
+void stem(const Stem& op, Stream stream) {
     switch (op.dtype) {
         case DType::f32:
             return launch_type<float>(op, stream);

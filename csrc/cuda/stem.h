@@ -44,7 +44,7 @@ struct Stem {
 };
 
 // Enqueues the kernel on a cudaStream_t; throws std::runtime_error where CUDA refuses.
-void stem(const Stem& op, void* stream);
+void stem(const Stem& op, Stream stream);
 
 }  // namespace cuda
 }  // namespace shelfkern

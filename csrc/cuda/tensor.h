@@ -29,6 +29,13 @@ struct Nhwc {
     }
 };
 
+// Where kernels are enqueued: a cudaStream_t. With overlap a kernel may start before the one ahead has
+// ended, and waits for it before it reads anything but weights: they must have been there long before.
+struct Stream {
+    void* handle = nullptr;
+    bool overlap = false;
+};
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace cuda

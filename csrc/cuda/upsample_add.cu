@@ -59,7 +59,7 @@ upsample_add_kernel(const Args<T> args) {
 }
 
 template <typename T, int N>
-void launch_packs(const UpsampleAdd& op, void* stream) {
+void launch_packs(const UpsampleAdd& op, Stream stream) {
     const Nhwc& x = op.x;
     const int64_t threads = x.h * x.w * (x.c / N);
     if (threads > 0x7fffffff) {
@@ -69,12 +69,12 @@ void launch_packs(const UpsampleAdd& op, void* stream) {
     const Args<T> args{view<const T>(x),      view<const T>(op.skip), global(op.gate, x.n * x.c),
                        view<T>(op.out),       static_cast<int>(x.n),  static_cast<int>(x.h),
                        static_cast<int>(x.w), static_cast<int>(x.c)};
-    launch(upsample_add_kernel<T, N>, {"upsample_add", kThreads, 0, stream, true},
+    launch(upsample_add_kernel<T, N>, {"upsample_add", kThreads, 0, stream},
            {ceil_div(threads, kThreads), std::min(x.n, kMaxGridYZ)}, args);
 }
 
 template <typename T>
-void launch_type(const UpsampleAdd& op, void* stream) {
+void launch_type(const UpsampleAdd& op, Stream stream) {
     constexpr int kPack = 16 / sizeof(T);
     const auto fits = [](const Nhwc& t) { return t.has_packs(kPack, sizeof(T)); };
     const bool gate_fits = reinterpret_cast<uintptr_t>(op.gate) % 16 == 0;
@@ -87,7 +87,7 @@ void launch_type(const UpsampleAdd& op, void* stream) {
 
 }  // namespace
 
-void upsample_add(const UpsampleAdd& op, void* stream) {
+void upsample_add(const UpsampleAdd& op, Stream stream) {
     switch (op.dtype) {
         case DType::f32:
             return launch_type<float>(op, stream);

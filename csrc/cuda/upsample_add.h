@@ -15,7 +15,7 @@ struct UpsampleAdd {
 };
 
 // Enqueues the kernel on a cudaStream_t; throws std::runtime_error where CUDA refuses.
-void upsample_add(const UpsampleAdd& op, void* stream);
+void upsample_add(const UpsampleAdd& op, Stream stream);
 
 }  // namespace cuda
 }  // namespace shelfkern

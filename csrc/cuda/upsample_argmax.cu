@@ -251,7 +251,7 @@ plain_kernel(const Args<T> args) {
 }
 
 template <typename T>
-void launch_type(const UpsampleArgmax& op, void* stream) {
+void launch_type(const UpsampleArgmax& op, Stream stream) {
     const Nhwc& scores = op.scores;
     const Axis rows = make_axis(scores.h, op.full_h, op.align_corners);
     const Axis columns = make_axis(scores.w, op.full_w, op.align_corners);
@@ -272,7 +272,7 @@ void launch_type(const UpsampleArgmax& op, void* stream) {
                        aligned && op.out_w % kQuad == 0};
     const int64_t shared_bytes = window_pixels * (staged_stride(classes) + 1) * 4;
     const bool staged = shared_bytes <= kMaxShared && columns.step <= 1;
-    const Launch how{"upsample_argmax", kThreads, staged ? static_cast<int>(shared_bytes) : 0, stream, true};
+    const Launch how{"upsample_argmax", kThreads, staged ? static_cast<int>(shared_bytes) : 0, stream};
     const Grid grid{tiles_y * tiles_x * scores.n};
     if (!staged) {
         launch(plain_kernel<T>, how, grid, args);
@@ -285,7 +285,7 @@ void launch_type(const UpsampleArgmax& op, void* stream) {
 
 }  // namespace
 
-void upsample_argmax(const UpsampleArgmax& op, void* stream) {
+void upsample_argmax(const UpsampleArgmax& op, Stream stream) {
     switch (op.dtype) {
         case DType::f32:
             return launch_type<float>(op, stream);

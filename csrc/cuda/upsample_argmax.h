@@ -17,7 +17,7 @@ struct UpsampleArgmax {
 };
 
 // Enqueues the kernel on a cudaStream_t; throws std::runtime_error where CUDA refuses.
-void upsample_argmax(const UpsampleArgmax& op, void* stream);
+void upsample_argmax(const UpsampleArgmax& op, Stream stream);
 
 }  // namespace cuda
 }  // namespace shelfkern

@@ -151,7 +151,7 @@ softmax_sum_kernel(const Args<T> args) {
 }
 
 template <typename T>
-void launch_type(const UpsampleSoftmaxSum& op, void* stream) {
+void launch_type(const UpsampleSoftmaxSum& op, Stream stream) {
     const Nhwc& scores = op.scores;
     const Axis columns = make_axis(scores.w, op.full_w, op.align_corners, op.mirror);
     const int64_t stride = columns.reach(kStrip) | 1, warp_bytes = scores.c * stride * 4;
@@ -177,14 +177,14 @@ void launch_type(const UpsampleSoftmaxSum& op, void* stream) {
                        static_cast<int>(stride),
                        op.exp};
     const int shared_bytes = staged ? static_cast<int>(warps * warp_bytes) : 0;
-    const Launch how{"upsample_softmax_sum", 32 * warps, shared_bytes, stream, true};
+    const Launch how{"upsample_softmax_sum", 32 * warps, shared_bytes, stream};
     launch(staged ? softmax_sum_kernel<T, true> : softmax_sum_kernel<T, false>, how,
            {ceil_div(strips, warps)}, args);
 }
 
 }  // namespace
 
-void upsample_softmax_sum(const UpsampleSoftmaxSum& op, void* stream) {
+void upsample_softmax_sum(const UpsampleSoftmaxSum& op, Stream stream) {
     if (op.scores.empty()) return;
     switch (op.dtype) {
         case DType::f32:

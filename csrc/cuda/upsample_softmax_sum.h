@@ -18,7 +18,7 @@ struct UpsampleSoftmaxSum {
 };
 
 // Enqueues the kernel on a cudaStream_t; throws std::runtime_error where CUDA refuses.
-void upsample_softmax_sum(const UpsampleSoftmaxSum& op, void* stream);
+void upsample_softmax_sum(const UpsampleSoftmaxSum& op, Stream stream);
 
 }  // namespace cuda
 }  // namespace shelfkern

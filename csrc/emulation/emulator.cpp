@@ -324,7 +324,7 @@ void begin_block(int64_t index) {
     for (int i = 0; i < grid.threads; ++i) {
         Thread& thread = *state.threads[i];
         thread.finished = false;
-        thread.previous_done = !grid.after_previous;
+        thread.previous_done = !grid.overlap;
         thread.groups = 0;
     }
     std::memset(shared_memory, kPoison, grid.shared_bytes);

@@ -18,7 +18,7 @@ struct Grid {
     std::string name;
     int64_t x, y, z;
     int threads, shared_bytes;
-    bool after_previous;
+    bool overlap;
 };
 
 // Where the running thread is.

@@ -305,7 +305,7 @@ void launch(void (*kernel)(Args), const Launch& launch, const Grid& grid, const 
         call.first(*call.second);
     };
     emulation::run(
-        {launch.name, grid.x, grid.y, grid.z, launch.threads, launch.shared_bytes, launch.after_previous},
+        {launch.name, grid.x, grid.y, grid.z, launch.threads, launch.shared_bytes, launch.stream.overlap},
         thread, &call);
 }
 

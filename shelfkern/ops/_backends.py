@@ -115,13 +115,17 @@ def _log_once(op: str, why: Reasons) -> None:
             _logger.info("%s: the %s kernel cannot run: %s", op, name, because)
 
 
-def call_cuda(backend: str, op: str, x: Tensor, *arguments: Any) -> None:
-    """Calls an op's CUDA C++ kernel on the device and current stream of x, or on the emulator."""
+def call_cuda(backend: str, overlap: bool, op: str, x: Tensor, *arguments: Any) -> None:
+    """Calls an op's CUDA C++ kernel on the device and current stream of x, or on the emulator.
+
+    overlap: the kernel may start before the one ahead of it in the stream has ended. It reads weights
+    without waiting: only where they were written long before. The emulator always checks the waits.
+    """
     if backend == "emulated":
-        getattr(native.emulation, op)(*arguments, 0)
+        getattr(native.emulation, op)(*arguments, (0, True))
         return
     with torch.cuda.device(x.device):
-        getattr(native.cuda, op)(*arguments, torch.cuda.current_stream().cuda_stream)
+        getattr(native.cuda, op)(*arguments, (torch.cuda.current_stream().cuda_stream, overlap))
 
 
 def strides(x: Tensor) -> tuple[int, int, int]:

@@ -70,6 +70,7 @@ def run_cuda(
     n, c, h, w = scores.shape
     backends.call_cuda(
         backend,
+        True,
         op,
         scores,
         scores.data_ptr(),

@@ -60,16 +60,18 @@ def attention_gate_cuda(
     out: Tensor,
     backend: str = "cuda",
     slices: int | None = None,
+    overlap: bool = False,
 ) -> None:
     """The CUDA kernels into `out`, unchecked: channels of x contiguous, parameters float32.
 
-    slices: of an image's pixels, by default `pixel_slices`.
+    slices: of an image's pixels, by default `pixel_slices`; overlap: as of `call_cuda`.
     """
     n, c, height, width = x.shape
     slices = slices or pixel_slices(x)
     sums = x.new_empty((n, slices, c), dtype=torch.float32)
     backends.call_cuda(
         backend,
+        overlap,
         OP,
         x,
         x.data_ptr(),

@@ -128,15 +128,18 @@ def shared_block_cuda(
     backend: str = "cuda",
     rows: int | None = None,
     blocks: int | None = None,
+    overlap: bool = False,
 ) -> None:
     """The CUDA kernel into `out`, unchecked: channels contiguous, any other strides.
 
-    rows: of a tile, one of `CUDA_TILE_ROWS`; blocks: that share the tiles, by default one a multiprocessor.
+    rows: of a tile, one of `CUDA_TILE_ROWS`; blocks: that share the tiles, by default one a multiprocessor;
+    overlap: as of `call_cuda`.
     """
     n, c, h, w = x.shape
     multiprocessors = backends.multiprocessors(x)
     backends.call_cuda(
         backend,
+        overlap,
         OP,
         x,
         x.data_ptr(),

@@ -118,16 +118,18 @@ def stem_cuda(
     slope: float | None,
     backend: str = "cuda",
     blocks: int | None = None,
+    overlap: bool = False,
 ) -> None:
     """The CUDA kernel into `out` (N, K, H / 4, W / 4), unchecked: out with contiguous channels, image any.
 
-    blocks: that share the tiles, by default as many as a GPU holds at once.
+    blocks: that share the tiles, by default as many as a GPU holds at once; overlap: as of `call_cuda`.
     """
     raw = image.dtype is torch.uint8
     n, k, out_h, out_w = out.shape
     image = image.permute(0, 3, 1, 2) if raw else image
     backends.call_cuda(
         backend,
+        overlap,
         OP,
         image,
         image.data_ptr(),

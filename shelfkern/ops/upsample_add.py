@@ -51,6 +51,7 @@ def upsample_add_cuda(
     n, c, h, w = x.shape
     backends.call_cuda(
         backend,
+        True,
         OP,
         x,
         x.data_ptr(),
