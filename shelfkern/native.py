@@ -18,6 +18,8 @@ from torch import Tensor
 # As the enums in csrc/cpu/kernels.h and csrc/cuda.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2, torch.float16: 3}
 
+NO_GPU = "there is no GPU that torch can use"
+
 # Ops whose CPU kernel is another op's.
 BUILT_ON = {"deconv_add": "conv_bn_act", "shared_block": "conv_bn_act"}
 
@@ -100,7 +102,7 @@ def cuda_reason() -> str | None:
     if cuda is None:
         return why_not or "shelfkern was installed without nvcc; install it and reinstall"
     # Asked when needed: the first question starts CUDA, after which the process may not fork.
-    return None if torch.cuda.is_available() else "there is no GPU that torch can use"
+    return None if torch.cuda.is_available() else NO_GPU
 
 
 def disabled_reason(op: str, backend: str) -> str | None:

@@ -44,7 +44,7 @@ def unavailable(op: str, backend: str) -> str | None:
     if backend == "native":
         return native.reason(op)
     if backend == "triton":
-        return _triton.why_not or native.disabled_reason(op, backend)
+        return _triton.reason() or native.disabled_reason(op, backend)
     if backend == "emulated":
         return native.why_not_emulated or native.disabled_reason(op, backend)
     return native.cuda_reason() or native.disabled_reason(op, backend)

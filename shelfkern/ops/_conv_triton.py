@@ -107,7 +107,9 @@ def block_k(config: Config, problem: Problem) -> int:
 
 def default_precision(dtype: torch.dtype) -> str:
     """ "tf32" where torch's own convolutions of float32 would use it, otherwise "ieee"."""
-    return "tf32" if dtype is not torch.float32 or torch.backends.cudnn.allow_tf32 else "ieee"
+    # Not cudnn.allow_tf32: that raises once a program has set the newer fp32_precision.
+    allowed = torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return "tf32" if dtype is not torch.float32 or allowed else "ieee"
 
 
 def pack_weight(w: Tensor, dtype: torch.dtype) -> Tensor:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import native
+
 try:
     import triton
     import triton.language as tl
@@ -28,6 +30,13 @@ WIDEN = None if tl is None else tl.constexpr(INTERPRETED)
 def jit(kernel: Callable[..., Any]) -> Any:
     """triton.jit, or without Triton the function itself, so that the module imports."""
     return kernel if triton is None else triton.jit(kernel)
+
+
+def reason() -> str | None:
+    """Why Triton kernels cannot run in this process, None if they can."""
+    if why_not is not None or INTERPRETED or torch.cuda.is_available():
+        return why_not
+    return native.NO_GPU
 
 
 def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
