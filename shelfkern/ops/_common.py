@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -39,6 +41,15 @@ def check_same(op: str, name: str, x: Tensor, like: Tensor) -> None:
     check_device(op, name, x, like)
     if x.dtype != like.dtype:
         raise TypeError(f"{op}: {name} is {x.dtype}, x is {like.dtype}: they must have one dtype")
+
+
+def autocast(x: object) -> Any:
+    """An activation as torch.autocast, where it is on for x's device, gives it to a convolution."""
+    if not isinstance(x, Tensor) or not torch.is_autocast_enabled(x.device.type):
+        return x
+    if not x.is_floating_point() or x.dtype is torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
 
 
 def check_slope(op: str, slope: float | None) -> None:

@@ -193,7 +193,8 @@ def conv_kernel(
         pixel_mask, weight_mask = inside[:, None], (columns < channels)[None, :]
         if C % BLOCK_K != 0:
             pixel_mask, weight_mask = pixel_mask & (k < C)[None, :], weight_mask & (k < C)[:, None]
-        a = tl.load(first_pixel[:, None] + (r * x_h + s * x_w) + k[None, :], mask=pixel_mask, other=0.0)
+        to_tap = r.to(tl.int64) * x_h + s * x_w
+        a = tl.load(first_pixel[:, None] + to_tap + k[None, :], mask=pixel_mask, other=0.0)
         b = tl.load(weight_rows[None, :] + (tap * C + k)[:, None], mask=weight_mask, other=0.0)
         acc = conv.multiply(a, b, acc, SWAP, PRECISION)
     if SWAP:
@@ -373,6 +374,7 @@ def conv_bn_act(
         ValueError, TypeError: an argument does not fit; the message names it.
         RuntimeError: the backend asked for cannot run.
     """
+    x, residual, skip = map(common.autocast, (x, residual, skip))
     shape = _check(x, w, stride, padding, slope)
     for name, value in (("scale", scale), ("shift", shift)):
         if value is not None:

@@ -184,6 +184,7 @@ def deconv_add(x: Tensor, w: Tensor, bias: Tensor, skip: Tensor, *, backend: str
         ValueError, TypeError: an argument does not fit; the message names it.
         RuntimeError: the backend asked for cannot run.
     """
+    x, skip = common.autocast(x), common.autocast(skip)
     common.check_4d(OP, "x", x)
     n, c, h, width = x.shape
     common.check_tensor(OP, "w", w)

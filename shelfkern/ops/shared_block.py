@@ -258,6 +258,7 @@ def shared_block(
         ValueError, TypeError: an argument does not fit; the message names it.
         RuntimeError: the backend asked for cannot run.
     """
+    x = common.autocast(x)
     common.check_4d(OP, "x", x)
     c = x.shape[1]
     common.check_shape(OP, "w", w, (c, c, 3, 3), f"x of {tuple(x.shape)}")

@@ -209,6 +209,7 @@ def stem(
         ValueError, TypeError: an argument does not fit; the message names it.
         RuntimeError: the backend asked for cannot run.
     """
+    image, w = common.autocast(image), common.autocast(w)
     size = _check(image, w, size)
     for name, value in (("scale", scale), ("shift", shift)):
         common.check_shape(OP, name, value, (w.shape[0],), f"w of {tuple(w.shape)}")

@@ -145,6 +145,7 @@ def upsample_add(x: Tensor, skip: Tensor, gate: Tensor | None = None, *, backend
         ValueError, TypeError: a shape, device or dtype does not fit; the message names it.
         RuntimeError: the backend asked for cannot run.
     """
+    x, skip = common.autocast(x), common.autocast(skip)
     common.check_4d(OP, "x", x)
     n, c, h, w = x.shape
     common.check_shape(OP, "skip", skip, (n, c, 2 * h, 2 * w), f"x of {tuple(x.shape)}")
