@@ -162,19 +162,6 @@ void launch_type(const AttentionGate& op, Stream stream) {
     }
 }
 
-void launch_sums(const AttentionGate& op, Stream stream) {
-    switch (op.dtype) {
-        case DType::f32:
-            return launch_type<float>(op, stream);
-        case DType::bf16:
-            return launch_type<BF16>(op, stream);
-        case DType::f16:
-            return launch_type<F16>(op, stream);
-        case DType::u8:
-            throw std::runtime_error("attention_gate: dtype is uint8, it may be a floating one");
-    }
-}
-
 }  // namespace
 
 void attention_gate(const AttentionGate& op, Stream stream) {
@@ -184,7 +171,7 @@ void attention_gate(const AttentionGate& op, Stream stream) {
         throw std::runtime_error("attention_gate: x has " + std::to_string(pixels) +
                                  " pixels an image, it may have 2147483647");
     }
-    launch_sums(op, stream);
+    with_type("attention_gate", op.dtype, [&](auto type) { launch_type<decltype(type)>(op, stream); });
     const GateArgs args{global(static_cast<const float*>(op.sums), x.n * op.slices * x.c),
                         weights(op.weight, op.k * x.c),
                         weights(op.scale, op.k),

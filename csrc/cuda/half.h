@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__CUDACC__)
 #define HOST_DEVICE __host__ __device__ __forceinline__
@@ -132,6 +133,26 @@ HOST_DEVICE uint32_t pack2<F16>(float lo, float hi) {
 template <typename T>
 HOST_DEVICE Pack<float, 2> unpack2(uint32_t pair) {
     return {{widen(T{static_cast<uint16_t>(pair)}), widen(T{static_cast<uint16_t>(pair >> 16)})}};
+}
+
+// NaN is larger than any number, as in torch.
+HOST_DEVICE float larger(float a, float b) { return b > a || b != b ? b : a; }
+
+// Of each of two packed elements: one instruction where numbers would take eight.
+template <typename T>
+HOST_DEVICE uint32_t larger2(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+    uint32_t out;
+    if constexpr (std::is_same_v<T, BF16>) {
+        asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+    } else {
+        asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+    }
+    return out;
+#else
+    const Pack<float, 2> x = unpack2<T>(a), y = unpack2<T>(b);
+    return pack2<T>(larger(x[0], y[0]), larger(x[1], y[1]));
+#endif
 }
 
 }  // namespace cuda

@@ -25,6 +25,8 @@
 // Weights are false where the pointer was null.
 //
 // Threads. thread_index(), block_index_x/y/z(), block_count_x/y/z(), lane() and warp() (of the block).
+//     opaque(value)                hides from the compiler that a value stays the same, so that what
+//                                  follows from it is computed again instead of kept in registers.
 //     barrier()                    every thread of the block; orders shared memory.
 //     warp_barrier()               every lane of the warp; orders shared memory within the warp.
 //     shuffle_xor(value, mask),    every lane of the warp; 4-byte values; orders no memory, like
@@ -110,6 +112,12 @@ DEVICE int block_index_z() { return blockIdx.z; }
 DEVICE int block_count_x() { return gridDim.x; }
 DEVICE int block_count_y() { return gridDim.y; }
 DEVICE int block_count_z() { return gridDim.z; }
+
+// The value, of which the compiler no longer knows where it came from.
+DEVICE int opaque(int value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
 
 DEVICE void barrier() { __syncthreads(); }
 DEVICE void warp_barrier() { __syncwarp(); }

@@ -107,10 +107,7 @@ struct Loader {
 // Of the thread. The compiler does not see that it is the same for every tile: kept over the convolution,
 // what follows from it would cost registers that are needed there.
 DEVICE Loader loader() {
-    int thread = thread_index();
-#if defined(__CUDA_ARCH__)
-    asm volatile("" : "+r"(thread));
-#endif
+    const int thread = opaque(thread_index());
     return {thread / kLoaders, thread % kLoaders * kLoad};
 }
 
@@ -308,26 +305,6 @@ DEVICE void store_features(const Args<S>& args, const Tile& tile, int half,
     }
 }
 
-// NaN is larger than any number, as in torch.
-DEVICE float larger(float a, float b) { return b > a || b != b ? b : a; }
-
-// Of each of two packed elements: one instruction where numbers would take eight.
-template <typename T>
-DEVICE uint32_t larger_pair(uint32_t a, uint32_t b) {
-#if defined(__CUDA_ARCH__)
-    uint32_t out;
-    if constexpr (std::is_same_v<T, BF16>) {
-        asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
-    } else {
-        asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
-    }
-    return out;
-#else
-    const Pack<float, 2> x = unpack2<T>(a), y = unpack2<T>(b);
-    return pack2<T>(larger(x[0], y[0]), larger(x[1], y[1]));
-#endif
-}
-
 DEVICE void keep_larger(Pack<float, 4>& best, const Pack<float, 4>& values) {
     for (int i = 0; i < 4; ++i) best[i] = larger(best[i], values[i]);
 }
@@ -337,7 +314,7 @@ DEVICE void keep_larger(Pack<T, 8>& best, const Pack<T, 8>& values) {
     uint32_t a[4], b[4];
     memcpy(a, &best, 16);
     memcpy(b, &values, 16);
-    for (int i = 0; i < 4; ++i) a[i] = larger_pair<T>(a[i], b[i]);
+    for (int i = 0; i < 4; ++i) a[i] = larger2<T>(a[i], b[i]);
     memcpy(&best, a, 16);
 }
 
@@ -453,16 +430,7 @@ void launch_type(const Stem& op, Stream stream) {
 }  // namespace
 
 void stem(const Stem& op, Stream stream) {
-    switch (op.dtype) {
-        case DType::f32:
-            return launch_type<float>(op, stream);
-        case DType::bf16:
-            return launch_type<BF16>(op, stream);
-        case DType::f16:
-            return launch_type<F16>(op, stream);
-        case DType::u8:
-            throw std::runtime_error("stem: dtype is uint8, it may be a floating one");
-    }
+    with_type("stem", op.dtype, [&](auto type) { launch_type<decltype(type)>(op, stream); });
 }
 
 }  // namespace cuda

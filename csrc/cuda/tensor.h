@@ -2,11 +2,24 @@
 #pragma once
 
 #include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "half.h"
 
 namespace shelfkern {
 namespace cuda {
 
 enum class DType : int { f32 = 0, bf16 = 1, u8 = 2, f16 = 3 };
+
+// Calls run with a value of the floating type that dtype names.
+template <typename Run>
+void with_type(const char* op, DType dtype, const Run& run) {
+    if (dtype == DType::f32) return run(float{});
+    if (dtype == DType::bf16) return run(BF16{});
+    if (dtype == DType::f16) return run(F16{});
+    throw std::runtime_error(std::string(op) + ": dtype is uint8, it may be a floating one");
+}
 
 // An NHWC tensor or a window of one. Channels are contiguous; the other strides count elements.
 struct Nhwc {

@@ -88,16 +88,7 @@ void launch_type(const UpsampleAdd& op, Stream stream) {
 }  // namespace
 
 void upsample_add(const UpsampleAdd& op, Stream stream) {
-    switch (op.dtype) {
-        case DType::f32:
-            return launch_type<float>(op, stream);
-        case DType::bf16:
-            return launch_type<BF16>(op, stream);
-        case DType::f16:
-            return launch_type<F16>(op, stream);
-        case DType::u8:
-            throw std::runtime_error("upsample_add: dtype is uint8, it may be a floating one");
-    }
+    with_type("upsample_add", op.dtype, [&](auto type) { launch_type<decltype(type)>(op, stream); });
 }
 
 }  // namespace cuda

@@ -186,16 +186,7 @@ void launch_type(const UpsampleSoftmaxSum& op, Stream stream) {
 
 void upsample_softmax_sum(const UpsampleSoftmaxSum& op, Stream stream) {
     if (op.scores.empty()) return;
-    switch (op.dtype) {
-        case DType::f32:
-            return launch_type<float>(op, stream);
-        case DType::bf16:
-            return launch_type<BF16>(op, stream);
-        case DType::f16:
-            return launch_type<F16>(op, stream);
-        case DType::u8:
-            throw std::runtime_error("upsample_softmax_sum: dtype is uint8, it may be a floating one");
-    }
+    with_type("upsample_softmax_sum", op.dtype, [&](auto type) { launch_type<decltype(type)>(op, stream); });
 }
 
 }  // namespace cuda

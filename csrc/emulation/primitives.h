@@ -291,6 +291,7 @@ DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (
     emulation::collective("mma", &complete_mma<T>, &request, line);
 }
 
+DEVICE int opaque(int value) { return value; }
 DEVICE void wait_for_previous() { emulation::wait_for_previous(); }
 DEVICE void release_next() {}
 
