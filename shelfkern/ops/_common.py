@@ -45,7 +45,9 @@ def check_same(op: str, name: str, x: Tensor, like: Tensor) -> None:
 
 def autocast(x: object) -> Any:
     """An activation as torch.autocast, where it is on for x's device, gives it to a convolution."""
-    if not isinstance(x, Tensor) or not torch.is_autocast_enabled(x.device.type):
+    if not isinstance(x, Tensor) or not torch.amp.is_autocast_available(x.device.type):
+        return x
+    if not torch.is_autocast_enabled(x.device.type):
         return x
     if not x.is_floating_point() or x.dtype is torch.float64:
         return x
