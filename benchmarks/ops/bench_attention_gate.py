@@ -35,7 +35,7 @@ def floor(case: Case, truth: torch.Tensor) -> float:
     return 4 * torch.finfo(torch.float32).eps
 
 
-OP = Op("attention_gate", inputs, {"native": native}, floor=floor)
+OP = Op("attention_gate", inputs, {"native": native, "cuda": native}, floor=floor)
 
 
 @replayed

@@ -10,6 +10,7 @@ from library import fused_conv
 from shapes import Problem
 
 from shelfkern import ops
+from shelfkern.ops._conv_triton import pack_weight
 
 
 def inputs(problem: Problem, random: Inputs) -> tuple[Tensors, dict[str, Any]]:
@@ -37,6 +38,18 @@ def native(case: Case, kernel: Kernel) -> Run:
     return run
 
 
+def triton(case: Case, kernel: Kernel) -> Run:
+    x, w, *others = case.tensors.values()
+    weight, out = pack_weight(w, case.dtype), case.poisoned()
+    options = case.options
+
+    def run():
+        kernel(x, weight, *others, out, w.shape[2:], options["stride"], options["padding"], options["slope"])
+        return out
+
+    return run
+
+
 def library(case: Case, name: str) -> Run:
     x, w, scale, shift, residual, skip = case.tensors.values()
     conv = fused_conv(name, w, scale, shift, case.problem.stride, case.problem.slope)
@@ -45,7 +58,7 @@ def library(case: Case, name: str) -> Run:
     return lambda: conv(x, residual).add_(skip)
 
 
-OP = Op("conv_bn_act", inputs, {"native": native}, library)
+OP = Op("conv_bn_act", inputs, {"native": native, "triton": triton}, library)
 
 
 @replayed

@@ -8,6 +8,7 @@ from harness import Case, Inputs, Kernel, Op, Outcome, Run, Tensors, replayed
 from shapes import Problem
 
 from shelfkern import ops
+from shelfkern.ops.deconv_add import pack_deconv_triton
 
 # Of the nine taps of a channel, those that reach a pixel, on average.
 TAPS = 9 / 4
@@ -36,7 +37,18 @@ def native(case: Case, kernel: Kernel) -> Run:
     return run
 
 
-OP = Op("deconv_add", inputs, {"native": native})
+def triton(case: Case, kernel: Kernel) -> Run:
+    x, w, bias, skip = case.tensors.values()
+    weight, out = pack_deconv_triton(w, case.dtype), case.poisoned()
+
+    def run():
+        kernel(x, weight, bias, skip, out)
+        return out
+
+    return run
+
+
+OP = Op("deconv_add", inputs, {"native": native, "triton": triton})
 
 
 @replayed

@@ -10,6 +10,7 @@ from library import fused_conv
 from shapes import Problem
 
 from shelfkern import ops
+from shelfkern.ops._conv_triton import pack_weight
 from shelfkern.ops.shared_block import pack_block
 
 
@@ -46,6 +47,17 @@ def cuda(case: Case, kernel: Kernel) -> Run:
     return run
 
 
+def triton(case: Case, kernel: Kernel) -> Run:
+    x, w, *norms = case.tensors.values()
+    weight, hidden, out = pack_weight(w, case.dtype), case.poisoned(), case.poisoned()
+
+    def run():
+        kernel(x, weight, *norms, hidden, out, **case.options)
+        return out
+
+    return run
+
+
 def library(case: Case, name: str) -> Run:
     """Two fused calls, each with a copy of the weights into which its norm is folded."""
     x, w, scale1, shift1, scale2, shift2 = case.tensors.values()
@@ -56,7 +68,7 @@ def library(case: Case, name: str) -> Run:
     return lambda: second(first(x), x)
 
 
-OP = Op("shared_block", inputs, {"native": native, "cuda": cuda}, library)
+OP = Op("shared_block", inputs, {"native": native, "cuda": cuda, "triton": triton}, library)
 
 
 @replayed

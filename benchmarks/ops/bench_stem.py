@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from shelfkern import ops
 from shelfkern.normalisation import Normalisation
-from shelfkern.ops.stem import normalise, normalised_values
+from shelfkern.ops.stem import normalise, normalised_values, pack_stem
 
 
 def inputs(problem: Problem, random: Inputs) -> tuple[Tensors, dict[str, Any]]:
@@ -44,6 +44,18 @@ def native(case: Case, kernel: Kernel) -> Run:
     return run
 
 
+def cuda(case: Case, kernel: Kernel) -> Run:
+    image, w, scale, shift, mean, std = case.tensors.values()
+    packed, values = pack_stem(w, scale, shift), normalised_values(mean, std)
+    out = case.poisoned()
+
+    def run():
+        kernel(image, packed, values, out, case.options["slope"])
+        return out
+
+    return run
+
+
 def library(case: Case, name: str) -> Run:
     image, w, scale, shift, mean, std = case.tensors.values()
     conv = fused_conv(name, w, scale, shift, 2, case.problem.slope)
@@ -56,7 +68,7 @@ def library(case: Case, name: str) -> Run:
     return run
 
 
-OP = Op("stem", inputs, {"native": native}, library)
+OP = Op("stem", inputs, {"native": native, "cuda": cuda}, library)
 
 
 @replayed

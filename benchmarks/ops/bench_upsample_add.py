@@ -28,7 +28,7 @@ def call(case: Case, kernel: Kernel) -> Run:
     return run
 
 
-OP = Op("upsample_add", inputs, {"native": call, "cuda": call})
+OP = Op("upsample_add", inputs, {"native": call, "cuda": call, "triton": call})
 
 
 @replayed

@@ -23,7 +23,7 @@ def native(case: Case, kernel: Kernel) -> Run:
     return run
 
 
-OP = Op("upsample_bilinear", inputs, {"native": native}, floor=resize_rounding)
+OP = Op("upsample_bilinear", inputs, {"native": native, "triton": native}, floor=resize_rounding)
 
 
 @replayed
