@@ -373,6 +373,7 @@ void begin_launch(const Grid& grid) {
         state.threads.back()->fiber.prepare(&run_threads);
     }
     ++statistics.launches;
+    statistics.shared_bytes = std::max<int64_t>(statistics.shared_bytes, grid.shared_bytes);
 }
 
 // Threads of a launch that was given up are in the middle of the kernel: they start anew.

@@ -32,6 +32,7 @@ struct Statistics {
     int64_t launches, barriers, global_bytes_read, global_bytes_written, mma;
     // Wavefronts that ldmatrix needs beyond one for each 8x8 matrix.
     int64_t bank_conflicts;
+    int64_t shared_bytes;  // of the block with the most
 };
 
 extern Position position;

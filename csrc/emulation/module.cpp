@@ -20,6 +20,7 @@ PYBIND11_MODULE(_emulation, m) {
         counts["global_bytes_written"] = s.global_bytes_written;
         counts["mma"] = s.mma;
         counts["bank_conflicts"] = s.bank_conflicts;
+        counts["shared_bytes"] = s.shared_bytes;
         return counts;
     });
 }

@@ -10,6 +10,7 @@ from ..version import __version__
 from .bench import bench
 from .doctor import doctor
 from .export import export
+from .resources import resources
 from .segment import segment
 
 
@@ -23,6 +24,7 @@ commands.add_command(segment)
 commands.add_command(bench)
 commands.add_command(doctor)
 commands.add_command(export)
+commands.add_command(resources)
 
 
 def main() -> None:

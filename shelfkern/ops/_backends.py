@@ -139,6 +139,14 @@ def multiprocessors(x: Tensor) -> int:
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 132
 
 
+def shared_bytes(x: Tensor) -> int:
+    """Shared memory that a block may have on the GPU that x is on; elsewhere an H200's."""
+    if not x.is_cuda:
+        return 227 * 1024
+    properties: Any = torch.cuda.get_device_properties(x.device)  # its stub lacks the name
+    return properties.shared_memory_per_block_optin
+
+
 def custom_op(name: str, mutates_args: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Any]:
     """Registers a function as shelfkern::name, which torch.compile and torch.export see as one op."""
     # On other devices' tensors the kernels would take their addresses for their own.

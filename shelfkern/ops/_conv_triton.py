@@ -12,6 +12,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from . import _backends as backends
 from ._triton import WIDEN, jit, tl
 
 
@@ -35,21 +36,29 @@ class Config:
     split: int = 1
     swap: bool = False
 
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a program."""
+        return (self.block_m + self.block_n) * self.block_bytes * self.stages
 
-# What a tuner may choose from. Shared memory is (block_m + block_n) * block_bytes * stages: below the
-# 163 KB of sm_80 for all.
+
+# What a tuner may choose from: none spills registers, and all fit into the 163 KB of sm_80.
 CONFIGS = (
-    Config(128, 256, 128, 8, 3),  # most arithmetic for each byte: many pixels and channels
-    Config(128, 128, 128, 8, 4),  # the same for 128 channels
+    # Most arithmetic for each byte. 256 columns would need more registers than a thread has.
+    Config(128, 128, 128, 8, 4),
     Config(256, 64, 128, 8, 3, swap=True),  # 64 channels, many pixels
-    Config(128, 64, 128, 4, 4),  # 64 channels, or fewer pixels: two programs a multiprocessor
+    Config(128, 64, 64, 8, 4),  # 64 channels, or fewer pixels: several programs a multiprocessor
     Config(64, 64, 128, 4, 4),  # few pixels: more programs than multiprocessors come first
     Config(64, 64, 128, 4, 4, split=2),  # strides 16 and 32 at batch 1: 8 to 64 tiles for 132
     Config(64, 64, 128, 4, 4, split=4),
     Config(64, 64, 128, 4, 4, split=8),
 )
-# Full float32 products run on the ordinary cores and want few accumulators a thread.
-EXACT_CONFIGS = (Config(64, 64, 64, 8, 3), Config(64, 64, 64, 8, 3, split=4))
+# Full float32 products run on the ordinary cores and want few accumulators a thread; and where neighbours
+# cannot be loaded sixteen bytes at a time, every one takes a register for its address.
+SMALL_CONFIGS = (Config(64, 32, 64, 8, 3), Config(64, 32, 64, 8, 3, split=4))
+
+# Results that a program finishes at once: for more, residual and skip would not fit its registers.
+FINISHED_AT_ONCE = None if tl is None else tl.constexpr(64 * 64)
 
 # For the cost model, of an H200: 790 TFLOP/s over 132 multiprocessors, 4.3 TB/s, a launch in a graph.
 _MACS_A_US = 790e6 / 2 / 132
@@ -65,6 +74,7 @@ class Problem:
         pixels, channels: of the output: rows and columns of the result.
         taps, depth: of the sum: taps of the kernel, and input channels.
         dtype: of input and weights.
+        aligned: whether the input's strides, and so its channels, are multiples of 16.
     """
 
     pixels: int
@@ -72,6 +82,7 @@ class Problem:
     taps: int
     depth: int
     dtype: torch.dtype
+    aligned: bool = True
 
 
 def microseconds(problem: Problem, config: Config, multiprocessors: int) -> float:
@@ -91,11 +102,22 @@ def microseconds(problem: Problem, config: Config, multiprocessors: int) -> floa
     return waves * tile + reduction
 
 
-def configurations(problem: Problem, precision: str, multiprocessors: int) -> list[Config]:
-    """The configurations that make sense for a problem, the one that should be fastest first."""
-    known = EXACT_CONFIGS if precision == "ieee" and problem.dtype is torch.float32 else CONFIGS
+def configurations(
+    problem: Problem, precision: str, multiprocessors: int, shared_bytes: int = 163 * 1024
+) -> list[Config]:
+    """The configurations that make sense for a problem, the one that should be fastest first.
+
+    multiprocessors, shared_bytes: of the GPU, and of a block there at most.
+    """
+    exact = precision == "ieee" and problem.dtype is torch.float32
+    known = CONFIGS if problem.aligned and not exact else SMALL_CONFIGS
     steps = problem.taps * -(-problem.depth // block_k(known[-1], problem))
-    fitting = [c for c in known if c.split <= steps and c.block_n <= max(64, 2 * problem.channels - 1)]
+    columns = max(64, 2 * problem.channels - 1)
+    fitting = [
+        config
+        for config in known
+        if config.split <= steps and config.block_n <= columns and config.shared_bytes <= shared_bytes
+    ]
     return sorted(fitting, key=lambda config: microseconds(problem, config, multiprocessors))
 
 
@@ -108,13 +130,24 @@ def block_k(config: Config, problem: Problem) -> int:
 def default_precision(dtype: torch.dtype) -> str:
     """ "tf32" where torch's own convolutions of float32 would use it, otherwise "ieee"."""
     # Not cudnn.allow_tf32: that raises once a program has set the newer fp32_precision.
-    allowed = torch.backends.cudnn.conv.fp32_precision == "tf32"
+    allowed = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
     return "tf32" if dtype is not torch.float32 or allowed else "ieee"
 
 
 def pack_weight(w: Tensor, dtype: torch.dtype) -> Tensor:
     """(K, C, kernel_h, kernel_w) -> (K, taps, C), contiguous, of the kernel's dtype."""
     return w.detach().to(dtype).permute(0, 2, 3, 1).flatten(1, 2).contiguous()
+
+
+def best(problem: Problem, precision: str, x: Tensor, split: bool = True) -> Config:
+    """The configuration that should be fastest on x's GPU; without `split`, of those that split no sum."""
+    found = configurations(problem, precision, backends.multiprocessors(x), backends.shared_bytes(x))
+    return next(config for config in found if split or config.split == 1)
+
+
+def is_aligned(x: Tensor) -> bool:
+    """Whether a pixel's channels can be loaded sixteen at a time."""
+    return all(stride % 16 == 0 for stride in (x.shape[1], *backends.strides(x)))
 
 
 def workspace(config: Config, pixels: int, channels: int, like: Tensor) -> Tensor | None:
@@ -163,6 +196,12 @@ def pixel_of(rows, height, width):
 def offsets(image, y, x, stride_n, stride_h, stride_w):
     """Of pixels, in elements: images, and their rows, may be more than 2**31 apart."""
     return image.to(tl.int64) * stride_n + y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
+
+
+@jit
+def halves(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The left and the right columns of a tile."""
+    return tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
 
 
 @jit

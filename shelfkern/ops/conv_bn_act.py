@@ -193,7 +193,7 @@ def conv_kernel(
         pixel_mask, weight_mask = inside[:, None], (columns < channels)[None, :]
         if C % BLOCK_K != 0:
             pixel_mask, weight_mask = pixel_mask & (k < C)[None, :], weight_mask & (k < C)[:, None]
-        to_tap = r.to(tl.int64) * x_h + s * x_w
+        to_tap = tl.cast(r, tl.int64) * x_h + tl.cast(s, tl.int64) * x_w
         a = tl.load(first_pixel[:, None] + to_tap + k[None, :], mask=pixel_mask, other=0.0)
         b = tl.load(weight_rows[None, :] + (tap * C + k)[:, None], mask=weight_mask, other=0.0)
         acc = conv.multiply(a, b, acc, SWAP, PRECISION)
@@ -204,6 +204,22 @@ def conv_kernel(
         to = (part * pixels + rows).to(tl.int64) * channels
         mask = (rows < pixels)[:, None] & (columns < channels)[None, :]
         tl.store(parts + to[:, None] + columns[None, :], acc, mask=mask)
+    elif BLOCK_M * BLOCK_N > conv.FINISHED_AT_ONCE:
+        half: tl.constexpr = BLOCK_N // 2
+        left, right = conv.halves(acc, BLOCK_M, BLOCK_N)
+        columns = tile_n * BLOCK_N + tl.arange(0, half)
+        _finish_tile(
+            left, rows, columns, scale, shift, residual, skip, out, pixels, channels, out_h, out_w,
+            residual_n, residual_h, residual_w, skip_n, skip_h, skip_w,
+            out_stride_n, out_stride_h, out_stride_w, slope,
+            HAS_SCALE, HAS_SHIFT, HAS_RESIDUAL, HAS_SKIP, ACT,
+        )  # fmt: skip
+        _finish_tile(
+            right, rows, columns + half, scale, shift, residual, skip, out, pixels, channels, out_h, out_w,
+            residual_n, residual_h, residual_w, skip_n, skip_h, skip_w,
+            out_stride_n, out_stride_h, out_stride_w, slope,
+            HAS_SCALE, HAS_SHIFT, HAS_RESIDUAL, HAS_SKIP, ACT,
+        )  # fmt: skip
     else:
         _finish_tile(
             acc, rows, columns, scale, shift, residual, skip, out, pixels, channels, out_h, out_w,
@@ -271,9 +287,9 @@ def conv_bn_act_triton(
     pixels = n * out_h * out_w
     if pixels * k == 0:
         return
-    problem = conv.Problem(pixels, k, kernel[0] * kernel[1], c, x.dtype)
+    problem = conv.Problem(pixels, k, kernel[0] * kernel[1], c, x.dtype, conv.is_aligned(x))
     precision = precision or conv.default_precision(x.dtype)
-    config = config or conv.configurations(problem, precision, backends.multiprocessors(x))[0]
+    config = config or conv.best(problem, precision, x)
     overlap = overlap and _triton.overlaps_launches(x)
     act, slope = conv.activation(slope)
     after = (

@@ -55,7 +55,7 @@ def deconv_add_native(x: Tensor, packed: PackedDeconv, bias: Tensor, skip: Tenso
 @jit
 def deconv_kernel(
     x, weight, bias, skip, out, pixels, channels, h, w,
-    x_n, x_h, x_w, skip_n, skip_h, skip_w, out_n, out_h, out_w,
+    x_n, x_h, x_w, skip_n, skip_h, skip_w, out_stride_n, out_stride_h, out_stride_w,
     C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     SWAP: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -85,21 +85,33 @@ def deconv_kernel(
         pixel_mask, weight_mask = inside[:, None], (columns < channels)[None, :]
         if C % BLOCK_K != 0:
             pixel_mask, weight_mask = pixel_mask & (k < C)[None, :], weight_mask & (k < C)[:, None]
-        a = tl.load(pixel[:, None] + (down * x_h + right * x_w) + k[None, :], mask=pixel_mask, other=0.0)
+        to_tap = tl.cast(down, tl.int64) * x_h + tl.cast(right, tl.int64) * x_w
+        a = tl.load(pixel[:, None] + to_tap + k[None, :], mask=pixel_mask, other=0.0)
         b = tl.load(weight_rows[None, :] + (tap * C + k)[:, None], mask=weight_mask, other=0.0)
         acc = conv.multiply(a, b, acc, SWAP, PRECISION)
     if SWAP:
         acc = tl.trans(acc)
 
-    mask = (rows < pixels)[:, None] & (columns < channels)[None, :]
     out_y, out_x = 2 * y + odd_y, 2 * column + odd_x
-    acc = conv.finish(
-        acc, columns, channels, mask, bias, bias,
-        skip, out, skip, conv.offsets(image, out_y, out_x, skip_n, skip_h, skip_w), 1.0,
-        False, True, False, True, "none",
-    )  # fmt: skip
-    to = conv.offsets(image, out_y, out_x, out_n, out_h, out_w)
-    tl.store(out + to[:, None] + columns[None, :], rounded(acc, out), mask=mask)
+    skip_rows = conv.offsets(image, out_y, out_x, skip_n, skip_h, skip_w)
+    out_rows = conv.offsets(image, out_y, out_x, out_stride_n, out_stride_h, out_stride_w)
+    if BLOCK_M * BLOCK_N > conv.FINISHED_AT_ONCE:
+        left, right = conv.halves(acc, BLOCK_M, BLOCK_N)
+        columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
+        _finish(left, bias, skip, out, rows, columns, skip_rows, out_rows, pixels, channels)
+        columns += BLOCK_N // 2
+        _finish(right, bias, skip, out, rows, columns, skip_rows, out_rows, pixels, channels)
+    else:
+        _finish(acc, bias, skip, out, rows, columns, skip_rows, out_rows, pixels, channels)
+
+
+@jit
+def _finish(acc, bias, skip, out, rows, columns, skip_rows, out_rows, pixels, channels):
+    """Bias, skip and the store."""
+    mask = (rows < pixels)[:, None] & (columns < channels)[None, :]
+    acc += tl.load(bias + columns, mask=columns < channels, other=0.0)[None, :]
+    acc += conv.load_rows(skip, skip_rows, columns, mask)
+    tl.store(out + out_rows[:, None] + columns[None, :], rounded(acc, out), mask=mask)
 
 
 def pack_deconv_triton(w: Tensor, dtype: torch.dtype) -> Tensor:
@@ -122,16 +134,17 @@ def deconv_add_triton(
     Args:
         weight: of `pack_deconv_triton`, x's dtype.
         bias: float32.
-        config: one of `configurations`, not split, by default the first.
+        config: one of `configurations` that is not split, by default the first.
         precision, overlap: as of `conv_bn_act_triton`.
     """
     n, c, h, w = x.shape
     pixels, k = n * h * w, out.shape[1]
     if pixels * k == 0:
         return
-    problem = conv.Problem(pixels, k, 9, c, x.dtype)
+    problem = conv.Problem(pixels, k, 9, c, x.dtype, conv.is_aligned(x))
     precision = precision or conv.default_precision(x.dtype)
-    config = config or configurations(problem, precision, backends.multiprocessors(x))[0]
+    # Four parities fill a GPU without splitting their sums.
+    config = config or conv.best(problem, precision, x, split=False)
     overlap = overlap and _triton.overlaps_launches(x)
     tiles = conv.cdiv(pixels, config.block_m) * conv.cdiv(k, config.block_n)
     with _triton.on_device_of(x):
@@ -142,12 +155,6 @@ def deconv_add_triton(
             SWAP=config.swap, PRECISION=precision, OVERLAP=overlap,
             num_warps=config.warps, num_stages=config.stages, **(dict(launch_pdl=True) if overlap else {}),
         )  # fmt: skip
-
-
-def configurations(problem: conv.Problem, precision: str, multiprocessors: int) -> list[conv.Config]:
-    """Those of `_conv_triton` that keep a sum in one program: four parities fill a GPU without splitting."""
-    every = conv.configurations(problem, precision, multiprocessors)
-    return [config for config in every if config.split == 1]
 
 
 @backends.custom_op(OP)

@@ -58,6 +58,9 @@ def _cuda_reason(backend: str, x: Tensor) -> str | None:
         return f"x is {x.dtype}, the {backend} kernel takes bfloat16 and float16"
     if not 1 <= x.shape[1] <= MAX_CUDA_CHANNELS:
         return f"x has {x.shape[1]} channels, the {backend} kernel takes 1 to {MAX_CUDA_CHANNELS}"
+    needed = cuda_shared_bytes(x.shape[1], 4)
+    if backends.shared_bytes(x) < needed:
+        return f"the {backend} kernel needs {needed} bytes of shared memory, x's GPU has fewer for a block"
     return None
 
 
@@ -107,8 +110,19 @@ def pack_block(
     return PackedBlock(taps.transpose(2, 3).contiguous(), *vectors)
 
 
-def tile_rows(shape: tuple[int, ...], multiprocessors: int) -> int:
-    """The rows of a tile that finish an (N, C, H, W) input soonest: large tiles, but in full waves."""
+def cuda_shared_bytes(c: int, rows: int) -> int:
+    """Shared memory of a block: weights, and a tile of x and of h with their borders."""
+    padded = 64 if c <= 64 else 128
+    weights = 9 * 64 * 64 if padded == 64 else 3 * 64 * 128
+    pixels = (rows + 4) * (CUDA_TILE_WIDTH + 4) + (rows + 2) * (CUDA_TILE_WIDTH + 2)
+    return 2 * (weights + pixels * padded)
+
+
+def tile_rows(shape: tuple[int, ...], multiprocessors: int, shared_bytes: int = 227 * 1024) -> int:
+    """The rows of a tile that finish an (N, C, H, W) input soonest: large tiles, but in full waves.
+
+    multiprocessors, shared_bytes: of the GPU, and of a block there at most.
+    """
     n, c, h, w = shape
     columns = -(-w // CUDA_TILE_WIDTH)
 
@@ -116,7 +130,8 @@ def tile_rows(shape: tuple[int, ...], multiprocessors: int) -> int:
         rows, work = candidate
         return -(-n * -(-h // rows) * columns // multiprocessors) * work
 
-    return min(CUDA_TILE_ROWS[64 if c <= 64 else 128].items(), key=cost)[0]
+    every = CUDA_TILE_ROWS[64 if c <= 64 else 128].items()
+    return min((tile for tile in every if cuda_shared_bytes(c, tile[0]) <= shared_bytes), key=cost)[0]
 
 
 def shared_block_cuda(
@@ -155,7 +170,7 @@ def shared_block_cuda(
         backends.strides(out),
         common.native_slope(slope),
         skip,
-        rows or tile_rows(tuple(x.shape), multiprocessors),
+        rows or tile_rows(tuple(x.shape), multiprocessors, backends.shared_bytes(x)),
         blocks or multiprocessors,
     )  # fmt: skip
 

@@ -69,7 +69,7 @@ def upsample_add_cuda(
 @jit
 def upsample_add_kernel(
     x, skip, gate, out, pixels, channels, h, w,
-    x_n, x_h, x_w, skip_n, skip_h, skip_w, out_n, out_h, out_w,
+    x_n, x_h, x_w, skip_n, skip_h, skip_w, out_stride_n, out_stride_h, out_stride_w,
     GATED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M input pixels, read once, and the four output pixels of each."""
@@ -86,7 +86,7 @@ def upsample_add_kernel(
     for corner in tl.static_range(4):
         to_y, to_x = 2 * y + corner // 2, 2 * column + corner % 2
         old = conv.load_rows(skip, conv.offsets(image, to_y, to_x, skip_n, skip_h, skip_w), columns, mask)
-        to = conv.offsets(image, to_y, to_x, out_n, out_h, out_w)
+        to = conv.offsets(image, to_y, to_x, out_stride_n, out_stride_h, out_stride_w)
         tl.store(out + to[:, None] + columns[None, :], rounded(old + values, out), mask=mask)
 
 

@@ -192,9 +192,9 @@ def test_mma_lanes(toys, f16):
 
 
 def statistics(toys):
-    counts = np.zeros(6, np.int64)
+    counts = np.zeros(7, np.int64)
     toys.take_statistics(address(counts))
-    names = ["launches", "barriers", "read", "written", "mma", "conflicts"]
+    names = ["launches", "barriers", "read", "written", "mma", "conflicts", "shared"]
     return dict(zip(names, counts.tolist(), strict=True))
 
 
@@ -203,11 +203,11 @@ def test_statistics(toys):
     matmul(toys, m=64, n=32, k=64)
     # Two blocks of two warps, two tiles of two steps of four products, two barriers a tile.
     assert statistics(toys) == dict(
-        launches=1, barriers=8, read=2 * 64 * 64, written=4 * 64 * 32, mma=64, conflicts=0
+        launches=1, barriers=8, read=2 * 64 * 64, written=4 * 64 * 32, mma=64, conflicts=0, shared=10240
     )
     stencil(toys, count=256)
     assert statistics(toys) == dict(
-        launches=1, barriers=4, read=4 * 2 * 129, written=4 * 258, mma=0, conflicts=0
+        launches=1, barriers=4, read=4 * 2 * 129, written=4 * 258, mma=0, conflicts=0, shared=520
     )
 
 

@@ -240,10 +240,10 @@ extern "C" {
 
 void set_seed(uint64_t seed) { emulation::set_seed(seed); }
 
-// launches, barriers, global bytes read and written, mma, bank conflicts; then zero.
-void take_statistics(int64_t* six) {
-    static_assert(sizeof(emulation::Statistics) == 6 * sizeof(int64_t));
-    memcpy(six, &emulation::statistics, sizeof(emulation::Statistics));
+// launches, barriers, global bytes read and written, mma, bank conflicts, shared bytes; then zero.
+void take_statistics(int64_t* seven) {
+    static_assert(sizeof(emulation::Statistics) == 7 * sizeof(int64_t));
+    memcpy(seven, &emulation::statistics, sizeof(emulation::Statistics));
     emulation::statistics = {};
 }
 
@@ -251,7 +251,7 @@ const char* matmul(int bug, const BF16* a, const BF16* b, float* c, int m, int n
     return message_of([&] {
         const Matmul args{
             global(a, int64_t{m} * k), weights(b, int64_t{k} * n), global(c, int64_t{m} * n), m, n, k};
-        launch(matmul_variants(Bugs{})[bug], {"matmul", kMatmulThreads, 8 * kBuffer, nullptr, true},
+        launch(matmul_variants(Bugs{})[bug], {"matmul", kMatmulThreads, 8 * kBuffer, {nullptr, true}},
                {ceil_div(n, kTile), ceil_div(m, kTile)}, args);
     });
 }
@@ -261,7 +261,7 @@ const char* stencil(int bug, const float* x, float* out, float* sums, int count)
         const int64_t blocks = ceil_div(count, kStencilThreads);
         const Stencil args{global(x, count), global(out, count), global(sums, blocks), count};
         const int shared_bytes = 4 * (kStencilThreads + 2 + kStencilThreads / 32);
-        launch(stencil_variants(Bugs{})[bug], {"stencil", kStencilThreads, shared_bytes, nullptr, true},
+        launch(stencil_variants(Bugs{})[bug], {"stencil", kStencilThreads, shared_bytes, {nullptr, true}},
                {blocks}, args);
     });
 }

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from shelfkern import native
+from shelfkern.ops import _triton
 
 needs_native = pytest.mark.skipif(native.why_not is not None, reason=f"no native kernels: {native.why_not}")
 BACKENDS = [pytest.param("native", marks=needs_native), "reference"]
@@ -23,6 +24,12 @@ CUDA_BACKENDS = [
     pytest.param("emulated", marks=needs_emulator),
     pytest.param("cuda", marks=[pytest.mark.gpu, needs_cuda]),
 ]
+# Triton kernels run on the GPU where there is one, otherwise interpreted: a process knows one of the two.
+INTERPRETED = _triton.INTERPRETED
+_no_triton = _triton.why_not or (
+    None if INTERPRETED or torch.cuda.is_available() else "no GPU, and TRITON_INTERPRET is not 1"
+)
+_no_gpu = _no_triton or ("the kernels are interpreted" if INTERPRETED else None)
 DTYPES = [torch.float32, torch.bfloat16]
 CUDA_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # a name in Python from 3.13
@@ -48,25 +55,41 @@ def layouts(x: Tensor) -> Iterator[tuple[str, Tensor]]:
     yield "offset", nhwc(torch.cat([x[:1], x]))[1:]
 
 
+def needs_triton(test: Callable[..., None]) -> Callable[..., None]:
+    """Marks a test of Triton kernels, on the GPU where there is one."""
+    test = pytest.mark.skipif(_no_triton is not None, reason=f"no Triton: {_no_triton}")(test)
+    return test if INTERPRETED else pytest.mark.gpu(test)
+
+
+def needs_triton_on_a_gpu(test: Callable[..., None]) -> Callable[..., None]:
+    """Marks a test of what only the compiled kernels can show."""
+    return pytest.mark.gpu(pytest.mark.skipif(_no_gpu is not None, reason=f"no GPU: {_no_gpu}")(test))
+
+
 def moved(backend: str, *tensors: Tensor | None) -> list[Tensor | None]:
     """Tensors on the device that the backend's kernels run on."""
-    if backend != "cuda":
+    if backend != "cuda" and (backend != "triton" or INTERPRETED):
         return list(tensors)
     return [None if t is None else t.cuda() for t in tensors]
 
 
 @contextlib.contextmanager
-def far_apart(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Iterator[Tensor]:
+def far_apart(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, device: object = "cpu", stride: int = 2**31 + 16
+) -> Iterator[Tensor]:
     """A zeroed (N, C, H, W) tensor in NHWC storage whose images are more than 2**31 elements apart.
 
-    The memory between them is reserved and never touched.
+    On the CPU the memory between them is reserved and never touched.
     """
     n, c, h, w = shape
-    stride = 2**31 + 16
-    nbytes = ((n - 1) * stride + c * h * w) * dtype.itemsize
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | MAP_NORESERVE)
-    storage = torch.frombuffer(memory, dtype=dtype)
-    yield storage.as_strided((n, c, h, w), (stride, 1, w * c, c))
+    count = (n - 1) * stride + c * h * w
+    if torch.device(device).type == "cpu":
+        memory = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | MAP_NORESERVE)
+        storage = torch.frombuffer(memory, dtype=dtype)
+    else:
+        storage = torch.empty(count, dtype=dtype, device=device)
+    images = storage.as_strided((n, c, h, w), (stride, 1, w * c, c))
+    yield images if storage.device.type == "cpu" else images.zero_()
 
 
 def poisoned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -1,14 +1,34 @@
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import assume, given, settings
-from parity import BACKENDS, DTYPES, assert_as_exact, each_isa, layouts, needs_native, poisoned, random
+from parity import (
+    BACKENDS,
+    CUDA_DTYPES,
+    DTYPES,
+    assert_as_exact,
+    each_isa,
+    far_apart,
+    layouts,
+    moved,
+    needs_native,
+    needs_triton,
+    needs_triton_on_a_gpu,
+    nhwc,
+    poisoned,
+    random,
+)
 from torch import nn
 
 from shelfkern import native, ops
+from shelfkern.ops import _conv_triton as conv
 from shelfkern.ops import conv_bn_act_native, conv_bn_act_reference, pack_conv
+from shelfkern.ops.conv_bn_act import conv_bn_act_triton, out_shape
 
 # n, c, h, w, k, kernel, stride, padding
 SHAPES = [
@@ -69,18 +89,20 @@ def only(tensors, parts):
     return [*tensors[:2], *rest]
 
 
-def check(result, args, **options):
+def check(result, args, backend="reference", **options):
+    """Compares with eager on the device of the backend's kernels."""
     assert result.dtype is args[0].dtype
     exact = conv_bn_act_reference(*double(args), **options)
     # Where eager is exact by luck, one rounding of the largest value.
     floor = torch.finfo(result.dtype).eps * float(exact.abs().max()) if exact.numel() else 0.0
-    assert_as_exact(result, exact, conv_bn_act_reference(*args, **options), floor)
+    eager = conv_bn_act_reference(*moved(backend, *args), **options).cpu()
+    assert_as_exact(result, exact, eager, floor)
 
 
 def framed(t, fill):
     """A larger NHWC tensor of `fill`, and within it a view equal to t."""
     n, c, h, w = t.shape
-    frame = torch.full((n + 2, h + 2, w + 2, c + 3), fill, dtype=t.dtype)
+    frame = torch.full((n + 2, h + 2, w + 2, c + 3), fill, dtype=t.dtype, device=t.device)
     view = frame[1:-1, 1:-1, 1:-1, 1:-2].permute(0, 3, 1, 2)
     view.copy_(t)
     return frame, view
@@ -90,7 +112,7 @@ def fenced(t):
     """Dense NHWC storage with NaN before and after, and t in it."""
     n, c, h, w = t.shape
     fence = 500
-    storage = poisoned((t.numel() + 2 * fence,), t.dtype)
+    storage = poisoned((t.numel() + 2 * fence,), t.dtype).to(t.device)
     view = storage[fence:-fence].view(n, h, w, c).permute(0, 3, 1, 2)
     view.copy_(t)
     return storage, view
@@ -385,3 +407,364 @@ def test_compile_and_export():
     program = torch.export.export(Convolution(), args)
     assert "shelfkern.conv_bn_act" in str(program.graph)
     assert torch.equal(program.module()(*args), expected)
+
+
+# The Triton kernel. Every run reads windows with NaN around them and writes into a poisoned window.
+SMALL = conv.Config(64, 64, 64, 4, 3)
+SPLIT = dataclasses.replace(SMALL, split=2)
+
+
+def windows(*tensors):
+    """On the kernels' device, windows equal to these of larger NHWC tensors of NaN; None for None."""
+    return [None if t is None else framed(t, float("nan"))[1] for t in moved("triton", *tensors)]
+
+
+def walled(t):
+    """t, dense, with NaN before and after it."""
+    storage = poisoned((t.numel() + 1024,), t.dtype).to(t.device)
+    return storage[512:-512].view(t.shape).copy_(t)
+
+
+@contextlib.contextmanager
+def written(shape, dtype):
+    """A poisoned window to write into; nothing around it may change."""
+    frame, out = framed(moved("triton", poisoned(shape, dtype))[0], float("nan"))
+    yield out
+    result = out.clone()
+    out.fill_(float("nan"))
+    assert frame.isnan().all()
+    out.copy_(result)
+
+
+def run_triton(args, stride=1, padding=0, slope=0.25, config=None, **options):
+    """The raw kernel on a reference's arguments."""
+    x, residual, skip = windows(args[0], *args[4:])
+    weight, *affine = moved("triton", *args[1:4])
+    scale, shift = (None if t is None else walled(t.float()) for t in affine)
+    packed, kernel = walled(conv.pack_weight(weight, x.dtype)), tuple(weight.shape[2:])
+    with written(out_shape(x, weight, stride, padding), x.dtype) as out:
+        after = (scale, shift, residual, skip, out)
+        conv_bn_act_triton(x, packed, *after, kernel, stride, padding, slope, config, **options)
+    return out.cpu()
+
+
+def rounded_once(args, stride=1, padding=0, slope=0.25):
+    """The exact result in the dtype of x."""
+    options = dict(stride=stride, padding=padding, slope=slope)
+    return conv_bn_act_reference(*double(args), **options).to(args[0].dtype)
+
+
+@pytest.fixture
+def parts(monkeypatch):
+    """The workspaces of split sums, which start as NaN and have NaN around them."""
+    taken = []
+
+    def poisoned_workspace(config, pixels, channels, like):
+        if config.split == 1:
+            return None
+        frame = poisoned((config.split * pixels * channels + 1024,), torch.float32).to(like.device)
+        taken.append((frame, frame[512:-512].view(config.split, pixels, channels)))
+        return taken[-1][1]
+
+    monkeypatch.setattr(conv, "workspace", poisoned_workspace)
+    return taken
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", CUDA_DTYPES)
+@pytest.mark.parametrize(
+    "shape", [*SHAPES, (3, 64, 4, 6, 64, (3, 3), 1, 1), (1, 300, 3, 5, 17, (3, 3), 1, 1)]
+)
+def test_triton_is_the_reference(shape, dtype):
+    args, options = inputs(*shape, dtype), dict(stride=shape[6], padding=shape[7], slope=0.01)
+    check(run_triton(args, **options), args, "triton", **options)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "swapped, dtype", [(False, torch.float32), (False, torch.bfloat16), (True, torch.float16)]
+)
+@pytest.mark.parametrize("config", conv.CONFIGS + conv.SMALL_CONFIGS)
+def test_triton_rounds_whole_numbers_once(config, swapped, dtype, parts):
+    # Every sum is exact: no wrong tap, border, channel or part goes unseen.
+    args = whole(inputs(2, 19, 5, 4, 67, (3, 3), 2, 1, dtype))
+    config = dataclasses.replace(config, swap=config.swap != swapped)
+    assert torch.equal(run_triton(args, 2, 1, config=config), rounded_once(args, 2, 1))
+    assert len(parts) == (config.split > 1)
+    for frame, part in parts:
+        assert_only_within(frame, part)
+
+
+@needs_triton
+@pytest.mark.parametrize("swap, dtype", [(False, torch.float32), (True, torch.float16)])
+@pytest.mark.parametrize("split", [2, 3, 8, 10])
+def test_triton_every_split(split, swap, dtype, parts):
+    # 10 steps of 9 taps, and 9 of which the last parts of 8 and 10 get none; both write zeros for them.
+    for shape in ((1, 70, 3, 5, 5, (1, 5), 1, 2), (1, 20, 3, 4, 3, (3, 3), 1, 1)):
+        args, config = whole(inputs(*shape, dtype)), dataclasses.replace(SMALL, split=split, swap=swap)
+        expected = rounded_once(args, padding=shape[7])
+        assert torch.equal(run_triton(args, padding=shape[7], config=config), expected)
+    for frame, part in parts:
+        assert_only_within(frame, part)
+
+
+@needs_triton
+@pytest.mark.parametrize("config", [SMALL, SPLIT, conv.CONFIGS[-1]])
+def test_triton_repeats_bit_for_bit(config, parts):
+    args = inputs(1, 70, 4, 5, 20, (3, 3), 1, 1, torch.float16)
+    first = run_triton(args, padding=1, config=config)
+    assert all(torch.equal(run_triton(args, padding=1, config=config), first) for _ in range(2))
+    check(first, args, "triton", padding=1, slope=0.25)
+
+
+@needs_triton
+def test_triton_tiles_of_many_rows_and_columns():
+    # 10 rows of tiles and 3 columns: one group of 8 rows, and a rest of 2.
+    args = whole(inputs(1, 3, 24, 25, 130, (1, 1), 1, 0, torch.float16))
+    assert torch.equal(run_triton(args, config=SMALL), rounded_once(args))
+
+
+@needs_triton
+@pytest.mark.parametrize("config", [SMALL, SPLIT])
+@pytest.mark.parametrize("slope", [0.0, 0.25, 1.0, None])
+@pytest.mark.parametrize("present", [(), *((name,) for name in EVERY), EVERY[:2], EVERY[2:], EVERY])
+def test_triton_every_part_of_the_epilogue(present, slope, config):
+    args = only(whole(inputs(1, 12, 5, 4, 19, (2, 1), 1, 0, torch.bfloat16)), present)
+    assert torch.equal(run_triton(args, slope=slope, config=config), rounded_once(args, slope=slope))
+
+
+@needs_triton
+@pytest.mark.parametrize("slope", SLOPES)
+def test_triton_every_slope(slope):
+    args = inputs(1, 12, 5, 8, 19, (3, 3), 1, 1, torch.float16)
+    check(run_triton(args, padding=1, slope=slope), args, "triton", padding=1, slope=slope)
+
+
+@needs_triton
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (7, 7), (2, 5)])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_triton_every_stride_and_padding(stride, kernel):
+    for padding in {0, 1, kernel[0] // 2, 3}:
+        args = whole(inputs(1, 5, 8, 9, 6, kernel, stride, padding))
+        result = run_triton(args, stride, padding, config=SMALL)
+        assert torch.equal(result, rounded_once(args, stride, padding)), padding
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "config, dtype", [(SMALL, torch.float16), (SMALL, torch.bfloat16), (SPLIT, torch.float32)]
+)
+@pytest.mark.parametrize("slope", [0.0, 0.25, None])
+def test_triton_keeps_what_is_not_finite(slope, dtype, config):
+    x, weight, scale, shift, residual, skip = whole(inputs(1, 33, 7, 9, 18, (3, 3), 1, 1, dtype))
+    x[0, 0, 1, 1], x[0, 32, 1, 6], x[0, 16, 5, 8] = float("nan"), float("inf"), -float("inf")
+    residual[0, 17, 4, 4], residual[0, 3, 4, 0] = float("nan"), -float("inf")
+    skip[0, 0, 4, 6], skip[0, 17, 5, 3], skip[0, 2, 1, 7] = float("nan"), float("inf"), -float("inf")
+    args, options = (x, weight, scale, shift, residual, skip), dict(padding=1, slope=slope)
+    result, expected = run_triton(args, **options, config=config), rounded_once(args, **options)
+    same_non_finite(result, expected)
+    assert torch.equal(result.nan_to_num(), expected.nan_to_num())
+
+
+@needs_triton
+def test_triton_overflows_as_its_dtype():
+    args = [torch.full((1, 16, 1, 1), value, dtype=torch.float16) for value in (128.0, -128.0)]
+    weight = torch.full((2, 16, 1, 1), 32.0, dtype=torch.float16)
+    for x in args:
+        assert torch.equal(run_triton((x, weight, None, None, None, None), slope=None), x[:, :2] * torch.inf)
+
+
+@needs_triton
+@pytest.mark.parametrize("config", [SMALL, SPLIT])
+def test_triton_takes_images_far_apart(config):
+    x, weight, scale, shift, residual, skip = whole(inputs(2, 9, 3, 4, 5, (3, 3), 1, 1, torch.float16))
+    device = moved("triton", x)[0].device
+    with contextlib.ExitStack() as stack:
+        far = [stack.enter_context(far_apart(t.shape, t.dtype, device)).copy_(t) for t in (x, residual, skip)]
+        out = stack.enter_context(far_apart(residual.shape, x.dtype, device)).fill_(float("nan"))
+        weight_, scale_, shift_ = moved("triton", conv.pack_weight(weight, x.dtype), scale, shift)
+        after = (scale_.float(), shift_.float(), *far[1:], out)
+        conv_bn_act_triton(far[0], weight_, *after, (3, 3), 1, 1, 0.25, config)
+        args = x, weight, scale, shift, residual, skip
+        assert torch.equal(out.cpu(), rounded_once(args, padding=1))
+
+
+@needs_triton
+def test_triton_takes_rows_far_apart():
+    # Two rows below the first tap is more than 2^31 elements away.
+    x, weight, *_ = whole(inputs(1, 8, 3, 5, 4, (3, 3), 1, 1, torch.float16))
+    with far_apart((3, 8, 1, 5), x.dtype, moved("triton", x)[0].device, 2**30 + 16) as images:
+        rows = images.permute(2, 1, 0, 3).copy_(x)
+        out = nhwc(poisoned((1, 4, 3, 5), x.dtype).to(rows.device))
+        packed = moved("triton", conv.pack_weight(weight, x.dtype))[0]
+        conv_bn_act_triton(rows, packed, None, None, None, None, out, (3, 3), 1, 1, None)
+        assert torch.equal(out.cpu(), rounded_once((x, weight), padding=1, slope=None))
+
+
+@needs_triton
+@given(
+    n=st.integers(1, 3), c=st.one_of(st.integers(1, 35), st.sampled_from([64, 65, 129])),
+    h=st.integers(1, 7), w=st.integers(1, 20), k=st.integers(1, 70),
+    kernel=st.sampled_from([(1, 1), (3, 3), (1, 2), (2, 1)]), stride=st.integers(1, 3),
+    padding=st.integers(0, 2), present=st.sets(st.sampled_from(EVERY)), dtype=st.sampled_from(CUDA_DTYPES),
+    slope=st.sampled_from([0.0, 0.25, None]), config=st.sampled_from([None, SMALL, SPLIT]),
+)  # fmt: skip
+@settings(max_examples=12, deadline=None)
+def test_triton_on_what_hypothesis_draws(
+    n, c, h, w, k, kernel, stride, padding, present, dtype, slope, config
+):
+    assume(h + 2 * padding >= kernel[0] and w + 2 * padding >= kernel[1])
+    args = only(whole(inputs(n, c, h, w, k, kernel, stride, padding, dtype)), present)
+    result = run_triton(args, stride, padding, slope, config)
+    assert torch.equal(result, rounded_once(args, stride, padding, slope))
+
+
+@needs_triton
+def test_triton_public_op():
+    # Whole numbers: exact in TF32 too, which is what float32 may be multiplied in on a GPU.
+    args = whole(inputs(2, 12, 3, 5, 7, (3, 3), 1, 1))
+    expected, options = rounded_once(args, padding=1), dict(padding=1, slope=0.25, backend="triton")
+    maps = zip(layouts(args[0]), layouts(args[4]), reversed(list(layouts(args[5]))), strict=True)
+    for (name, x), (_, residual), (_, skip) in maps:
+        result = ops.conv_bn_act(*moved("triton", x, *args[1:4], residual, skip), **options)
+        assert torch.equal(result.cpu(), expected), name
+        assert result.is_contiguous(memory_format=torch.channels_last)
+    x, weight = moved("triton", *args[:2])
+    for part in (x[:1, :, :1, :1], x[:, :1, :, :1], x[:1, :, :, :1]):
+        expanded = part.expand(2, 12, 3, 5)
+        expected = rounded_once((expanded.cpu(), args[1]), padding=1)
+        assert torch.equal(ops.conv_bn_act(expanded, weight, **options).cpu(), expected)
+    assert ops.conv_bn_act(x[:0], weight, **options).shape == (0, 7, 3, 5)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_triton_under_autocast(dtype):
+    x, weight, scale, shift, *_ = whole(inputs(1, 8, 4, 4, 5, (3, 3), 1, 1))
+    args = moved("triton", x.to(dtype), weight, scale, shift)
+    with torch.autocast(args[0].device.type, dtype):
+        result = ops.conv_bn_act(*args, padding=1, slope=0.25, backend="triton")
+    assert torch.equal(result.cpu(), rounded_once((x.to(dtype), weight, scale, shift), padding=1))
+
+
+@needs_triton
+def test_triton_refuses_to_lose_a_gradient():
+    for needing in range(6):
+        args = moved("triton", *inputs(1, 2, 2, 3, 4, (1, 1), 1, 0))
+        args[needing].requires_grad_()
+        with pytest.raises(RuntimeError, match="requires grad, and the triton kernel has no gradient"):
+            ops.conv_bn_act(*args, backend="triton")
+        with torch.no_grad():
+            ops.conv_bn_act(*args, backend="triton")
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5, 4, (3, 3), 2, 1), (0, 3, 2, 2, 5, (1, 1), 1, 0)])
+@pytest.mark.parametrize("present", [(), EVERY])
+def test_triton_opcheck(shape, present):
+    args = moved("triton", *only(inputs(*shape), present))
+    torch.library.opcheck(torch.ops.shelfkern.conv_bn_act.default, (*args, *shape[6:8], 0.01, "triton"))
+
+
+@needs_triton
+def test_triton_compile_and_export():
+    args = tuple(moved("triton", *inputs(2, 8, 5, 4, 6, (3, 3), 2, 1)))
+    options = dict(stride=2, padding=1, slope=None, backend="triton")
+    expected = ops.conv_bn_act(*args, **options)
+    compiled = torch.compile(
+        lambda *args: ops.conv_bn_act(*args, **options) * 1, fullgraph=True, backend="aot_eager"
+    )
+    assert torch.equal(compiled(*args), expected)
+
+    class Convolution(nn.Module):
+        def forward(self, *args):
+            return ops.conv_bn_act(*args, **options)
+
+    program = torch.export.export(Convolution(), args)
+    assert "shelfkern.conv_bn_act" in str(program.graph)
+    assert torch.equal(program.module()(*args), expected)
+
+
+@needs_triton_on_a_gpu
+def test_eight_warps_and_a_flattened_loop():
+    # One loop over taps and blocks of channels, pipelined and of 8 warps, once read a stale stage.
+    config = next(c for c in conv.CONFIGS if c.warps == 8)
+    for seed in range(30):
+        torch.manual_seed(seed)
+        x, weight = torch.randn(2, 256, 17, 19).half(), (torch.randn(256, 256, 3, 3) / 48).half()
+        args = x, weight, None, None, None, None
+        check(run_triton(args, padding=1, config=config), args, "triton", padding=1, slope=0.25)
+
+
+# The network's layers at 512 x 512 and 1024 x 1024.
+NETWORK = [
+    (1, 64, 128, 128, 64, (3, 3), 1, 1),
+    (2, 64, 128, 256, 128, (3, 3), 2, 1),
+    (1, 256, 32, 64, 256, (3, 3), 1, 1),
+    (1, 512, 16, 16, 512, (3, 3), 1, 1),
+    (1, 1024, 32, 32, 256, (1, 1), 1, 0),
+]
+
+
+@needs_triton_on_a_gpu
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+@pytest.mark.parametrize("dtype", CUDA_DTYPES)
+@pytest.mark.parametrize("shape", NETWORK)
+def test_triton_is_as_exact_as_cudnn(shape, dtype, precision, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", precision)
+    args, options = inputs(*shape, dtype), dict(stride=shape[6], padding=shape[7], slope=0.01)
+    pixels = args[4].numel() // shape[4]
+    problem = conv.Problem(pixels, shape[4], shape[5][0] * shape[5][1], shape[1], dtype)
+    for config in conv.configurations(problem, precision, 132):
+        check(run_triton(args, **options, config=config), args, "triton", **options)
+
+
+def chain(x, weight, outs, overlap):
+    """Convolutions that each read what the one before wrote."""
+    for out in outs:
+        after = (None, None, x, None, out)
+        conv_bn_act_triton(x, weight, *after, (3, 3), 1, 1, 0.0, SPLIT, overlap=overlap)
+        x = out
+    return x
+
+
+def gpu_chain():
+    """Inputs of `chain`, on the GPU, and memory for 20 results."""
+    x, weight, *_ = inputs(1, 64, 32, 32, 64, (3, 3), 1, 1, torch.float16)
+    x, packed = moved("triton", nhwc(x), conv.pack_weight(weight / 4, x.dtype))
+    return x, packed, [torch.full_like(x, float("nan")) for _ in range(20)]
+
+
+@needs_triton_on_a_gpu
+def test_triton_launches_that_overlap_change_no_bit():
+    x, weight, outs = gpu_chain()
+    expected = chain(x, weight, outs, False).clone()
+    assert expected.isfinite().all()
+    for _ in range(10):
+        for out in outs:
+            out.fill_(float("nan"))
+        assert torch.equal(chain(x, weight, outs, True), expected)
+
+
+@needs_triton_on_a_gpu
+def test_triton_runs_on_the_current_stream():
+    x, weight, outs = gpu_chain()
+    expected = chain(x, weight, outs, True).clone()
+    streams, own = [torch.cuda.Stream() for _ in range(3)], [gpu_chain()[2] for _ in range(3)]
+    torch.cuda.synchronize()
+    for stream, results in zip(streams, own, strict=True):
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(10_000_000)
+            late = x * 1
+            chain(late, weight, results, True)
+    torch.cuda.synchronize()
+    assert all(torch.equal(results[-1], expected) for results in own)
+
+
+@needs_triton_on_a_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_triton_runs_on_the_tensors_device():
+    args = whole(inputs(1, 12, 5, 4, 7, (3, 3), 1, 1))
+    with torch.cuda.device(0):
+        result = ops.conv_bn_act(*(t.to("cuda:1") for t in args), padding=1, slope=0.25, backend="triton")
+    assert result.device.index == 1 and torch.equal(result.cpu(), rounded_once(args, padding=1))

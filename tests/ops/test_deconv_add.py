@@ -1,24 +1,48 @@
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from parity import BACKENDS, DTYPES, assert_as_exact, each_isa, layouts, needs_native, poisoned, random
+from parity import (
+    BACKENDS,
+    CUDA_DTYPES,
+    DTYPES,
+    assert_as_exact,
+    each_isa,
+    far_apart,
+    layouts,
+    moved,
+    needs_native,
+    needs_triton,
+    needs_triton_on_a_gpu,
+    nhwc,
+    poisoned,
+    random,
+)
 from test_conv_bn_act import (
+    SMALL,
     assert_no_bit_changes,
     assert_only_within,
     double,
     fenced,
     framed,
     same_non_finite,
+    walled,
     whole,
+    windows,
     with_threads,
+    written,
 )
 from torch import nn
 
 from shelfkern import native, ops
+from shelfkern.ops import _conv_triton as conv
 from shelfkern.ops import deconv_add_native, deconv_add_reference, pack_deconv
+from shelfkern.ops.deconv_add import configurations, deconv_add_triton, pack_deconv_triton
 
 # n, c, h, w, k
 SHAPES = [
@@ -41,12 +65,13 @@ def inputs(n, c, h, w, k, dtype=torch.float32):
     return random(n, c, h, w, dtype=dtype), weight.to(dtype), random(k, seed=2, dtype=dtype), per_pixel
 
 
-def check(result, args):
+def check(result, args, backend="reference"):
+    """Compares with eager on the device of the backend's kernels."""
     assert result.dtype is args[0].dtype
     exact = deconv_add_reference(*double(args))
     # Where eager is exact by luck, one rounding of the largest value.
     floor = torch.finfo(result.dtype).eps * float(exact.abs().max()) if exact.numel() else 0.0
-    assert_as_exact(result, exact, deconv_add_reference(*args), floor)
+    assert_as_exact(result, exact, deconv_add_reference(*moved(backend, *args)).cpu(), floor)
 
 
 def test_the_reference_is_the_module():
@@ -245,3 +270,206 @@ def test_compile_and_export():
     program = torch.export.export(Merge(), args)
     assert "shelfkern.deconv_add" in str(program.graph)
     assert torch.equal(program.module()(*args), expected)
+
+
+# The Triton kernel. Every run reads windows with NaN around them and writes into a poisoned window.
+TRITON_CONFIGS = [config for config in conv.CONFIGS + conv.SMALL_CONFIGS if config.split == 1]
+
+
+def run_triton(args, config=None, **options):
+    """The raw kernel on a reference's arguments."""
+    x, skip = windows(args[0], args[3])
+    weight, bias = moved("triton", *args[1:3])
+    packed = walled(pack_deconv_triton(weight, x.dtype))
+    with written(args[3].shape, x.dtype) as out:
+        deconv_add_triton(x, packed, walled(bias.float()), skip, out, config, **options)
+    return out.cpu()
+
+
+def rounded_once(args):
+    """The exact result in the dtype of x."""
+    return deconv_add_reference(*double(args)).to(args[0].dtype)
+
+
+def test_triton_packs_output_channels_first():
+    weight = random(3, 5, 3, 3)
+    packed = pack_deconv_triton(weight, torch.float16)
+    assert packed.shape == (5, 9, 3) and packed.is_contiguous()
+    assert torch.equal(packed[4, 5], weight[:, 4, 1, 2].half())
+
+
+def test_triton_configurations_do_not_split():
+    for pixels in (1, 10**6):
+        for precision in ("ieee", "tf32"):
+            problem = conv.Problem(pixels, 64, 9, 64, torch.float32)
+            found = configurations(problem, precision, 132)
+            assert found and all(config.split == 1 for config in found)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", CUDA_DTYPES)
+@pytest.mark.parametrize("shape", [*SHAPES, (3, 33, 5, 4, 17), (1, 256, 3, 4, 20)])
+def test_triton_is_the_reference(shape, dtype):
+    args = inputs(*shape, dtype)
+    check(run_triton(args), args, "triton")
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "swapped, dtype", [(False, torch.float32), (False, torch.bfloat16), (True, torch.float16)]
+)
+@pytest.mark.parametrize("config", TRITON_CONFIGS)
+def test_triton_rounds_whole_numbers_once(config, swapped, dtype):
+    # Every sum is exact: no wrong tap, border, channel or parity goes unseen.
+    args = whole(inputs(2, 35, 5, 7, 67, dtype))
+    config = dataclasses.replace(config, swap=config.swap != swapped)
+    assert torch.equal(run_triton(args, config), rounded_once(args))
+
+
+@needs_triton
+def test_triton_tiles_of_many_rows_and_columns():
+    # 10 rows of tiles and 3 columns of every parity.
+    args = whole(inputs(1, 3, 24, 25, 130, torch.float16))
+    assert torch.equal(run_triton(args, SMALL), rounded_once(args))
+
+
+@needs_triton
+def test_triton_repeats_bit_for_bit():
+    args = inputs(1, 70, 4, 5, 20, torch.float16)
+    first = run_triton(args)
+    assert all(torch.equal(run_triton(args), first) for _ in range(2))
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", CUDA_DTYPES)
+def test_triton_keeps_what_is_not_finite(dtype):
+    args = whole(inputs(1, 33, 6, 9, 18, dtype))
+    x, skip = args[0], args[3]
+    x[0, 0, 0, 0], x[0, 32, 3, 4], x[0, 16, 5, 8] = float("nan"), float("inf"), -float("inf")
+    skip[0, 17, 11, 0], skip[0, 1, 11, 17], skip[0, 0, 6, 8] = float("nan"), float("inf"), -float("inf")
+    # Torch's own sums in float64 multiply no zeros either.
+    result, expected = run_triton(args, SMALL), rounded_once(args)
+    same_non_finite(result, expected)
+    assert torch.equal(result.nan_to_num(), expected.nan_to_num())
+
+
+@needs_triton
+def test_triton_takes_images_far_apart():
+    x, weight, bias, skip = args = whole(inputs(2, 9, 2, 3, 5, torch.float16))
+    device = moved("triton", x)[0].device
+    with contextlib.ExitStack() as stack:
+        far_x, far_skip = (
+            stack.enter_context(far_apart(t.shape, t.dtype, device)).copy_(t) for t in (x, skip)
+        )
+        out = stack.enter_context(far_apart(skip.shape, x.dtype, device)).fill_(float("nan"))
+        packed, bias = moved("triton", pack_deconv_triton(weight, x.dtype), bias.float())
+        deconv_add_triton(far_x, packed, bias, far_skip, out, SMALL)
+        assert torch.equal(out.cpu(), rounded_once(args))
+
+
+@needs_triton
+@given(
+    n=st.integers(1, 3), c=st.one_of(st.integers(1, 35), st.sampled_from([64, 65, 129])),
+    h=st.integers(1, 6), w=st.integers(1, 20), k=st.integers(1, 70), dtype=st.sampled_from(CUDA_DTYPES),
+    config=st.sampled_from([None, SMALL, dataclasses.replace(SMALL, swap=True)]),
+)  # fmt: skip
+@settings(max_examples=12, deadline=None)
+def test_triton_on_what_hypothesis_draws(n, c, h, w, k, dtype, config):
+    args = whole(inputs(n, c, h, w, k, dtype))
+    assert torch.equal(run_triton(args, config), rounded_once(args))
+
+
+@needs_triton
+def test_triton_public_op():
+    # Whole numbers: exact in TF32 too, which is what float32 may be multiplied in on a GPU.
+    args = whole(inputs(2, 12, 3, 5, 7))
+    expected = rounded_once(args)
+    maps = zip(layouts(args[0]), reversed(list(layouts(args[3]))), strict=True)
+    for (name, x), (_, skip) in maps:
+        result = ops.deconv_add(*moved("triton", x, *args[1:3], skip), backend="triton")
+        assert torch.equal(result.cpu(), expected), name
+        assert result.is_contiguous(memory_format=torch.channels_last)
+    x, weight, bias, skip = moved("triton", *args)
+    for part in (x[:1, :, :1, :1], x[:, :1, :, :1]):
+        expanded = part.expand(2, 12, 3, 5)
+        expected = rounded_once((expanded.cpu(), *args[1:]))
+        assert torch.equal(ops.deconv_add(expanded, weight, bias, skip, backend="triton").cpu(), expected)
+    for none in ((0, 3, 4, 5, 17), (1, 3, 0, 4, 2)):
+        args = moved("triton", *inputs(*none))
+        assert ops.deconv_add(*args, backend="triton").shape == args[3].shape
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_triton_under_autocast(dtype):
+    x, weight, bias, skip = whole(inputs(1, 8, 4, 3, 5))
+    args = moved("triton", x.to(dtype), weight, bias, skip.to(dtype))
+    with torch.autocast(args[0].device.type, dtype):
+        result = ops.deconv_add(*args, backend="triton")
+    assert torch.equal(result.cpu(), rounded_once((x.to(dtype), weight, bias, skip)))
+
+
+@needs_triton
+def test_triton_refuses_to_lose_a_gradient():
+    for needing in range(4):
+        args = moved("triton", *inputs(1, 2, 2, 3, 4))
+        args[needing].requires_grad_()
+        with pytest.raises(RuntimeError, match="requires grad, and the triton kernel has no gradient"):
+            ops.deconv_add(*args, backend="triton")
+        with torch.no_grad():
+            ops.deconv_add(*args, backend="triton")
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5, 6), (0, 3, 2, 2, 5)])
+def test_triton_opcheck(shape):
+    args = moved("triton", *inputs(*shape))
+    torch.library.opcheck(torch.ops.shelfkern.deconv_add.default, (*args, "triton"))
+
+
+@needs_triton
+def test_triton_compile_and_export():
+    args = tuple(moved("triton", *inputs(2, 8, 3, 4, 5)))
+    expected = ops.deconv_add(*args, backend="triton")
+    compiled = torch.compile(
+        lambda *args: ops.deconv_add(*args, backend="triton") * 1, fullgraph=True, backend="aot_eager"
+    )
+    assert torch.equal(compiled(*args), expected)
+
+    class Merge(nn.Module):
+        def forward(self, *args):
+            return ops.deconv_add(*args, backend="triton")
+
+    program = torch.export.export(Merge(), args)
+    assert "shelfkern.deconv_add" in str(program.graph)
+    assert torch.equal(program.module()(*args), expected)
+
+
+@needs_triton_on_a_gpu
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+@pytest.mark.parametrize("dtype", CUDA_DTYPES)
+@pytest.mark.parametrize("shape", [(1, 512, 16, 16, 256), (1, 256, 32, 64, 128), (2, 128, 64, 64, 64)])
+def test_triton_is_as_exact_as_cudnn(shape, dtype, precision, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", precision)
+    n, c, h, w, k = shape
+    args = inputs(*shape, dtype)
+    for config in configurations(conv.Problem(n * h * w, k, 9, c, dtype), precision, 132):
+        check(run_triton(args, config), args, "triton")
+
+
+@needs_triton_on_a_gpu
+def test_triton_launches_that_overlap_change_no_bit():
+    x, weight, bias, skip = whole(inputs(1, 16, 64, 64, 16, torch.float16))
+    x, skip, packed, bias = moved(
+        "triton", nhwc(x), nhwc(skip), pack_deconv_triton(weight.sign(), x.dtype), bias.float()
+    )
+
+    def chain(overlap):
+        sums = [torch.full_like(skip, float("nan")) for _ in range(20)]
+        for before, out in zip([skip, *sums], sums, strict=False):
+            deconv_add_triton(x, packed, bias, before, out, overlap=overlap)
+        return sums[-1]
+
+    expected = chain(False)
+    assert expected.isfinite().all()
+    assert all(torch.equal(chain(True), expected) for _ in range(10))

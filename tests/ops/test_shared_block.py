@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -7,6 +9,7 @@ from hypothesis import given, settings
 from parity import (
     BACKENDS,
     CUDA_BACKENDS,
+    CUDA_DTYPES,
     DTYPES,
     assert_as_exact,
     each_isa,
@@ -15,25 +18,41 @@ from parity import (
     moved,
     needs_emulator,
     needs_native,
+    needs_triton,
+    needs_triton_on_a_gpu,
     nhwc,
     poisoned,
     random,
 )
 from test_conv_bn_act import (
+    SMALL,
+    SPLIT,
     assert_no_bit_changes,
     assert_only_within,
     double,
     fenced,
     framed,
     same_non_finite,
+    walled,
     whole,
+    windows,
     with_threads,
+    written,
 )
 from torch import nn
 
 from shelfkern import native, ops
+from shelfkern.ops import _backends as backends
+from shelfkern.ops import _conv_triton as conv
 from shelfkern.ops import conv_bn_act_reference, pack_conv, shared_block_native, shared_block_reference
-from shelfkern.ops.shared_block import CUDA_TILE_ROWS, pack_block, shared_block_cuda, tile_rows
+from shelfkern.ops.shared_block import (
+    CUDA_TILE_ROWS,
+    cuda_shared_bytes,
+    pack_block,
+    shared_block_cuda,
+    shared_block_triton,
+    tile_rows,
+)
 
 SHAPES = [(1, 24, 6, 10), (2, 17, 5, 7), (1, 17, 1, 9), (2, 3, 4, 1), (1, 1, 1, 1), (1, 16, 12, 80)]
 LONG = [(2, 33, 5, 7), (1, 64, 12, 12), (1, 128, 8, 8), (1, 257, 4, 3), (1, 512, 8, 8)]
@@ -63,12 +82,14 @@ def stepwise(x, w, scale1, shift1, scale2, shift2, slope, skip):
     return conv_bn_act_reference(*args, padding=1, slope=0.0).to(x.dtype)
 
 
-def check(result, args, **options):
+def check(result, args, backend="reference", **options):
+    """Compares with eager on the device of the backend's kernels, or for "reference" on the CPU."""
     assert result.dtype is args[0].dtype
     exact = shared_block_reference(*double(args), **options)
     # Where eager is exact by luck, one rounding of the largest value.
     floor = torch.finfo(result.dtype).eps * float(exact.abs().max()) if exact.numel() else 0.0
-    assert_as_exact(result, exact, shared_block_reference(*args, **options), floor)
+    eager = shared_block_reference(*moved(backend, *args), **options).cpu()
+    assert_as_exact(result, exact, eager, floor)
 
 
 @pytest.mark.parametrize("skip", [False, True])
@@ -439,9 +460,198 @@ def test_cuda_reads_shared_memory_without_bank_conflicts(c):
     assert counts["global_bytes_written"] == 9 * 17 * c * 2
 
 
+@needs_emulator
+@pytest.mark.parametrize("c, rows", [(64, 12), (64, 8), (64, 4), (65, 8), (128, 4)])
+def test_cuda_shared_memory(c, rows):
+    native.emulation.reset_statistics()
+    run_cuda("emulated", inputs(1, c, 3, 3, torch.float16), rows=rows)
+    assert native.emulation.statistics()["shared_bytes"] == cuda_shared_bytes(c, rows) <= 163 * 1024
+
+
+def test_tiles_fit_a_smaller_gpu(monkeypatch):
+    assert tile_rows((8, 64, 256, 512), 132, cuda_shared_bytes(64, 8)) == 8
+    monkeypatch.setattr(backends, "shared_bytes", lambda x: 99 * 1024)
+    message = "the emulated kernel needs 108032 bytes of shared memory, x's GPU has fewer for a block"
+    x = torch.zeros(1, 64, 3, 3, dtype=torch.float16)
+    with pytest.raises(RuntimeError, match=message):
+        ops.shared_block(x, *inputs(1, 64, 3, 3, torch.float16)[1:], backend="emulated")
+
+
 def test_tiles_are_large_unless_that_leaves_multiprocessors_idle():
     assert tile_rows((1, 64, 128, 128), 132) == 8  # 128 tiles in one wave
     assert tile_rows((8, 64, 256, 512), 132) == 12
     assert tile_rows((1, 64, 64, 64), 132) == 4
     assert tile_rows((1, 128, 64, 64), 132) == 4
     assert tile_rows((8, 128, 128, 256), 132) == 8
+
+
+# The Triton kernels: two launches, with what lies between in memory. Windows with NaN around them are read,
+# and poisoned ones written.
+def run_triton(args, slope=0.25, skip=True, config=None, **options):
+    """The raw kernels on a reference's arguments."""
+    x, (weight, *affine) = windows(args[0])[0], moved("triton", *args[1:])
+    packed = walled(conv.pack_weight(weight, x.dtype))
+    affine = [walled(t.float()) for t in affine]
+    with written(x.shape, x.dtype) as hidden, written(x.shape, x.dtype) as out:
+        shared_block_triton(x, packed, *affine, hidden, out, slope, skip, config, **options)
+    return out.cpu()
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", CUDA_DTYPES)
+@pytest.mark.parametrize(
+    "shape", [(1, 24, 6, 10), (3, 17, 5, 7), (1, 17, 1, 9), (1, 1, 1, 1), (1, 130, 4, 3)]
+)
+def test_triton_is_the_reference(shape, dtype):
+    args, options = inputs(*shape, dtype), dict(slope=0.01, skip=True)
+    check(run_triton(args, **options), args, "triton", **options)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("config", conv.CONFIGS)
+def test_triton_rounds_whole_numbers_twice(config, dtype):
+    args = whole_inputs(2, 19, 5, 7, dtype=dtype)
+    assert torch.equal(run_triton(args, config=config), stepwise(*args, 0.25, True))
+
+
+@needs_triton
+@pytest.mark.parametrize("config", conv.SMALL_CONFIGS)
+def test_triton_is_exact_on_whole_numbers(config):
+    args = whole_inputs(2, 19, 5, 7)
+    result = run_triton(args, config=config, precision="ieee")
+    assert torch.equal(result, stepwise(*args, 0.25, True))
+
+
+@needs_triton
+@pytest.mark.parametrize("config", [SMALL, SPLIT])
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("slope", [0.0, 0.25, None])
+def test_triton_every_slope(slope, skip, config):
+    args = whole_inputs(1, 19, 5, 8, dtype=torch.float16)
+    assert torch.equal(run_triton(args, slope, skip, config), stepwise(*args, slope, skip))
+
+
+@needs_triton
+@pytest.mark.parametrize("config", [SMALL, SPLIT])
+def test_triton_repeats_bit_for_bit(config):
+    args = inputs(1, 40, 4, 5, torch.bfloat16)
+    first = run_triton(args, config=config)
+    assert all(torch.equal(run_triton(args, config=config), first) for _ in range(2))
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", CUDA_DTYPES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_triton_keeps_what_is_not_finite(value, dtype):
+    args = whole_inputs(1, 9, 6, 20, dtype=dtype)
+    args[0][0, 3, 2, 15] = value
+    same_non_finite(run_triton(args, config=SMALL), stepwise(*args, 0.25, True))
+
+
+@needs_triton
+def test_triton_takes_images_far_apart():
+    args = whole_inputs(2, 9, 3, 4, dtype=torch.float16)
+    device = moved("triton", args[0])[0].device
+    with contextlib.ExitStack() as stack:
+        x, hidden, out = (
+            stack.enter_context(far_apart(args[0].shape, torch.float16, device)) for _ in range(3)
+        )
+        weight, *affine = moved(
+            "triton", conv.pack_weight(args[1], x.dtype), *map(torch.Tensor.float, args[2:])
+        )
+        shared_block_triton(x.copy_(args[0]), weight, *affine, hidden, out, 0.25, True, SMALL)
+        assert torch.equal(out.cpu(), stepwise(*args, 0.25, True))
+
+
+@needs_triton
+@given(
+    n=st.integers(1, 3), c=st.one_of(st.integers(1, 35), st.sampled_from([64, 65])), h=st.integers(1, 6),
+    w=st.integers(1, 20), slope=st.sampled_from([0.0, 0.25, None]), skip=st.booleans(),
+    dtype=st.sampled_from(CUDA_DTYPES), config=st.sampled_from([None, SMALL, SPLIT]),
+)  # fmt: skip
+@settings(max_examples=8, deadline=None)
+def test_triton_on_what_hypothesis_draws(n, c, h, w, slope, skip, dtype, config):
+    args = whole_inputs(n, c, h, w, dtype=dtype)
+    # Where the hidden sums need more bits than TF32 has.
+    result = run_triton(args, slope, skip, config, precision="ieee")
+    assert torch.equal(result, stepwise(*args, slope, skip))
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_triton_public_op(dtype):
+    args = whole_inputs(2, 12, 3, 5, dtype=dtype)
+    expected, options = stepwise(*args, 0.25, True), dict(slope=0.25, skip=True, backend="triton")
+    for name, x in layouts(args[0]):
+        result = ops.shared_block(*moved("triton", x, *args[1:]), **options)
+        assert torch.equal(result.cpu(), expected), name
+        assert result.is_contiguous(memory_format=torch.channels_last)
+    x, *rest = moved("triton", *args)
+    for part in (x[:1, :, :1, :1], x[:, :1, :, :1]):
+        expanded = part.expand(2, 12, 3, 5)
+        expected = stepwise(expanded.cpu(), *args[1:], 0.25, True)
+        assert torch.equal(ops.shared_block(expanded, *rest, **options).cpu(), expected)
+    for none in (x[:0], x[:, :, :0]):
+        assert ops.shared_block(none, *rest, **options).shape == none.shape
+    with torch.autocast(x.device.type, dtype):
+        result = ops.shared_block(x, *map(torch.Tensor.float, rest), **options)
+    assert torch.equal(result.cpu(), stepwise(*args, 0.25, True))
+
+
+@needs_triton
+def test_triton_refuses_to_lose_a_gradient():
+    for needing in range(6):
+        args = moved("triton", *inputs(1, 2, 2, 3))
+        args[needing].requires_grad_()
+        with pytest.raises(RuntimeError, match="requires grad, and the triton kernel has no gradient"):
+            ops.shared_block(*args, backend="triton")
+        with torch.no_grad():
+            ops.shared_block(*args, backend="triton")
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (0, 3, 2, 2)])
+def test_triton_opcheck(shape):
+    args = moved("triton", *inputs(*shape))
+    torch.library.opcheck(torch.ops.shelfkern.shared_block.default, (*args, 0.01, True, "triton"))
+
+
+@needs_triton
+def test_triton_compile_and_export():
+    args = tuple(moved("triton", *inputs(2, 8, 5, 4)))
+    expected = ops.shared_block(*args, skip=True, backend="triton")
+    compiled = torch.compile(
+        lambda *args: ops.shared_block(*args, skip=True, backend="triton") * 1,
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    assert torch.equal(compiled(*args), expected)
+
+    class Block(nn.Module):
+        def forward(self, *args):
+            return ops.shared_block(*args, skip=True, backend="triton")
+
+    program = torch.export.export(Block(), args)
+    assert "shelfkern.shared_block" in str(program.graph)
+    assert torch.equal(program.module()(*args), expected)
+
+
+@needs_triton_on_a_gpu
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+@pytest.mark.parametrize("dtype", CUDA_DTYPES)
+@pytest.mark.parametrize("shape", [(1, 64, 128, 128), (1, 128, 64, 64), (2, 256, 32, 32), (1, 512, 16, 16)])
+def test_triton_is_as_exact_as_cudnn(shape, dtype, precision, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", precision)
+    n, c, h, w = shape
+    args, options = inputs(*shape, dtype), dict(slope=0.01, skip=True)
+    for config in conv.configurations(conv.Problem(n * h * w, c, 9, c, dtype), precision, 132):
+        check(run_triton(args, **options, config=config), args, "triton", **options)
+
+
+@needs_triton_on_a_gpu
+@pytest.mark.parametrize("config", [None, SPLIT])
+def test_triton_launches_that_overlap_change_no_bit(config):
+    args = inputs(2, 64, 32, 32, torch.float16)
+    expected = run_triton(args, config=config)
+    assert all(torch.equal(run_triton(args, config=config, overlap=True), expected) for _ in range(20))

@@ -16,14 +16,17 @@ from parity import (
     moved,
     needs_emulator,
     needs_native,
+    needs_triton,
+    needs_triton_on_a_gpu,
     nhwc,
     poisoned,
     random,
 )
+from test_conv_bn_act import same_non_finite, walled, windows, written
 
 from shelfkern import native, ops
 from shelfkern.ops import upsample_add_reference
-from shelfkern.ops.upsample_add import upsample_add_cuda
+from shelfkern.ops.upsample_add import upsample_add_cuda, upsample_add_triton
 
 SHAPES = [
     (1, 64, 8, 16),
@@ -256,3 +259,155 @@ def test_compile_and_export():
     program = torch.export.export(Merge(), (x, skip, gate))
     assert "shelfkern.upsample_add" in str(program.graph)
     assert torch.equal(program.module()(x, skip, gate), expected)
+
+
+# The Triton kernel. Every run reads windows with NaN around them and writes into a poisoned window.
+def run_triton(x, skip, gate, **options):
+    """The raw kernel on a reference's arguments."""
+    gate = moved("triton", gate)[0]
+    with written(skip.shape, x.dtype) as out:
+        upsample_add_triton(*windows(x, skip), None if gate is None else walled(gate), out, **options)
+    return out.cpu()
+
+
+def whole_arguments(n, c, h, w, dtype, gated=True):
+    """Whole numbers, of which every dtype holds the results."""
+    x, skip, gate = arguments(n, c, h, w, dtype, gated)
+    gate = None if gate is None else (4 * gate).round()
+    return (4 * x).round(), (4 * skip).round(), gate
+
+
+def exact(x, skip, gate):
+    return upsample_add_reference(x.double(), skip.double(), gate).to(x.dtype)
+
+
+# Channels of less than a block, one, and several with a rest; and more pixels than a program takes.
+TRITON_SHAPES = [*SHAPES, (2, 130, 3, 5), (1, 4, 30, 40), (1, 1, 33, 35)]
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", CUDA_DTYPES)
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("shape", TRITON_SHAPES)
+def test_triton_kernel(shape, gated, dtype):
+    tensors = arguments(*shape, dtype, gated)
+    check(run_triton(*tensors), *tensors)
+    tensors = whole_arguments(*shape, dtype, gated)
+    assert torch.equal(run_triton(*tensors), exact(*tensors))
+
+
+@needs_triton
+@given(
+    n=st.integers(0, 3), c=st.integers(1, 70), h=st.integers(1, 6), w=st.integers(1, 6),
+    gated=st.booleans(), dtype=st.sampled_from(CUDA_DTYPES),
+)  # fmt: skip
+@settings(max_examples=20, deadline=None)
+def test_triton_on_what_hypothesis_draws(n, c, h, w, gated, dtype):
+    tensors = whole_arguments(n, c, h, w, dtype, gated)
+    assert torch.equal(run_triton(*tensors), exact(*tensors))
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", CUDA_DTYPES)
+def test_triton_keeps_what_is_not_finite(dtype):
+    x, skip, gate = whole_arguments(2, 5, 3, 4, dtype)
+    x[0, 0, 1, 1], x[1, 4, 2, 3], x[0, 2, 0, 0] = float("nan"), float("inf"), -float("inf")
+    skip[0, 2, 1, 1], skip[1, 3, 5, 7], skip[0, 1, 0, 0] = float("inf"), -float("inf"), float("nan")
+    gate[1, 2], gate[0, 3] = float("inf"), float("nan")
+    result = run_triton(x, skip, gate)
+    same_non_finite(result, exact(x, skip, gate))
+    assert torch.equal(result.nan_to_num(), exact(x, skip, gate).nan_to_num())
+
+
+@needs_triton
+def test_triton_takes_images_far_apart():
+    x, skip, gate = whole_arguments(2, 8, 2, 3, torch.float16)
+    device = moved("triton", x)[0].device
+    with (
+        far_apart(x.shape, x.dtype, device) as far_x,
+        far_apart(skip.shape, x.dtype, device) as far_skip,
+        far_apart(skip.shape, x.dtype, device) as out,
+    ):
+        upsample_add_triton(
+            far_x.copy_(x), far_skip.copy_(skip), *moved("triton", gate), out.fill_(torch.nan)
+        )
+        assert torch.equal(out.cpu(), exact(x, skip, gate))
+
+
+@needs_triton
+def test_triton_public_op():
+    x, skip, gate = whole_arguments(2, 12, 3, 5, torch.bfloat16)
+    for x_layout in dict(layouts(x)).values():
+        for name, skip_layout in layouts(skip):
+            wide_gate = torch.stack([gate, gate], 2)[..., 0]
+            result = ops.upsample_add(*moved("triton", x_layout, skip_layout, wide_gate), backend="triton")
+            assert torch.equal(result.cpu(), exact(x, skip, gate)), name
+            assert result.is_contiguous(memory_format=torch.channels_last)
+    x, skip, gate = moved("triton", x, skip, gate)
+    for part in (x[:1, :, :1, :1], x[:, :1, :, :1]):
+        tensors = part.expand(2, 12, 3, 5), skip, gate[:1, :1].expand(2, 12)
+        result = ops.upsample_add(*tensors, backend="triton")
+        assert torch.equal(result, exact(*tensors))
+    assert ops.upsample_add(x[:, :0], skip[:, :0], backend="triton").shape == (2, 0, 6, 10)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_triton_under_autocast(dtype):
+    tensors = whole_arguments(1, 8, 4, 3, dtype)
+    x, skip, gate = moved("triton", *tensors)
+    with torch.autocast(x.device.type, dtype):
+        result = ops.upsample_add(x, skip, gate, backend="triton")
+    assert torch.equal(result.cpu(), exact(*tensors))
+
+
+@needs_triton
+def test_triton_refuses_to_lose_a_gradient():
+    for needing in range(3):
+        args = moved("triton", *arguments(1, 2, 2, 3))
+        args[needing].requires_grad_()
+        with pytest.raises(RuntimeError, match="requires grad, and the triton kernel has no gradient"):
+            ops.upsample_add(*args, backend="triton")
+        with torch.no_grad():
+            ops.upsample_add(*args, backend="triton")
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (0, 3, 2, 2)])
+def test_triton_opcheck(shape):
+    args = moved("triton", *arguments(*shape))
+    torch.library.opcheck(torch.ops.shelfkern.upsample_add.default, (*args, "triton"))
+
+
+@needs_triton
+def test_triton_compile_and_export():
+    args = tuple(moved("triton", *arguments(2, 8, 3, 4)))
+    expected = ops.upsample_add(*args, backend="triton")
+    compiled = torch.compile(
+        lambda *args: ops.upsample_add(*args, backend="triton") * 1, fullgraph=True, backend="aot_eager"
+    )
+    assert torch.equal(compiled(*args), expected)
+
+    class Merge(torch.nn.Module):
+        def forward(self, *args):
+            return ops.upsample_add(*args, backend="triton")
+
+    program = torch.export.export(Merge(), args)
+    assert "shelfkern.upsample_add" in str(program.graph)
+    assert torch.equal(program.module()(*args), expected)
+
+
+@needs_triton_on_a_gpu
+def test_triton_launches_that_overlap_change_no_bit():
+    x, skip, gate = moved("triton", *whole_arguments(2, 64, 64, 64, torch.float16))
+    x, skip = nhwc(x), nhwc(skip)
+
+    def chain(overlap):
+        sums = [torch.full_like(skip, float("nan")) for _ in range(20)]
+        for before, out in zip([skip, *sums], sums, strict=False):
+            upsample_add_triton(x, before, gate, out, overlap=overlap)
+        return sums[-1]
+
+    expected = chain(False)
+    assert expected.isfinite().all()
+    assert all(torch.equal(chain(True), expected) for _ in range(10))

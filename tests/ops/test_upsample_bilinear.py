@@ -1,12 +1,31 @@
 from __future__ import annotations
 
+import contextlib
+
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from parity import BACKENDS, DTYPES, assert_as_exact, each_isa, layouts, needs_native, nhwc, poisoned, random
+from parity import (
+    BACKENDS,
+    CUDA_DTYPES,
+    DTYPES,
+    assert_as_exact,
+    each_isa,
+    far_apart,
+    layouts,
+    moved,
+    needs_native,
+    needs_triton,
+    needs_triton_on_a_gpu,
+    nhwc,
+    poisoned,
+    random,
+)
+from test_conv_bn_act import same_non_finite, windows
 
 from shelfkern import native, ops
+from shelfkern.ops.upsample_bilinear import upsample_bilinear_triton
 
 # n, classes, h, w -> full size, crop
 CASES = [
@@ -153,3 +172,148 @@ def test_compile_and_export():
     program = torch.export.export(Resize(), (scores,))
     assert "shelfkern.upsample_bilinear" in str(program.graph)
     assert torch.equal(program.module()(scores), expected)
+
+
+# The Triton kernel. Every run reads a window with NaN around it and writes into poisoned memory.
+@contextlib.contextmanager
+def written(shape, dtype):
+    """Poisoned contiguous memory to write into; nothing before or after it may change."""
+    count = torch.Size(shape).numel()
+    fence = moved("triton", poisoned((count + 1024,), dtype))[0]
+    out = fence[512 : 512 + count].view(shape)
+    yield out
+    result = out.clone()
+    out.fill_(float("nan"))
+    assert fence.isnan().all()
+    out.copy_(result)
+
+
+def run_triton(scores, size, crop, align_corners, **options):
+    """The raw kernel on a reference's arguments."""
+    with written((*scores.shape[:2], *crop), scores.dtype) as out:
+        upsample_bilinear_triton(windows(scores)[0], size, out, align_corners, **options)
+    return out.cpu()
+
+
+# More classes than a program takes, rows of more than one program, and a batch of 3.
+TRITON_CASES = [*CASES, ((1, 67, 3, 4), (6, 40), (5, 39)), ((3, 2, 4, 5), (7, 600), (7, 599))]
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", CUDA_DTYPES)
+@pytest.mark.parametrize("align_corners", [True, False])
+@pytest.mark.parametrize("shape, size, crop", TRITON_CASES)
+def test_triton_is_interpolate(shape, size, crop, align_corners, dtype):
+    # Rows that a program of the interpreter makes one after another: few of them.
+    crop = min(crop[0], 12), crop[1]
+    scores = random(*shape, dtype=dtype)
+    check(run_triton(scores, size, crop, align_corners), scores, size, crop, align_corners)
+
+
+@needs_triton
+@given(
+    n=st.integers(0, 3), c=st.integers(1, 40), h=st.integers(1, 9), w=st.integers(1, 24),
+    height=st.integers(1, 20), width=st.integers(1, 90), keep=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    align_corners=st.booleans(), dtype=st.sampled_from(CUDA_DTYPES),
+)  # fmt: skip
+@settings(max_examples=20, deadline=None)
+def test_triton_on_what_hypothesis_draws(n, c, h, w, height, width, keep, align_corners, dtype):
+    scores, size = random(n, c, h, w, dtype=dtype), (height, width)
+    crop = max(1, round(height * keep[0])), max(1, round(width * keep[1]))
+    check(run_triton(scores, size, crop, align_corners), scores, size, crop, align_corners)
+
+
+@needs_triton
+@pytest.mark.parametrize("align_corners", [True, False])
+@pytest.mark.parametrize("size", [(11, 13), (6, 7), (6, 20), (3, 4)])
+def test_triton_keeps_what_is_not_finite(size, align_corners):
+    scores = random(1, 4, 6, 7)
+    scores[0, 0, 2, 3], scores[0, 1, 0, 0], scores[0, 2, 5, 6] = float("nan"), float("inf"), -float("inf")
+    result = run_triton(scores, size, size, align_corners)
+    same_non_finite(result, truth(scores, size, size, align_corners))
+
+
+@needs_triton
+def test_triton_that_keeps_the_size_changes_no_bit():
+    scores = random(2, 5, 6, 7)
+    for align_corners in (True, False):
+        assert torch.equal(run_triton(scores, (6, 7), (6, 7), align_corners), scores)
+
+
+@needs_triton
+def test_triton_takes_images_far_apart():
+    scores, size = random(2, 5, 3, 4, dtype=torch.float16), (6, 9)
+    with far_apart(scores.shape, scores.dtype, moved("triton", scores)[0].device) as far:
+        with written((2, 5, *size), scores.dtype) as out:
+            upsample_bilinear_triton(far.copy_(scores), size, out, True)
+        check(out.cpu(), scores, size, size, True)
+
+
+@needs_triton
+def test_triton_public_op():
+    scores = random(2, 5, 6, 7)
+    options = dict(size=(10, 30), crop=(9, 28), backend="triton")
+    expected = run_triton(scores, (10, 30), (9, 28), True)
+    for name, layout in layouts(scores):
+        result = ops.upsample_bilinear(*moved("triton", layout), **options)
+        assert torch.equal(result.cpu(), expected) and result.is_contiguous(), name
+    scores = moved("triton", scores)[0]
+    for part in (scores[:1, :1], scores[:, :, :1, :1]):
+        expanded = part.expand(2, 5, 6, 7)
+        expected = ops.upsample_bilinear(expanded.contiguous(), **options)
+        assert torch.equal(ops.upsample_bilinear(expanded, **options), expected)
+    assert ops.upsample_bilinear(scores[:, :0], **options).shape == (2, 0, 9, 28)
+    with pytest.raises(RuntimeError, match="scores has no pixels"):
+        ops.upsample_bilinear(scores[:, :, :0], **options)
+
+
+@needs_triton
+def test_triton_refuses_to_lose_a_gradient():
+    scores = moved("triton", random(1, 2, 3, 4))[0].requires_grad_()
+    with pytest.raises(RuntimeError, match="requires grad, and the triton kernel has no gradient"):
+        ops.upsample_bilinear(scores, (6, 8), backend="triton")
+    with torch.no_grad():
+        ops.upsample_bilinear(scores, (6, 8), backend="triton")
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (0, 3, 2, 2)])
+def test_triton_opcheck(shape):
+    scores = moved("triton", random(*shape))[0]
+    torch.library.opcheck(
+        torch.ops.shelfkern.upsample_bilinear.default, (scores, [6, 24], [5, 20], True, "triton")
+    )
+
+
+@needs_triton
+def test_triton_compile_and_export():
+    scores = moved("triton", random(2, 8, 3, 4))[0]
+
+    def resize(scores):
+        size = scores.shape[2] * 2, scores.shape[3] * 8
+        return ops.upsample_bilinear(scores, size, (5, 32), backend="triton")
+
+    expected = resize(scores)
+    assert torch.equal(
+        torch.compile(resize, fullgraph=True, dynamic=True, backend="aot_eager")(scores), expected
+    )
+
+    class Resize(torch.nn.Module):
+        def forward(self, scores):
+            return resize(scores)
+
+    program = torch.export.export(Resize(), (scores,))
+    assert "shelfkern.upsample_bilinear" in str(program.graph)
+    assert torch.equal(program.module()(scores), expected)
+
+
+@needs_triton_on_a_gpu
+def test_triton_waits_for_the_kernel_that_makes_its_scores():
+    make, size = moved("triton", nhwc(random(4, 19, 64, 128)))[0], (512, 1024)
+    expected = run_triton(make.cpu() * 2, size, size, True)
+    for _ in range(10):
+        scores = torch.full_like(make, float("nan"))
+        torch.mul(make, 2, out=scores)
+        out = torch.full((4, 19, *size), float("nan"), device=make.device)
+        upsample_bilinear_triton(scores, size, out, True, overlap=True)
+        assert torch.equal(out.cpu(), expected)
