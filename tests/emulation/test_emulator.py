@@ -207,7 +207,7 @@ def test_statistics(toys):
     )
     stencil(toys, count=256)
     assert statistics(toys) == dict(
-        launches=1, barriers=4, read=4 * 2 * 129, written=4 * 258, mma=0, conflicts=0, shared=520
+        launches=1, barriers=4, read=4 * 2 * 129, written=4 * 258, mma=0, conflicts=0, shared=536
     )
 
 
