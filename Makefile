@@ -9,6 +9,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # Pinned, so that every machine runs the same; the package itself takes any torch from 2.10.
 TORCH ?= torch==2.13.0
+TRITON ?= triton==3.7.1
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
@@ -58,6 +59,7 @@ format: .venv/.lint
 
 # With the emulator, on which the CUDA kernels are tested.
 .venv/.test: .venv/.torch $(SOURCES)
+	$(PIP) install -q $(TRITON)
 	SHELFKERN_EMULATION=1 $(PIP) install -q -e '.[test]'
 	touch .venv/.installed $@
 

@@ -46,6 +46,11 @@ def wanted(name: str, found: str | None, missing: str) -> bool:
     return value != "0" and found is not None
 
 
+def emulated() -> bool:
+    """Whether the CUDA kernels are compiled for the CPU as well."""
+    return switch("SHELFKERN_EMULATION", "0") == "1"
+
+
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
@@ -61,15 +66,16 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DSHELFKERN_CUDA={'ON' if cuda else 'OFF'}",
-            f"-DSHELFKERN_EMULATION={'ON' if switch('SHELFKERN_EMULATION', '0') == '1' else 'OFF'}",
+            f"-DSHELFKERN_EMULATION={'ON' if emulated() else 'OFF'}",
             f"-DSHELFKERN_SANITIZE={'ON' if os.environ.get('SHELFKERN_SANITIZE') == '1' else 'OFF'}",
         ]  # fmt: skip
         if cuda:
             configure.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")
         jobs = str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
         subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", str(build), "-j", jobs], check=True)
-        subprocess.run(["cmake", "--install", str(build), "--strip"], check=True)
+        name = ext.name.rpartition(".")[2]
+        subprocess.run(["cmake", "--build", str(build), "-j", jobs, "--target", name], check=True)
+        subprocess.run(["cmake", "--install", str(build), "--strip", "--component", name], check=True)
 
 
 def extensions() -> list[Extension]:
@@ -77,7 +83,8 @@ def extensions() -> list[Extension]:
     if switch("SHELFKERN_CUDA") == "1" and not native:
         raise SystemExit("SHELFKERN_CUDA=1, but it needs a C++ compiler and SHELFKERN_NATIVE auto or 1")
     if native:
-        return [Extension("shelfkern._native", sources=[])]
+        names = ["_native", "_emulation"] if emulated() else ["_native"]
+        return [Extension(f"shelfkern.{name}", sources=[]) for name in names]
     print(
         "shelfkern: no C++ compiler, or SHELFKERN_NATIVE=0: installing without native kernels",
         file=sys.stderr,

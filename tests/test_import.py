@@ -15,7 +15,7 @@ import pytest
 
 import shelfkern
 
-OPTIONAL = ("click", "rich", "triton", "av", "matplotlib", "PIL")
+OPTIONAL = ("click", "rich", "av", "matplotlib", "PIL", *(() if torch.version.cuda else ("triton",)))
 
 # Runs in a process of its own: audit events of the import alone, torch's own excluded, then one use.
 PROBE = """
@@ -53,7 +53,7 @@ def probe(tmp_path_factory):
     """What a fresh process with no GPU and a read-only home tells of its import."""
     home = tmp_path_factory.mktemp("home")
     home.chmod(0o500)
-    unset = ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "TORCH_HOME", "TRITON_CACHE_DIR")
+    unset = ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "TORCH_HOME", "TRITON_CACHE_DIR", "TRITON_INTERPRET")
     env = {name: value for name, value in os.environ.items() if name not in unset}
     env |= {"HOME": str(home), "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run([sys.executable, "-c", PROBE], env=env, capture_output=True, text=True, timeout=300)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -11,15 +13,25 @@ from torch import Tensor
 
 from .. import native
 
-try:
-    import triton
-    import triton.language as tl
-    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-except ImportError as error:
-    triton = tl = gdc_launch_dependents = gdc_wait = None
-    why_not: str | None = f"Triton does not load ({error}): pip install triton"
-else:
-    why_not = None
+# Triton takes longer to import than the rest of shelfkern: only where its kernels can be of use. Set to 0
+# the variable asks for it too, to compile kernels for a GPU that need not be there.
+_WANTED = torch.version.cuda is not None or "TRITON_INTERPRET" in os.environ
+
+triton: Any = None
+tl: Any = None
+gdc_launch_dependents: Any = None
+gdc_wait: Any = None
+why_not: str | None = "this torch is built without CUDA; with TRITON_INTERPRET=1 kernels run interpreted"
+if _WANTED:
+    try:
+        triton = importlib.import_module("triton")
+        tl = importlib.import_module("triton.language")
+        cuda = importlib.import_module("triton.language.extra.cuda")
+        gdc_launch_dependents, gdc_wait = cuda.gdc_launch_dependents, cuda.gdc_wait
+    except ImportError as error:
+        why_not = f"Triton does not load ({error}): pip install triton"
+    else:
+        why_not = None
 
 # Interpreted kernels run on the CPU, operation by operation, in numpy.
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret

@@ -201,7 +201,7 @@ def conv_kernel(
         acc = tl.trans(acc)
 
     if SPLIT > 1:
-        to = (part * pixels + rows).to(tl.int64) * channels
+        to = (tl.cast(part, tl.int64) * pixels + rows) * channels
         mask = (rows < pixels)[:, None] & (columns < channels)[None, :]
         tl.store(parts + to[:, None] + columns[None, :], acc, mask=mask)
     elif BLOCK_M * BLOCK_N > conv.FINISHED_AT_ONCE:
@@ -247,7 +247,7 @@ def sum_kernel(
     mask = (rows < pixels)[:, None] & (columns < channels)[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for part in tl.static_range(SPLIT):
-        start = (part * pixels + rows).to(tl.int64) * channels
+        start = (tl.cast(part, tl.int64) * pixels + rows) * channels
         acc += tl.load(parts + start[:, None] + columns[None, :], mask=mask, other=0.0)
     _finish_tile(
         acc, rows, columns, scale, shift, residual, skip, out, pixels, channels, out_h, out_w,

@@ -205,7 +205,7 @@ for op, arguments in dict(
 
 
 def test_without_triton_the_ops_say_so_and_auto_runs():
-    told = python("import sys\nsys.modules['triton'] = None\n" + ASK).splitlines()
+    told = python("import sys\nsys.modules['triton'] = None\n" + ASK, TRITON_INTERPRET="0").splitlines()
     assert len(told) == len(TRITON_OPS)
     for op, line in zip(TRITON_OPS, told, strict=True):
         assert line.startswith(f"{op}: backend is 'triton', which cannot run: Triton does not load (")
@@ -214,11 +214,14 @@ def test_without_triton_the_ops_say_so_and_auto_runs():
 
 @pytest.mark.skipif(_triton.why_not is not None, reason=f"no Triton: {_triton.why_not}")
 def test_compiled_kernels_need_a_gpu():
-    told = python(ASK, CUDA_VISIBLE_DEVICES="").splitlines()
-    assert told == [
-        f"{op}: backend is 'triton', which cannot run: there is no GPU that torch can use"
-        for op in TRITON_OPS
-    ]
+    no_cuda = "this torch is built without CUDA; with TRITON_INTERPRET=1 kernels run interpreted"
+    no_gpu = "there is no GPU that torch can use"
+    for environment, reason in (
+        ({}, no_cuda if torch.version.cuda is None else no_gpu),
+        (dict(TRITON_INTERPRET="0"), no_gpu),
+    ):
+        told = python(ASK, CUDA_VISIBLE_DEVICES="", **environment).splitlines()
+        assert told == [f"{op}: backend is 'triton', which cannot run: {reason}" for op in TRITON_OPS]
 
 
 @needs_triton_on_a_gpu

@@ -170,7 +170,7 @@ def test_the_sdist_holds_the_sources_and_nothing_else(sdist) -> None:
         "CHANGELOG.md",
         "README.md",
     }
-    sources = {name for name in tracked() if re.fullmatch(r"csrc/.*\.(cpp|h|cu|cuh)", name)}
+    sources = {name for name in tracked() if re.fullmatch(r"csrc/.*(\.(cpp|h|cu|cuh)|CMakeLists\.txt)", name)}
     assert len(sources) > 15 and "csrc/bindings.cpp" in sources
     made = {name for name in names if name.startswith("shelfkern.egg-info/")} | {"PKG-INFO", "setup.cfg"}
     assert names - made == (tops & set(tracked())) | sources | package_files()
