@@ -1,64 +1,78 @@
 """What every GPU kernel takes of a multiprocessor, found by compiling it: no GPU is needed.
 
-Triton's kernels are compiled here for every configuration that can be chosen; CUDA C++ ones were when
-shelfkern was built, and are read from its compiled module.
+Triton's kernels are compiled here as their launchers would launch them, for every configuration that can
+be chosen; CUDA C++ ones were when shelfkern was built, and are read from its compiled module.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
+import importlib.util
 import multiprocessing
 import os
 import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+from torch import Tensor
 
 from . import native
 from .ops import _conv_triton as conv
 from .ops import _triton
+from .ops.conv_bn_act import conv_bn_act_triton
+from .ops.deconv_add import deconv_add_triton
+from .ops.shared_block import shared_block_triton
+from .ops.upsample_add import upsample_add_triton
+from .ops.upsample_bilinear import upsample_bilinear_triton
 
-ARCHS = (80, 90)
-# Of a multiprocessor: 32-bit registers, threads, bytes of shared memory, and what each block takes of it
-# beside its own (CUDA C++ programming guide, compute capabilities).
-REGISTERS, THREADS, RESERVED_SHARED = 65536, 2048, 1024
+ARCHS = (80, 90)  # of A100, and of H100 and H200
+# Of a multiprocessor of both: 32-bit registers, threads and blocks at most (CUDA C++ programming guide,
+# technical specifications by compute capability).
+REGISTERS, THREADS, BLOCKS = 65536, 2048, 32
+# Bytes of its shared memory, and of each block that CUDA takes for itself.
 SHARED = {80: 164 * 1024, 90: 228 * 1024}
+RESERVED_SHARED = 1024
+# Registers are given to warps, shared memory to blocks, in multiples of these.
+REGISTER_UNIT, SHARED_UNIT = 256, 128
 
-_POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
-_FLOAT32 = ("scale", "shift", "bias", "gate", "parts")
-_TENSORS = ("x", "weight", "residual", "skip", "out", "scores", *_FLOAT32)
-_SCALARS = ("slope", "step_y", "step_x")
+_NO_TOOL = "there is no cuobjdump, which comes with Triton and with CUDA"
+_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+# Of convolutions: dtypes, and how float32 is multiplied.
+_PRECISIONS = [*((dtype, "tf32") for dtype in _TYPES), (torch.float32, "ieee")]
+# Of a case's tensors, so that few sizes are multiples of 16, of which the compiler would make use.
+_HEIGHT, _WIDTH = 30, 34
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One Triton kernel with one set of constants.
+    """A call of an op's Triton launcher.
 
     Attributes:
-        op, kernel: op's name, and its kernel's: an attribute of the op's module.
+        op: its name.
         variant: what tells it from the op's other cases, to read.
-        dtype: of the activations.
-        constants: the kernel's constexpr arguments.
-        warps, stages: of a program.
-        multiplies: whether it must use tensor cores.
-        aligned: whether pointers and strides are multiples of 16.
+        launch: the call, on tensors without memory.
     """
 
     op: str
-    kernel: str
     variant: str
-    dtype: torch.dtype
-    constants: dict[str, Any]
-    warps: int = 4
-    stages: int = 3
-    multiplies: bool = False
-    aligned: bool = True
+    launch: Callable[[], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """A launch of a Triton kernel: its arguments by name, and Triton's options, such as num_warps."""
+
+    kernel: Any
+    arguments: dict[str, Any]
+    options: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,157 +108,152 @@ class Row:
 
 
 def reason() -> str | None:
-    """Why Triton's kernels cannot be compiled in this process, None if they can."""
-    if _triton.INTERPRETED:
-        return "TRITON_INTERPRET is set: kernels are interpreted, not compiled"
-    return _triton.why_not or _tool_reason()
+    """Why Triton's kernels cannot be compiled here, None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install triton"
+    return None if _tool() else _NO_TOOL
+
+
+def cuda_reason() -> str | None:
+    """Why there is no word of the CUDA C++ kernels, None if there is."""
+    if native.cuda is None:
+        return native.why_not or "shelfkern was installed without nvcc; install it and reinstall"
+    return None if _tool() else _NO_TOOL
 
 
 def _tool() -> str | None:
     found = shutil.which("cuobjdump")
-    if found is None and _triton.triton is not None:
-        own = Path(_triton.triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    triton = importlib.util.find_spec("triton")
+    if found is None and triton is not None and triton.origin is not None:
+        own = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
         found = str(own) if own.exists() else None
     return found
 
 
-def _tool_reason() -> str | None:
-    return None if _tool() else "there is no cuobjdump, which comes with Triton and with CUDA"
+def cases() -> list[Case]:
+    """Every Triton kernel at every configuration that can be chosen."""
+    return [*_convolutions(), *_blocks(), *_deconvolutions(), *_resamplings()]
 
 
 def _convolutions() -> Iterator[Case]:
-    everything = dict(HAS_SCALE=True, HAS_SHIFT=True, HAS_RESIDUAL=True, HAS_SKIP=True, ACT="leaky")
-    layers = {"3x3": (3, 1, 1, 256), "1x1": (1, 1, 0, 256), "3x3 stride 2": (3, 2, 1, 256),
-              "7x7 of 3 channels": (7, 2, 3, 3), "3x3 of 40 channels": (3, 1, 1, 40)}  # fmt: skip
-    for dtype, precision, config in _configurations():
-        for layer, (size, stride, padding, c) in layers.items():
-            # The layer changes counts and constants only: one configuration shows it.
-            first = (conv.CONFIGS if c % 16 == 0 else conv.SMALL_CONFIGS)[0]
-            if layer != "3x3" and config != first:
-                continue
-            problem = conv.Problem(16384, 256, size * size, c, dtype)
-            constants = dict(
-                everything, C=c, KERNEL_H=size, KERNEL_W=size, STRIDE=stride, PADDING=padding,
-                SPLIT=config.split, **_tile(config, problem, precision),
-            )  # fmt: skip
-            yield _case("conv_bn_act", "conv_kernel", layer, dtype, precision, config, constants, c % 16 == 0)
-    for dtype in _POINTERS:
-        for split in sorted({config.split for config in conv.CONFIGS} - {1}):
-            constants = dict(everything, BLOCK_M=16, BLOCK_N=64, SPLIT=split)
-            yield Case("conv_bn_act", "sum_kernel", f"{_name(dtype)}, {split} parts", dtype, constants)
+    # Kernel size, stride, padding, input and output channels.
+    layers = {
+        "3x3": (3, 1, 1, 256, 256),
+        "1x1 to 150 channels": (1, 1, 0, 256, 150),
+        "3x3 of 40 channels": (3, 1, 1, 40, 256),
+        "3x3 stride 2": (3, 2, 1, 256, 256),
+        "1x1": (1, 1, 0, 256, 256),
+        "7x7 stride 2 of 3 channels": (7, 2, 3, 3, 64),
+    }
+    for layer, (size, stride, padding, c, k) in layers.items():
+        for dtype, precision in _PRECISIONS:
+            # Channels that are no multiple of 16 take more registers, the last three layers differ in counts
+            # and constants only, and bfloat16 compiles as float16 does: so not every product of them.
+            thorough = layer == "3x3" or ("channels" in layer and size < 7 and dtype is not torch.bfloat16)
+            for config in _configurations(_images(dtype, c), k, size * size, precision, thorough):
+                arguments = (size, stride, padding, c, k, dtype, config, precision)
+                variant = f"{layer}, {_words(dtype, precision, config)}"
+                yield Case("conv_bn_act", variant, functools.partial(_launch_conv, *arguments))
+
+
+def _launch_conv(
+    size: int,
+    stride: int,
+    padding: int,
+    c: int,
+    k: int,
+    dtype: torch.dtype,
+    config: conv.Config,
+    precision: str,
+) -> None:
+    x, out = _images(dtype, c, stride), _images(dtype, k)
+    weight, norm = _meta((k, size * size, c), dtype), _meta((k,))
+    after = (norm, norm, out, out, out)
+    kernel = (size, size)
+    conv_bn_act_triton(x, weight, *after, kernel, stride, padding, 0.1, config, precision, overlap=True)
+
+
+def _blocks() -> Iterator[Case]:
+    # Launches of conv_bn_act's kernel, which has its own cases: one configuration of each.
+    for dtype, precision in _PRECISIONS:
+        for config in _configurations(_images(dtype, 128), 128, 9, precision, thorough=False):
+            launch = functools.partial(_launch_block, dtype, config, precision)
+            yield Case("shared_block", _words(dtype, precision, config), launch)
+
+
+def _launch_block(dtype: torch.dtype, config: conv.Config, precision: str) -> None:
+    x, weight, norm = _images(dtype, 128), _meta((128, 9, 128), dtype), _meta((128,))
+    norms, options = (norm, norm, norm, norm), (config, precision, True)
+    shared_block_triton(x, weight, *norms, x, x, 0.0, True, *options)
 
 
 def _deconvolutions() -> Iterator[Case]:
-    for dtype, precision, config in _configurations():
-        if config.split == 1:
-            tile = _tile(config, conv.Problem(4096, 256, 9, 512, dtype), precision)
-            yield _case("deconv_add", "deconv_kernel", "", dtype, precision, config, dict(C=512, **tile))
+    for words, k in (("", 256), ("to 150 channels, ", 150)):
+        for dtype, precision in _PRECISIONS:
+            for config in _configurations(_images(dtype, 512), k, 9, precision):
+                if config.split == 1:
+                    launch = functools.partial(_launch_deconv, k, dtype, config, precision)
+                    yield Case("deconv_add", f"{words}{_words(dtype, precision, config)}", launch)
+
+
+def _launch_deconv(k: int, dtype: torch.dtype, config: conv.Config, precision: str) -> None:
+    x, out = _images(dtype, 512), _images(dtype, k, 2)
+    weight, bias = _meta((k, 9, 512), dtype), _meta((k,))
+    deconv_add_triton(x, weight, bias, out, out, config, precision, overlap=True)
+
+
+def _configurations(
+    x: Tensor, channels: int, taps: int, precision: str, thorough: bool = True
+) -> list[conv.Config]:
+    """All that the launchers can choose for a layer, or the one whose programs are largest."""
+    pixels = x.shape[0] * x.shape[2] * x.shape[3]
+    aligned = conv.is_aligned(x) and channels % 16 == 0
+    problem = conv.Problem(pixels, channels, taps, x.shape[1], x.dtype, aligned)
+    found = conv.configurations(problem, precision, 132)
+    return found if thorough else [max(found, key=lambda config: config.block_m * config.block_n)]
+
+
+def _words(dtype: torch.dtype, precision: str, config: conv.Config) -> str:
+    numbers = precision if dtype is torch.float32 else _name(dtype)
+    swap = ", swapped" if config.swap else ""
+    split = f", split {config.split}" if config.split > 1 else ""
+    return f"{numbers}, {config.block_m}x{config.block_n}{swap}{split}"
 
 
 def _resamplings() -> Iterator[Case]:
-    for dtype in _POINTERS:
-        for gated in (False, True):
-            constants = dict(GATED=gated, BLOCK_M=16, BLOCK_C=64)
-            variant = f"{_name(dtype)}{', gated' if gated else ''}"
-            yield Case("upsample_add", "upsample_add_kernel", variant, dtype, constants)
-        for align in (False, True):
-            constants = dict(ALIGN=align, BLOCK_X=32, BLOCK_C=32)
-            variant = f"{_name(dtype)}{', corners aligned' if align else ''}"
-            yield Case("upsample_bilinear", "upsample_bilinear_kernel", variant, dtype, constants)
+    for dtype in _TYPES:
+        for words, channels in (("", 128), (", 21 channels", 21)):
+            for gated in (False, True):
+                variant = f"{_name(dtype)}{words}{', gated' if gated else ''}"
+                yield Case("upsample_add", variant, functools.partial(_launch_add, dtype, channels, gated))
+            for align in (False, True):
+                variant = f"{_name(dtype)}{words}{', corners aligned' if align else ''}"
+                launch = functools.partial(_launch_bilinear, dtype, channels, align)
+                yield Case("upsample_bilinear", variant, launch)
 
 
-def _configurations() -> Iterator[tuple[torch.dtype, str, conv.Config]]:
-    for dtype in _POINTERS:
-        yield from ((dtype, "tf32", config) for config in conv.CONFIGS + conv.SMALL_CONFIGS)
-    yield from ((torch.float32, "ieee", config) for config in conv.SMALL_CONFIGS)
+def _launch_add(dtype: torch.dtype, channels: int, gated: bool) -> None:
+    x, out = _images(dtype, channels), _images(dtype, channels, 2)
+    upsample_add_triton(x, out, _meta((2, channels)) if gated else None, out, overlap=True)
 
 
-def _tile(config: conv.Config, problem: conv.Problem, precision: str) -> dict[str, Any]:
-    return dict(
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=conv.block_k(config, problem),
-        SWAP=config.swap, PRECISION=precision,
-    )  # fmt: skip
+def _launch_bilinear(dtype: torch.dtype, channels: int, align: bool) -> None:
+    size = (8 * _HEIGHT + 1, 8 * _WIDTH + 1)
+    out = _meta((2, channels, *size), dtype)
+    upsample_bilinear_triton(_images(dtype, channels), size, out, align, overlap=True)
 
 
-def _case(
-    op: str, kernel: str, layer: str, dtype: torch.dtype, precision: str, config: conv.Config,
-    constants: dict[str, Any], aligned: bool = True,
-) -> Case:  # fmt: skip
-    numbers = precision if dtype is torch.float32 else _name(dtype)
-    shape = f"{config.block_m}x{config.block_n}{', swapped' if config.swap else ''}"
-    split = f", split {config.split}" if config.split > 1 else ""
-    variant = ", ".join(filter(None, (layer, numbers, f"{shape}{split}")))
-    options = (config.warps, config.stages, precision == "tf32", aligned)
-    return Case(op, kernel, variant, dtype, constants, *options)
+def _images(dtype: torch.dtype, channels: int, scale: int = 1) -> Tensor:
+    shape = (2, channels, scale * _HEIGHT, scale * _WIDTH)
+    return _meta(shape, dtype).to(memory_format=torch.channels_last)
+
+
+def _meta(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def cases() -> list[Case]:
-    """Every Triton kernel at every configuration that can be chosen."""
-    return [*_convolutions(), *_deconvolutions(), *_resamplings()]
-
-
-def compile_case(case: Case, arch: int) -> Row:
-    """Compiles one kernel for one architecture."""
-    import importlib
-
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    triton = _triton.triton
-    kernel = getattr(importlib.import_module(f"shelfkern.ops.{case.op}"), case.kernel)
-    # Launches overlap where the GPU can.
-    constants = dict(case.constants, OVERLAP=arch >= 90)
-    signature = {name: _type(name, case, constants) for name in kernel.arg_names}
-    aligned = [i for i, (name, kind) in enumerate(signature.items()) if _is_aligned(name, kind, case)]
-    source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
-    options = dict(num_warps=case.warps, num_stages=case.stages)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        ((_, registers, local, static),) = _usage(cubin.name)
-    shared = max(static, compiled.metadata.shared)
-    ptx = compiled.asm["ptx"]
-    cores = "wgmma" if "wgmma.mma_async" in ptx else "mma" if "mma.sync" in ptx else ""
-    blocks = occupancy(arch, registers, 32 * case.warps, shared)
-    return Row(case.op, case.kernel, case.variant, arch, registers, local, shared, blocks, cores)
-
-
-def _type(name: str, case: Case, constants: dict[str, Any]) -> str:
-    if name in constants:
-        return "constexpr"
-    if name in _TENSORS:
-        return "*fp32" if name in _FLOAT32 else _POINTERS[case.dtype]
-    return "fp32" if name in _SCALARS else "i32"
-
-
-def _is_aligned(name: str, kind: str, case: Case) -> bool:
-    strided = kind == "i32" and re.fullmatch(r"(x|residual|skip|scores|out_stride)_[nhw]", name)
-    return kind.startswith("*") or bool(case.aligned and (strided or name == "channels"))
-
-
-def occupancy(arch: int, registers: int, threads: int, shared: int) -> int:
-    """Blocks that fit on a multiprocessor: by registers, which warps get in 256s, threads, shared memory."""
-    warp_registers = -(-registers * 32 // 256) * 256
-    by_registers = REGISTERS // (warp_registers * (threads // 32))
-    by_shared = SHARED[arch] // (shared + RESERVED_SHARED)
-    return min(by_registers, THREADS // threads, by_shared)
-
-
-_RESOURCES = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
-
-
-def _usage(path: str) -> list[tuple[str, int, int, int]]:
-    """Of each kernel in a file: name, registers, bytes of stack and local memory, static shared memory."""
-    done = subprocess.run([_tool() or "", "-res-usage", path], capture_output=True, text=True, check=True)
-    found = _RESOURCES.findall(done.stdout)
-    return [
-        (name, int(reg), int(stack) + int(local), int(shared)) for name, reg, stack, shared, local in found
-    ]
 
 
 def triton_rows(archs: Sequence[int] = ARCHS, op: str | None = None) -> list[Row]:
@@ -256,37 +265,144 @@ def triton_rows(archs: Sequence[int] = ARCHS, op: str | None = None) -> list[Row
     because = reason()
     if because is not None:
         raise RuntimeError(f"Triton's kernels cannot be compiled here: {because}")
-    wanted = [(case, arch) for arch in archs for case in cases() if op in (None, case.op)]
+    jobs = [(case, arch) for arch in archs for case in cases() if op in (None, case.op)]
+    if not jobs:
+        return []
     spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), spawn) as pool:
-        return list(pool.map(compile_case, *zip(*wanted, strict=True), chunksize=4)) if wanted else []
+    # In this process Triton may interpret kernels, or not be loaded.
+    compiled = mock.patch.dict(os.environ, TRITON_INTERPRET="0")
+    with compiled, concurrent.futures.ProcessPoolExecutor(os.cpu_count(), spawn) as pool:
+        rows = list(pool.map(compile_case, *zip(*jobs, strict=True), chunksize=4))
+    return [row for of_case in rows for row in of_case]
+
+
+def compile_case(case: Case, arch: int) -> list[Row]:
+    """Compiles the kernels that a case launches on GPUs of one architecture."""
+    return [_compiled(case, launch, arch) for launch in launches(case, arch)]
+
+
+def launches(case: Case, arch: int) -> list[Launch]:
+    """What a case launches on GPUs of one architecture, in a process that compiles kernels."""
+    from triton import JITFunction
+
+    found: list[Launch] = []
+
+    def record(kernel: Any, *args: Any, grid: object, warmup: bool, **named: Any) -> None:
+        arguments = dict(zip(kernel.arg_names, args, strict=False))
+        arguments.update({name: named.pop(name) for name in kernel.arg_names if name in named})
+        found.append(Launch(kernel, arguments, named))
+
+    instead_of_run = mock.patch.object(JITFunction, "run", record)
+    with instead_of_run, mock.patch.object(_triton, "overlaps_launches", lambda x: arch >= 90):
+        case.launch()
+    return found
+
+
+def _compiled(case: Case, launch: Launch, arch: int) -> Row:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, constants, divisible = {}, {}, {}
+    for i, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        kind, by_16 = ("constexpr", False) if parameter.is_constexpr else _specialised(value)
+        signature[parameter.name] = kind
+        if kind == "constexpr":
+            constants[parameter.name] = value
+        if by_16:
+            divisible[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, divisible)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        ((_, registers, local, static),) = _usage(cubin.name)
+    shared = max(static, compiled.metadata.shared)
+    ptx = compiled.asm["ptx"]
+    cores = "wgmma" if "wgmma.mma_async" in ptx else "mma" if "mma.sync" in ptx else ""
+    blocks = occupancy(arch, registers, 32 * compiled.metadata.num_warps, shared)
+    name = launch.kernel.__name__
+    return Row(case.op, name, case.variant, arch, registers, local, shared, blocks, cores)
+
+
+def _specialised(value: Tensor | float | None) -> tuple[str, bool]:
+    """The type that Triton compiles an argument for, and whether it may count on multiples of 16."""
+    if isinstance(value, Tensor):
+        return f"*{_TYPES[value.dtype]}", True  # torch's memory starts at multiples of 16
+    if isinstance(value, float):
+        return "fp32", False
+    if value is None or value == 1:
+        return "constexpr", False
+    return ("i32" if -(2**31) <= value < 2**31 else "i64"), value % 16 == 0
+
+
+def occupancy(arch: int, registers: int, threads: int, shared: int) -> int:
+    """Blocks of `threads` threads and `shared` bytes that fit on a multiprocessor."""
+    by_registers = REGISTERS // (_rounded(registers * 32, REGISTER_UNIT) * (threads // 32))
+    by_shared = SHARED[arch] // _rounded(shared + RESERVED_SHARED, SHARED_UNIT)
+    return min(by_registers, THREADS // threads, by_shared, BLOCKS)
+
+
+def _rounded(count: int, unit: int) -> int:
+    return -(-count // unit) * unit
+
+
+_RESOURCES = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+
+
+def _usage(path: str) -> list[tuple[str, int, int, int]]:
+    """Of each kernel in a file: name, registers, bytes of stack and local memory, static shared memory."""
+    found = _RESOURCES.findall(_dump("-res-usage", path))
+    return [
+        (name, int(reg), int(stack) + int(local), int(shared)) for name, reg, stack, shared, local in found
+    ]
+
+
+def _dump(*arguments: str, folder: str | None = None) -> str:
+    """What cuobjdump writes; to `folder` if it writes files."""
+    command = [_tool() or "", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder).stdout
 
 
 def cuda_rows(archs: Sequence[int] = ARCHS, op: str | None = None) -> list[Row]:
-    """What the compiled module says of its CUDA C++ kernels; none if it was built without them."""
-    if native.cuda is None or _tool() is None:
+    """What the compiled module says of its CUDA C++ kernels; none if `cuda_reason` has one."""
+    if cuda_reason() is not None:
         return []
     rows = []
     for arch in archs:
         with tempfile.TemporaryDirectory() as folder:
-            extract = [_tool() or "", "-xelf", f"sm_{arch}", native.module.__file__]
-            subprocess.run(extract, cwd=folder, capture_output=True, check=True)
+            _dump("-xelf", f"sm_{arch}", native.module.__file__, folder=folder)
             for cubin in sorted(Path(folder).glob("*.cubin")):
-                rows += [_cuda_row(arch, *usage) for usage in _usage(str(cubin))]
+                rows += _cuda_rows(arch, str(cubin))
     return [row for row in rows if op in (None, row.op)]
 
 
-def _cuda_row(arch: int, mangled: str, registers: int, local: int, shared: int) -> Row:
-    name = _demangled(mangled)
-    # The file's name is in that of its anonymous namespace.
-    source = re.search(r"_\d+_([a-z_]+)_cu_", mangled)
-    match = re.search(r"(\w+_kernel)(?:<(.*)>)?\(", name)
-    kernel, arguments = match.groups() if match else (name, None)
-    variant = re.sub(r"shelfkern::cuda::|\(anonymous namespace\)::|\((?:int|bool)\)", "", arguments or "")
-    return Row(source.group(1) if source else kernel, kernel, variant, arch, registers, local, None, None, "")
+def _cuda_rows(arch: int, cubin: str) -> list[Row]:
+    usage = _usage(cubin)
+    cores = _tensor_cores(cubin)
+    rows = []
+    for (mangled, registers, local, _), name in zip(usage, _demangled([of[0] for of in usage]), strict=True):
+        # The file's name is in that of its anonymous namespace.
+        source = re.search(r"_\d+_([a-z_]+)_cu_", mangled)
+        match = re.search(r"(\w+_kernel)(?:<(.*)>)?\(", name)
+        kernel, arguments = match.groups() if match else (name, None)
+        variant = re.sub(r"shelfkern::cuda::|\(anonymous namespace\)::|\((?:int|bool)\)", "", arguments or "")
+        op = source.group(1) if source else kernel
+        rows.append(Row(op, kernel, variant, arch, registers, local, None, None, cores[mangled]))
+    return rows
 
 
-def _demangled(name: str) -> str:
+def _tensor_cores(cubin: str) -> dict[str, str]:
+    """Which tensor core instructions each kernel in a file has."""
+    _, *parts = re.split(r"Function : (\S+)", _dump("-sass", cubin))
+    names, codes = parts[::2], parts[1::2]
+    kinds = ("wgmma" if "HGMMA." in code else "mma" if "HMMA." in code else "" for code in codes)
+    return dict(zip(names, kinds, strict=True))
+
+
+def _demangled(names: list[str]) -> list[str]:
     if shutil.which("c++filt") is None:
-        return name
-    return subprocess.run(["c++filt", name], capture_output=True, text=True, check=True).stdout.strip()
+        return names
+    done = subprocess.run(["c++filt", *names], capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()

@@ -12,6 +12,7 @@ import sys
 from importlib import resources
 
 import pytest
+import torch
 
 import shelfkern
 

@@ -44,6 +44,8 @@ def resources(archs: tuple[str, ...], op: str | None, as_json: bool) -> None:
             click.echo(json.dumps(dataclasses.asdict(row)))
     else:
         Console().print(table_of(rows))
+    if found.cuda_reason() is not None:
+        click.echo(f"Nothing of the CUDA C++ kernels: {found.cuda_reason()}", err=True)
     faults = [f"{row.kernel} ({row.variant}, sm_{row.arch}): {row.fault}" for row in rows if row.fault]
     if faults:
         raise click.ClickException("; ".join(faults))

@@ -74,7 +74,7 @@ class Problem:
         pixels, channels: of the output: rows and columns of the result.
         taps, depth: of the sum: taps of the kernel, and input channels.
         dtype: of input and weights.
-        aligned: whether the input's strides, and so its channels, are multiples of 16.
+        aligned: whether channels and strides of input, output and what is added are multiples of 16.
     """
 
     pixels: int
@@ -145,9 +145,10 @@ def best(problem: Problem, precision: str, x: Tensor, split: bool = True) -> Con
     return next(config for config in found if split or config.split == 1)
 
 
-def is_aligned(x: Tensor) -> bool:
-    """Whether a pixel's channels can be loaded sixteen at a time."""
-    return all(stride % 16 == 0 for stride in (x.shape[1], *backends.strides(x)))
+def is_aligned(*tensors: Tensor | None) -> bool:
+    """Whether channels can be loaded and stored sixteen at a time."""
+    found = [t for t in tensors if t is not None]
+    return all(stride % 16 == 0 for t in found for stride in (t.shape[1], *backends.strides(t)))
 
 
 def workspace(config: Config, pixels: int, channels: int, like: Tensor) -> Tensor | None:

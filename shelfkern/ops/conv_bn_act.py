@@ -287,7 +287,9 @@ def conv_bn_act_triton(
     pixels = n * out_h * out_w
     if pixels * k == 0:
         return
-    problem = conv.Problem(pixels, k, kernel[0] * kernel[1], c, x.dtype, conv.is_aligned(x))
+    problem = conv.Problem(
+        pixels, k, kernel[0] * kernel[1], c, x.dtype, conv.is_aligned(x, residual, skip, out)
+    )
     precision = precision or conv.default_precision(x.dtype)
     config = config or conv.best(problem, precision, x)
     overlap = overlap and _triton.overlaps_launches(x)

@@ -141,7 +141,7 @@ def deconv_add_triton(
     pixels, k = n * h * w, out.shape[1]
     if pixels * k == 0:
         return
-    problem = conv.Problem(pixels, k, 9, c, x.dtype, conv.is_aligned(x))
+    problem = conv.Problem(pixels, k, 9, c, x.dtype, conv.is_aligned(x, skip, out))
     precision = precision or conv.default_precision(x.dtype)
     # Four parities fill a GPU without splitting their sums.
     config = config or conv.best(problem, precision, x, split=False)
