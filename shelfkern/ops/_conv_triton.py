@@ -146,9 +146,9 @@ def best(problem: Problem, precision: str, x: Tensor, split: bool = True) -> Con
 
 
 def is_aligned(*tensors: Tensor | None) -> bool:
-    """Whether channels can be loaded and stored sixteen at a time."""
+    """Whether the compiler sees that neighbouring channels can be loaded and stored together."""
     found = [t for t in tensors if t is not None]
-    return all(stride % 16 == 0 for t in found for stride in (t.shape[1], *backends.strides(t)))
+    return all(n % 16 == 0 for t in found for n in (t.data_ptr(), t.shape[1], *backends.strides(t)))
 
 
 def workspace(config: Config, pixels: int, channels: int, like: Tensor) -> Tensor | None:
