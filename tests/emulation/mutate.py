@@ -95,6 +95,9 @@ ORDERING = re.compile(
     r"\b(?:barrier|warp_barrier|wait_for_previous|cp_async_commit|cp_async_wait<[^;]*>)\(\);"
 )
 GUARD = re.compile(r"\b(?:if|while) \(")
+# What a function gives, or a variable holds: checks joined by and; or one check by name.
+CONJUNCTION = re.compile(r"\b(?:return|[\w\[\]]+ =) ([^;?]*&&[^;?]*);")
+FLAG = re.compile(r"\bconst bool \w+ = ([^;?&]*);")
 
 
 def split_terms(text: str, start: int, end: int, *separators: str) -> list[tuple[int, int]]:
@@ -142,10 +145,9 @@ def faults_of(text: str, start: int, end: int) -> Iterator[tuple[int, int, str]]
         after = closing(text, opening)
         comma = split_terms(text, opening + 1, after - 1, ",")[0][1]
         yield start + match.start(), after, f"({text[opening + 1 : comma]})"
-    for match in re.finditer(r"\breturn ([^;?]*&&[^;?]*);", text[start:end]):
-        yield from condition_faults(text, start + match.start(1), start + match.end(1), False)
-    for match in re.finditer(r"\bconst bool (\w+) = ([^;?]*);", text[start:end]):
-        yield from condition_faults(text, start + match.start(2), start + match.end(2), False)
+    for pattern in (CONJUNCTION, FLAG):
+        for match in pattern.finditer(text, start, end):
+            yield from condition_faults(text, *match.span(1), False)
     for match in re.finditer(r"(?<=[=(,])( ?[^=,(){};?]+|!?[\w.]+\([^()]*\)) \?(?= )", text[start:end]):
         yield start + match.start(1), start + match.end(1), "true"
     for match in re.finditer(r"cp_async_16\(", text[start:end]):
