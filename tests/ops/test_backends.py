@@ -103,3 +103,10 @@ def test_a_kernel_found_wrong_is_off(backend, monkeypatch):
     native.disable("upsample_add", "it is wrong here", backend)
     assert backends.unavailable("upsample_add", backend) == "it is wrong here"
     assert backends.unavailable("stem", backend) is None
+
+
+@pytest.mark.skipif(native.why_not is not None, reason=f"no native kernels: {native.why_not}")
+def test_no_kernel_goes_untested():
+    # Their tests are skipped where these are missing, which must not go unseen.
+    assert native.emulation is not None, native.why_not_emulated
+    assert _triton.why_not is None and (_triton.INTERPRETED or torch.cuda.is_available()), _triton.why_not
