@@ -39,6 +39,10 @@ def resources(archs: tuple[str, ...], op: str | None, as_json: bool) -> None:
         rows = found.triton_rows(chosen, op) + found.cuda_rows(chosen, op)
     except RuntimeError as error:
         raise click.ClickException(str(error)) from None
+    except OSError as error:
+        raise click.ClickException(
+            f"Triton's cache cannot be written: {error}; set TRITON_CACHE_DIR"
+        ) from None
     if as_json:
         for row in rows:
             click.echo(json.dumps(dataclasses.asdict(row)))

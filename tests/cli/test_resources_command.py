@@ -114,3 +114,13 @@ def test_one_op_of_one_arch(interpret: str) -> None:
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert {(row["op"], row["arch"]) for row in rows} == {("upsample_bilinear", 90)}
+
+
+def test_a_cache_that_cannot_be_written_is_told(monkeypatch) -> None:
+    def refuse(*arguments: object) -> None:
+        raise PermissionError(13, "Permission denied", "/root/.triton")
+
+    monkeypatch.setattr(resources, "triton_rows", refuse)
+    result = run()
+    assert result.exit_code == 1
+    assert "Triton's cache cannot be written: " in result.output and "set TRITON_CACHE_DIR" in result.output
