@@ -98,7 +98,7 @@ ORDERING = re.compile(
 )
 GUARD = re.compile(r"\b(?:if|while) \(")
 # What a function gives, or a variable holds: checks joined by and; or one check by name.
-CONJUNCTION = re.compile(r"\b(?:return|[\w\[\]]+ =) ([^;?]*&&[^;?]*);")
+CONJUNCTION = re.compile(r"\b(?:return|[\w\[\]]+ =) ([^;?{}]*&&[^;?{}]*);")
 FLAG = re.compile(r"\bconst bool \w+ = ([^;?&]*);")
 
 
