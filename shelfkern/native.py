@@ -6,6 +6,7 @@ Kernels take addresses and sizes; shelfkern/ops checks tensors before their addr
 from __future__ import annotations
 
 import ctypes
+import importlib
 import math
 import os
 import re
@@ -18,6 +19,8 @@ from torch import Tensor
 # As the enums in csrc/cpu/kernels.h and csrc/cuda.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2, torch.float16: 3}
 
+NO_COMPILER = "shelfkern was installed without a C++ compiler; install one and reinstall"
+NO_EMULATOR = "shelfkern was installed without the emulator; set SHELFKERN_EMULATION=1 and reinstall"
 NO_GPU = "there is no GPU that torch can use"
 
 # Ops whose CPU kernel is another op's.
@@ -26,14 +29,14 @@ BUILT_ON = {"deconv_add": "conv_bn_act", "shared_block": "conv_bn_act"}
 _RUNTIMES = re.compile(r"/lib(gomp|iomp5|omp)[-.\w]*\.so[.\d]*$")
 
 
-def _load() -> tuple[Any, str | None]:
+def _load(name: str = "_native", missing: str = NO_COMPILER) -> tuple[Any, str | None]:
+    """A compiled module and None, or None and why not: `missing` where it was not built."""
     try:
-        from . import _native  # type: ignore[attr-defined]  # compiled
+        return importlib.import_module(f".{name}", __package__), None
     except ImportError as error:
-        if "_native" in str(error) and "cannot import name" in str(error):
-            return None, "shelfkern was installed without a C++ compiler; install one and reinstall"
-        return None, f"shelfkern._native does not load: {error}"
-    return _native, None
+        if f"No module named '{__package__}.{name}'" in str(error):
+            return None, missing
+        return None, f"shelfkern.{name} does not load: {error}"
 
 
 def _openmp_runtime() -> tuple[str, int] | None:
@@ -54,23 +57,10 @@ def _openmp_runtime() -> tuple[str, int] | None:
     return None
 
 
-def _load_emulation() -> tuple[Any, str | None]:
-    try:
-        from . import _emulation  # type: ignore[attr-defined]  # compiled
-    except ImportError as error:
-        if "_emulation" in str(error) and "cannot import name" in str(error):
-            return (
-                None,
-                "shelfkern was installed without the emulator; set SHELFKERN_EMULATION=1 and reinstall",
-            )
-        return None, f"shelfkern._emulation does not load: {error}"
-    return _emulation, None
-
-
 module, why_not = _load()
 # The CUDA C++ kernels: on a GPU, and on the CPU thread by thread.
 cuda = getattr(module, "cuda", None)
-emulation, why_not_emulated = _load_emulation()
+emulation, why_not_emulated = _load("_emulation", NO_EMULATOR)
 thread_runtime = "threads of its own"
 # Kernels that a self-test found wrong, by backend and op.
 disabled: dict[tuple[str, str], str] = {}

@@ -128,12 +128,6 @@ def call_cuda(backend: str, overlap: bool, op: str, x: Tensor, *arguments: Any) 
         getattr(native.cuda, op)(*arguments, (torch.cuda.current_stream().cuda_stream, overlap))
 
 
-def strides(x: Tensor) -> tuple[int, int, int]:
-    """Strides of n, h and w as CUDA C++ kernels take them; channels are contiguous."""
-    n, _, h, w = x.stride()
-    return n, h, w
-
-
 def multiprocessors(x: Tensor) -> int:
     """Of the GPU that x is on; emulated kernels see an H200's."""
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 132

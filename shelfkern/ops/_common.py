@@ -73,6 +73,11 @@ def channels_innermost(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else channels_last(x)
 
 
+def strides(x: Tensor | None) -> tuple[int, int, int]:
+    """Strides of n, h and w, as GPU kernels take a tensor whose channels are neighbours; zeros for None."""
+    return (0, 0, 0) if x is None else (x.stride(0), x.stride(2), x.stride(3))
+
+
 def empty_channels_last(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """An uninitialised (N, C, H, W) tensor in NHWC storage, of x's dtype."""
     n, c, h, w = shape

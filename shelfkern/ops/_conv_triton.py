@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _backends as backends
+from . import _common as common
 from ._triton import WIDEN, jit, tl
 
 
@@ -148,7 +149,7 @@ def best(problem: Problem, precision: str, x: Tensor, split: bool = True) -> Con
 def is_aligned(*tensors: Tensor | None) -> bool:
     """Whether the compiler sees that neighbouring channels can be loaded and stored together."""
     found = [t for t in tensors if t is not None]
-    return all(n % 16 == 0 for t in found for n in (t.data_ptr(), t.shape[1], *backends.strides(t)))
+    return all(n % 16 == 0 for t in found for n in (t.data_ptr(), t.shape[1], *common.strides(t)))
 
 
 def workspace(config: Config, pixels: int, channels: int, like: Tensor) -> Tensor | None:

@@ -77,7 +77,7 @@ def run_cuda(
         out.data_ptr(),
         native.DTYPE_CODES[scores.dtype],
         n, h, w, c,
-        backends.strides(scores),
+        common.strides(scores),
         *size,
         *out.shape[-2:],
         align_corners,

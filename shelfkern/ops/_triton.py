@@ -61,11 +61,6 @@ def overlaps_launches(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
 
 
-def strides(x: Tensor | None) -> tuple[int, int, int]:
-    """Strides of n, h and w; zeros for None."""
-    return (0, 0, 0) if x is None else (x.stride(0), x.stride(2), x.stride(3))
-
-
 @jit
 def rounded(values, pointer):
     """float32 values in the dtype that the pointer points to: the nearest, of two the even."""

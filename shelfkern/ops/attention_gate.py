@@ -82,7 +82,7 @@ def attention_gate_cuda(
         out.data_ptr(),
         native.DTYPE_CODES[x.dtype],
         n, height, width, c,
-        backends.strides(x),
+        common.strides(x),
         slices,
         w.shape[0],
     )  # fmt: skip

@@ -295,7 +295,7 @@ def conv_bn_act_triton(
     overlap = overlap and _triton.overlaps_launches(x)
     act, slope = conv.activation(slope)
     after = (
-        *_triton.strides(residual), *_triton.strides(skip), *_triton.strides(out), slope,
+        *common.strides(residual), *common.strides(skip), *common.strides(out), slope,
     )  # fmt: skip
     flags = dict(conv.flags(scale, shift, residual, skip), ACT=act)
     options = dict(launch_pdl=True) if overlap else {}
@@ -304,7 +304,7 @@ def conv_bn_act_triton(
     with _triton.on_device_of(x):
         conv_kernel[grid](
             x, weight, scale, shift, residual, skip, out, parts, pixels, k, h, w, out_h, out_w,
-            *_triton.strides(x), *after, c, *kernel, stride, padding, **flags,
+            *common.strides(x), *after, c, *kernel, stride, padding, **flags,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=conv.block_k(config, problem),
             SPLIT=config.split, SWAP=config.swap, PRECISION=precision, OVERLAP=overlap,
             num_warps=config.warps, num_stages=config.stages, **options,

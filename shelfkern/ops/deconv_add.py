@@ -150,7 +150,7 @@ def deconv_add_triton(
     with _triton.on_device_of(x):
         deconv_kernel[(4 * tiles,)](
             x, weight, bias, skip, out, pixels, k, h, w,
-            *_triton.strides(x), *_triton.strides(skip), *_triton.strides(out),
+            *common.strides(x), *common.strides(skip), *common.strides(out),
             c, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=conv.block_k(config, problem),
             SWAP=config.swap, PRECISION=precision, OVERLAP=overlap,
             num_warps=config.warps, num_stages=config.stages, **(dict(launch_pdl=True) if overlap else {}),

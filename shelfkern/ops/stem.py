@@ -143,7 +143,7 @@ def stem_cuda(
         n, *image.shape[2:],
         image.stride(),
         out_h, out_w, k,
-        backends.strides(out),
+        common.strides(out),
         common.native_slope(slope),
         blocks or CUDA_BLOCKS_A_MULTIPROCESSOR * backends.multiprocessors(image),
     )  # fmt: skip

@@ -60,9 +60,9 @@ def upsample_add_cuda(
         out.data_ptr(),
         native.DTYPE_CODES[x.dtype],
         n, h, w, c,
-        backends.strides(x),
-        backends.strides(skip),
-        backends.strides(out),
+        common.strides(x),
+        common.strides(skip),
+        common.strides(out),
     )  # fmt: skip
 
 
@@ -103,7 +103,7 @@ def upsample_add_triton(
     with _triton.on_device_of(x):
         upsample_add_kernel[(conv.cdiv(n * h * w, block_m), conv.cdiv(c, block_c))](
             x, skip, gate, out, n * h * w, c, h, w,
-            *_triton.strides(x), *_triton.strides(skip), *_triton.strides(out),
+            *common.strides(x), *common.strides(skip), *common.strides(out),
             GATED=gate is not None, BLOCK_M=block_m, BLOCK_C=block_c, OVERLAP=overlap,
             num_warps=4, **(dict(launch_pdl=True) if overlap else {}),
         )  # fmt: skip

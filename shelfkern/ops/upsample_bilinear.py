@@ -100,7 +100,7 @@ def upsample_bilinear_triton(
     out_h, out_w = out.shape[2:]
     with _triton.on_device_of(scores):
         upsample_bilinear_kernel[(n * out_h, conv.cdiv(out_w, block_x), conv.cdiv(c, block_c))](
-            scores, out, c, h, w, out_h, out_w, *_triton.strides(scores), step_y, step_x,
+            scores, out, c, h, w, out_h, out_w, *common.strides(scores), step_y, step_x,
             ALIGN=align_corners, BLOCK_X=block_x, BLOCK_C=block_c, OVERLAP=overlap,
             num_warps=4, **(dict(launch_pdl=True) if overlap else {}),
         )  # fmt: skip
