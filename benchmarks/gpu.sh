@@ -1,39 +1,61 @@
 #!/usr/bin/env bash
 # All that needs a GPU, in one go of under eight minutes and without a network: build, self-test, tests,
-# compute-sanitizer, benchmarks of ops and models. Results go to ${OUT:-benchmarks/results}.
+# compute-sanitizer, benchmarks of ops and models. Results go to ${OUT:-benchmarks/results}: gpu.log, and
+# rows, plots and the tuner's measurements, eight files in all.
 #
-# Needs python3 with torch, triton, pybind11, setuptools, pytest, pytest-benchmark and hypothesis, and
-# cmake, ninja, a C++ compiler and nvcc. A stage that fails does not stop the later ones; the exit status
-# is 1 if one failed, 2 if there is no GPU.
+# GPU_STAGES names the stages to run, in their order, such as "build models". MODELS_SECONDS is the time for
+# benchmarks of models: from 200 on they take every case, tune, and time each layer. For the rest:
+#   GPU_STAGES="build models" MODELS_SECONDS=480 benchmarks/gpu.sh
+#
+# Needs python3 with torch, triton, pybind11, setuptools, pytest, pytest-benchmark, hypothesis, matplotlib,
+# click and rich (and uses pytest-xdist where it is), and cmake, ninja, a C++ compiler and nvcc. A stage that
+# fails does not stop the later ones; the exit status is 1 if one failed, 2 if there is no GPU or no such
+# stage.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 
+readonly ALL_STAGES="build doctor tests memcheck racecheck ops models"
 readonly PYTHON=${PYTHON:-python3}
 OUT=${OUT:-benchmarks/results}
+GPU_STAGES=${GPU_STAGES:-$ALL_STAGES}
+MODELS_SECONDS=${MODELS_SECONDS:-45}
+# Kept from run to run, so that nothing is tuned twice.
+SHELFKERN_CACHE=${SHELFKERN_CACHE:-$PWD/build/cache}
 
+for name in $GPU_STAGES; do
+    if [[ " $ALL_STAGES " != *" $name "* ]]; then
+        echo "gpu.sh: GPU_STAGES has '$name', it may have $ALL_STAGES" >&2
+        exit 2
+    fi
+done
 if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
     echo "gpu.sh: there is no GPU that torch of $PYTHON can use on this machine" >&2
     exit 2
 fi
-mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) || exit 2
+mkdir -p "$OUT" "$SHELFKERN_CACHE" && OUT=$(cd "$OUT" && pwd) || exit 2
+: >"$OUT/gpu.log"
 
 summary=()
 failed=0
 
-# stage NAME SECONDS COMMAND...: runs a command for at most so long, logs it, notes what became of it.
-# Its status 77 means that it does not apply here, as in automake. Interrupted, pytest still reports.
+# stage NAME SECONDS COMMAND...: runs a command for at most so long if its name is asked for, logs it, notes
+# what became of it. Its status 77 means that it does not apply here, as in automake. Interrupted, pytest
+# still reports.
 stage() {
-    local name=$1 limit=$2 begin=$SECONDS status
+    local name=$1 limit=$2 begin=$SECONDS log status
     shift 2
-    echo "== $name"
-    timeout --signal=INT --kill-after=3 "$limit" "$@" 2>&1 | tee "$OUT/gpu_$name.log"
+    [[ " $GPU_STAGES " == *" $name "* ]] || return 0
+    log=$(mktemp)
+    echo "== $name" | tee -a "$OUT/gpu.log"
+    timeout --signal=INT --kill-after=3 "$limit" "$@" 2>&1 | tee -a "$OUT/gpu.log" "$log"
     status=${PIPESTATUS[0]}
     case $status in
         0) status=passed ;;
-        77) status="skipped: $(tail -n 1 "$OUT/gpu_$name.log")" ;;
+        77) status="skipped: $(tail -n 1 "$log")" ;;
         124 | 137) status="out of time after $limit s" ;;
         *) status="failed with status $status" ;;
     esac
+    rm -f "$log"
     case $status in passed | skipped*) ;; *) failed=1 ;; esac
     summary+=("$(printf '%-12s %4d s  %s' "$name" $((SECONDS - begin)) "$status")")
 }
@@ -42,9 +64,12 @@ build() {
     SHELFKERN_CUDA=1 SHELFKERN_EMULATION=0 "$PYTHON" setup.py -q build_ext --inplace
 }
 
-# Tests on the device; status 5 of pytest is that there are none.
+# Tests on the device, in several processes where pytest-xdist is there, for most of the time is Triton's
+# compiler's; status 5 of pytest is that there are none.
 device_tests() {
-    "$PYTHON" -m pytest -m gpu tests -q --tb=short -p no:cacheprovider
+    local processes=()
+    "$PYTHON" -c 'import xdist' 2>/dev/null && processes=(-n 8)
+    "$PYTHON" -m pytest -m gpu tests -q --tb=short -p no:cacheprovider "${processes[@]}"
     local status=$?
     if [ $status -eq 5 ]; then
         echo "no tests are marked gpu"
@@ -94,28 +119,44 @@ ops() {
     return $status
 }
 
+# Again after a kernel that broke the CUDA context, whose row says so: the rest goes on without it.
 models() {
-    if ! "$PYTHON" benchmarks/models.py --help | grep -q -e --device; then
-        echo "benchmarks/models.py does not run on a GPU yet"
-        return 77
+    local out="$OUT/models_gpu.jsonl" options=(--device cuda) left status
+    if [ "$MODELS_SECONDS" -ge 200 ]; then
+        options+=(--breakdown)
+    else
+        options+=(--quick --no-tune --case-seconds 0.3)
     fi
-    "$PYTHON" benchmarks/models.py --device cuda --out "$OUT/models_gpu.jsonl"
+    SECONDS=0
+    while
+        # Kept back: for imports before its clock starts, and for drawing.
+        left=$((MODELS_SECONDS - SECONDS - 15))
+        "$PYTHON" benchmarks/models.py "${options[@]}" --seconds "$left" --out "$out"
+        status=$?
+        options+=(--resume)
+        [ $status -eq "$CONTEXT_LOST" ] && [ $left -gt 20 ]
+    do :; done
+    for out in "$OUT"/models_gpu.jsonl "$OUT"/models_gpu_layers.jsonl; do
+        [ ! -s "$out" ] || "$PYTHON" benchmarks/plot.py "$out" || status=1
+    done
+    return $status
 }
 
 # Of benchmarks/ops: the seconds after which it skips the rest, and its status after a broken context.
 OPS_BUDGET=130
 CONTEXT_LOST=70
-export PYTHON OUT OPS_BUDGET CONTEXT_LOST
+export PYTHON OUT OPS_BUDGET CONTEXT_LOST MODELS_SECONDS SHELFKERN_CACHE
 export -f build device_tests sanitize ops models
 
-# 450 seconds at most.
+# With 45 s for models 450 seconds at most.
 stage build 80 bash -c build
 stage doctor 20 "$PYTHON" -m shelfkern doctor
 stage tests 70 bash -c device_tests
 stage memcheck 35 bash -c 'sanitize memcheck'
 stage racecheck 35 bash -c 'sanitize racecheck'
 stage ops 165 bash -c ops
-stage models 45 bash -c models
+stage models "$MODELS_SECONDS" bash -c models
 
-printf '%s\n' '' "${summary[@]}"
+cp -f "$SHELFKERN_CACHE"/tuning-*.json "$OUT" 2>/dev/null
+printf '%s\n' '' "${summary[@]}" | tee -a "$OUT/gpu.log"
 exit $failed

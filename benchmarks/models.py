@@ -1,145 +1,271 @@
 """Whole networks on this machine, beside their peers: `make bench` runs it.
 
-Every row is checked against eager first and not timed if it is wrong. Variants of one case run
-interleaved in one process. Rows go to benchmarks/results as JSON lines; `table.py` makes the README's
-table from them.
+Every variant is checked against eager torch in float32 first and not timed if it is wrong. Variants of one
+case run interleaved in one process. Rows go to benchmarks/results as JSON lines; `table.py` makes the
+README's table from them and `plot.py` draws them.
 """
 
 from __future__ import annotations
 
-import copy
-import json
-from collections.abc import Callable
+import dataclasses
+import os
+import sys
+import time
 from pathlib import Path
 
 import click
 import torch
 from rich.console import Console
-from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
-import shelfkern
-from shelfkern import nn as models
-from shelfkern.cli.bench import MAX_ERROR, error_of
-from shelfkern.timing import Timing, command, environment, median_ratio, time_interleaved
+# Clocks, ceilings and plans' shapes are those of the op benchmarks.
+sys.path.append(str(Path(__file__).parent / "ops"))
+
+import breakdown
+import rows
+from cases import MODELS, Case, Matrix, build, images_of
+from clocks import Ceilings
+from judge import Judge, Wrong
+from measure import Deadline, Footprint, Meter, OutOfTime, free, time_limit
+from peers import Peer, Run, chosen, of_device
+from results import about
+
+from shelfkern.nn import ShelfNet
 
 RESULTS = Path(__file__).parent / "results"
-# Share of equal labels.
-MIN_AGREEMENT = 0.999
+FILES = {"cpu": "models_cpu.jsonl", "cuda": "models_gpu.jsonl"}
+# Exit status after a kernel that broke the CUDA context, which gpu.sh knows; --resume then goes on.
+CONTEXT_LOST = 70
+LOST = "broke the CUDA context"
+CASE_SECONDS = {"cpu": 5.0, "cuda": 1.0}
+# Kept back, while variants are prepared, for timing them; with less time than two of these no case is begun.
+LEAST_SECONDS = 3.0
+# Left out by --quick: they compile or search for minutes.
+SLOW = ("max-autotune", "tensorrt")
 
 
-def build(name: str) -> nn.Module:
-    """A published model, randomly initialised: time does not depend on the values."""
-    torch.manual_seed(0)
-    return getattr(models, name)().eval()
+class ContextLost(Exception):
+    """A kernel broke the CUDA context: this process can measure no more."""
 
 
-def peers(model: nn.Module, x: Tensor, labels: bool) -> dict[str, Callable[[], Tensor]]:
-    """Eager, eager channels_last, and torch.compile with frozen weights, each giving scores or labels."""
-    channels_last = copy.deepcopy(model).to(memory_format=torch.channels_last)
-    x_last = x.contiguous(memory_format=torch.channels_last)
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """A run: who takes part, with which clocks, until when."""
 
-    def finished(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        return (lambda: run().argmax(1).to(torch.uint8)) if labels else run
+    peers: list[Peer]
+    meter: Meter
+    ceilings: Ceilings
+    deadline: Deadline
+    tune: bool = True
 
-    compiled = torch.compile(_Labels(channels_last) if labels else channels_last, options={"freezing": True})
-    return {
-        "eager": finished(lambda: model(x)),
-        "eager channels_last": finished(lambda: channels_last(x_last)),
-        "torch.compile, freezing": lambda: compiled(x_last),
-    }
+    def case(self, case: Case, broken: set[str]) -> list[rows.Row]:
+        """Rows of all variants of a case.
+
+        broken: names of variants that are not tried, for they broke the CUDA context before.
+        """
+        model = build(case.model)
+        images = images_of(case, model)
+        with time_limit(self.deadline.left):
+            judge = Judge(model, images, case)
+        outcomes: dict[str, rows.Outcome] = {}
+        runs: dict[str, Run] = {}
+        for peer in self.peers:
+            if peer.name in broken:
+                continue
+            outcomes[peer.name], run = self._prepared(peer, model, images, case, judge)
+            if run is not None:
+                runs[peer.name] = run
+            if self.meter.context_lost():
+                lost = dataclasses.replace(outcomes[peer.name], reason=LOST)
+                raise ContextLost([rows.row(case, peer, lost, None, self.ceilings)])
+        try:
+            self._time(runs, outcomes)
+        except RuntimeError as error:
+            if self.meter.context_lost():
+                raise ContextLost([rows.skipped(case, LOST)]) from error
+            raise
+        found = [peer for peer in self.peers if peer.name in outcomes]
+        ours = next((outcomes[peer.name].times for peer in found if peer.ours), None)
+        return [rows.row(case, peer, outcomes[peer.name], ours, self.ceilings) for peer in found]
+
+    def _prepared(
+        self, peer: Peer, model: ShelfNet, images: Tensor, case: Case, judge: Judge
+    ) -> tuple[rows.Outcome, Run | None]:
+        """A variant's error and memory with its call; or why it is not timed, without."""
+        reason = peer.why_not()
+        if reason is not None:
+            return rows.Outcome(reason), None
+        # Time to measure what is prepared by then is kept back.
+        allowed = min(peer.seconds, self.deadline.left - LEAST_SECONDS)
+        if allowed <= 0:
+            return rows.Outcome("skipped: no time was left to prepare it"), None
+        footprint = Footprint(case.device)
+        begin = time.monotonic()
+        error = None
+        try:
+            with time_limit(allowed):
+                run = peer.prepare(model, images, case.torch_dtype, case.labels)
+                first = run()
+                prepared = time.monotonic() - begin
+                error = judge.error_of(first)
+                del first
+                memory = footprint.of(run)
+        except OutOfTime:
+            reason = f"not prepared within {allowed:.0f} s"
+        except torch.OutOfMemoryError:
+            reason = "out of memory"
+        except Wrong as wrong:
+            reason = f"wrong, not timed: {wrong}"
+        except Exception as failure:
+            reason = _failure(failure)
+        else:
+            return rows.Outcome(None, error, judge.limit, prepared, memory), run
+        return rows.Outcome(reason, error, judge.limit), None
+
+    def _time(self, runs: dict[str, Run], outcomes: dict[str, rows.Outcome]) -> None:
+        """Adds times, and once all are taken the counts of launches, for profiling may slow what follows."""
+        if not runs:
+            return
+        try:
+            with time_limit(self.deadline.left):
+                times = self.meter.measure(runs)
+        except OutOfTime:
+            for name in runs:
+                outcomes[name] = dataclasses.replace(outcomes[name], reason="not timed: the time was spent")
+            return
+        for name, run in runs.items():
+            launches = self.meter.launches(run)
+            outcomes[name] = dataclasses.replace(outcomes[name], times=times[name], launches=launches)
+
+    def safely(self, case: Case, broken: set[str]) -> list[rows.Row]:
+        """`case`, or the one row that says why there is none. Leaves no memory behind.
+
+        Raises:
+            ContextLost: with the row of the variant that broke it; nothing can be freed any more.
+        """
+        try:
+            with torch.no_grad():
+                found = self.case(case, broken)
+        except torch.OutOfMemoryError:
+            found = [rows.skipped(case, "out of memory")]
+        except OutOfTime:
+            found = [rows.skipped(case, "skipped: the time was spent")]
+        except RuntimeError as error:
+            found = [rows.skipped(case, _failure(error))]
+        torch.compiler.reset()
+        free()
+        return found
+
+    def layers(self, case: Case) -> list[rows.Row]:
+        """Rows of our layers in a case; none, with a word about it, if they cannot be had."""
+        model = build(case.model)
+        try:
+            with torch.no_grad(), time_limit(self.deadline.left):
+                images = images_of(case, model)
+                found = breakdown.break_down(case, model, images, self.tune, self.meter, self.ceilings)
+        except OutOfTime:
+            found = []
+        except RuntimeError as error:
+            if self.meter.context_lost():
+                raise ContextLost([]) from error
+            click.echo(f"{case}: no breakdown: {str(error).splitlines()[0]}", err=True)
+            found = []
+        free()
+        return found
 
 
-class _Labels(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x).argmax(1).to(torch.uint8)
+def _failure(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"failed: {type(error).__name__}: {lines[0][:300]}"
 
 
-def check(result: Tensor, truth: Tensor, labels: bool) -> tuple[bool, float]:
-    """Whether a result is right, and its error: over the scores' deviation, or the share of other labels."""
-    if labels:
-        error = (result != truth.argmax(1)).double().mean().item()
-        return error <= 1 - MIN_AGREEMENT, error
-    error = error_of(result, truth)
-    return error <= MAX_ERROR["float32"], error
+def measure(
+    bench: Bench, cases: list[Case], results: rows.ResultsFile, layers: rows.ResultsFile | None
+) -> None:
+    """Runs cases in order until the time is spent; the rest are listed as skipped.
+
+    layers: where the breakdown of the cases of scores goes, if it is wanted.
+    """
+    # Also what broke the context while it was timed, when nobody knows which variant did.
+    lost = {rows.case_of(row) for row in results.rows if row["variant"] is None and row["reason"] == LOST}
+    done = lost | {rows.case_of(row) for row in results.rows if row["reason"] is None}
+    console = Console(width=200)
+    for case in cases:
+        if case in done:
+            continue
+        if bench.deadline.left < 2 * LEAST_SECONDS:
+            results.add([rows.skipped(case, "skipped: the time was spent")])
+            continue
+        before = [row for row in results.rows if row["reason"] == LOST and rows.case_of(row) == case]
+        try:
+            found = bench.safely(case, {row["variant"] for row in before})
+        except ContextLost as ended:
+            (found,) = ended.args
+            results.add(found)
+            raise
+        results.add(found)
+        console.print(rows.table(found))
+        if layers is not None and not case.labels and bench.deadline.left > 2 * LEAST_SECONDS:
+            of_layers = bench.layers(case)
+            if of_layers:
+                layers.add(of_layers)
+                click.echo("\n".join(breakdown.table(of_layers)))
 
 
-def run_case(name: str, size: tuple[int, int], labels: bool, rounds: int) -> list[dict[str, object]]:
-    """Rows of one model, size and kind of output, fastest peer and ours in one interleaved run."""
-    model = build(name)
-    x = torch.randn(1, 3, *size)
-    fast = shelfkern.accelerate(model)
-    ours = "shelfkern predict" if labels else "shelfkern"
-    variants = {**peers(model, x, labels), ours: lambda: fast.predict(x) if labels else fast(x)}
-    truth = model(x)
-    errors = {}
-    for variant, run in list(variants.items()):
-        right, errors[variant] = check(run(), truth, labels)
-        if not right:
-            click.echo(f"{name} {size}: {variant} is wrong by {errors[variant]:.2g}, not timed", err=True)
-            del variants[variant]
-    timings = time_interleaved(variants, rounds)
-    return [
-        {
-            "model": name,
-            "size": list(size),
-            "output": "labels" if labels else "scores",
-            "dtype": "float32",
-            "variant": variant,
-            "error": errors[variant],
-            **_figures(timing, timings.get(ours), fast.plan.macs(1, *size)),
-        }
-        for variant, timing in timings.items()
-    ]
-
-
-def _figures(timing: Timing, ours: Timing | None, macs: int) -> dict[str, object]:
-    return {
-        "median_ms": round(timing.median * 1e3, 2),
-        "p10_ms": round(timing.quantile(0.1) * 1e3, 2),
-        "p90_ms": round(timing.quantile(0.9) * 1e3, 2),
-        "images_per_s": round(1 / timing.median, 2),
-        "gflop_per_s": round(2 * macs / timing.median / 1e9, 1),
-        "ours_times_faster": round(median_ratio(timing, ours), 3) if ours else None,
-    }
-
-
-def show(rows: list[dict[str, object]]) -> None:
-    """Prints rows as a table."""
-    table = Table("model", "size", "output", "variant", "ms (p10-p90)", "GFLOP/s", "ours faster", "error")
-    for row in rows:
-        height, width = row["size"]
-        spread = f"{row['median_ms']:.1f} ({row['p10_ms']:.1f}-{row['p90_ms']:.1f})"
-        ratio = "" if row["ours_times_faster"] is None else f"{row['ours_times_faster']:.2f}x"
-        table.add_row(
-            row["model"], f"{height}x{width}", row["output"], row["variant"], spread,
-            f"{row['gflop_per_s']:.0f}", ratio, f"{row['error']:.1e}",
-        )  # fmt: skip
-    Console(width=130).print(table)
+KEYS = list(dict.fromkeys(peer.key for device in FILES for peer in of_device(device)))
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
-@click.option("--model", "names", multiple=True, default=["shelfnet18_lw"])
-@click.option("--size", "sizes", nargs=2, type=int, multiple=True, default=[(512, 512), (512, 1024)])
-@click.option("--rounds", default=15)
-@click.option("--out", type=click.Path(path_type=Path), default=RESULTS / "models_cpu.jsonl")
-@torch.no_grad()
-def main(names: tuple[str, ...], sizes: tuple[tuple[int, int], ...], rounds: int, out: Path) -> None:
-    """Times models on the CPU beside eager and torch.compile; replaces OUT."""
-    rows = []
-    for name in names:
-        for size in sizes:
-            for labels in (False, True):
-                rows += run_case(name, size, labels, rounds)
-                torch.compiler.reset()
-    about = environment() | {"command": command()}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("".join(json.dumps(row | about) + "\n" for row in rows))
-    show(rows)
+@click.option("--device", type=click.Choice(tuple(FILES)), default="cpu")
+@click.option("--model", "models", multiple=True, type=click.Choice(MODELS), help="Default: by device.")
+@click.option("--size", "sizes", nargs=2, type=click.IntRange(32), multiple=True, help="Height and width.")
+@click.option("--batch", "batches", type=click.IntRange(1), multiple=True)
+@click.option("--dtype", "dtypes", type=click.Choice(("float16", "bfloat16", "float32")), multiple=True)
+@click.option("--peers", "keys", type=click.Choice(KEYS), multiple=True, help="Ours and these only.")
+@click.option("--seconds", default=float("inf"), help="After which the rest is skipped.")
+@click.option("--case-seconds", type=float, help="Of timing a case, for each clock.")
+@click.option("--out", type=click.Path(path_type=Path), help="Default: benchmarks/results/models_*.jsonl.")
+@click.option("--resume", is_flag=True, help="Keeps OUT's rows and measures what they lack.")
+@click.option("--breakdown", "layered", is_flag=True, help="Also each layer of ours, to *_layers.jsonl.")
+@click.option("--quick", is_flag=True, help="The most important cases, without what is slow to compile.")
+@click.option("--tune/--no-tune", default=True, help="On a GPU, whether ours times its algorithms first.")
+def main(
+    device: str,
+    models: tuple[str, ...],
+    sizes: tuple[tuple[int, int], ...],
+    batches: tuple[int, ...],
+    dtypes: tuple[str, ...],
+    keys: tuple[str, ...],
+    seconds: float,
+    case_seconds: float | None,
+    out: Path | None,
+    resume: bool,
+    layered: bool,
+    quick: bool,
+    tune: bool,
+) -> None:
+    """Times networks beside their peers, the most important cases first; replaces OUT."""
+    deadline = Deadline(seconds)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise click.ClickException("device is cuda, but there is no GPU that torch can use")
+    cases = Matrix(device, models, sizes, batches, dtypes, quick).cases()
+    facts = about(device)
+    out = out or RESULTS / FILES[device]
+    results = rows.ResultsFile(out, facts, resume)
+    results.rows = [row for row in results.rows if row["variant"] is not None or row["reason"] == LOST]
+    layers = None
+    if layered:
+        layers = rows.ResultsFile(out.with_name(f"{out.stem}_layers.jsonl"), facts, resume)
+    meter = Meter(device, case_seconds or CASE_SECONDS[device])
+    peers = [peer for peer in chosen(of_device(device, tune), keys) if not (quick and peer.key in SLOW)]
+    ceilings = meter.ceilings(tuple(dict.fromkeys(case.torch_dtype for case in cases)))
+    try:
+        measure(Bench(peers, meter, ceilings, deadline, tune), cases, results, layers)
+    except ContextLost:
+        click.echo("a variant broke the CUDA context: --resume goes on without it", err=True)
+        sys.stdout.flush()
+        # At once: what is still to be freed would fail, and perhaps abort.
+        os._exit(CONTEXT_LOST)
 
 
 if __name__ == "__main__":

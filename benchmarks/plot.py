@@ -1,38 +1,116 @@
-"""Draws benchmarks/results/models_cpu.jsonl as bars: `make bench` runs it."""
+"""Draws results of whole networks as bars, an SVG beside each file: `make bench` runs it.
+
+Files of cases (models_*.jsonl) give a panel a case; those of layers (*_layers.jsonl) a bar a layer, with the
+part of it that the machine's ceilings account for.
+"""
 
 from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("svg")
 
 from matplotlib import pyplot as plt
-from table import RESULTS, cases, read
+from table import FILES, RESULTS, Case, Row, cases, is_ours, read
+
+OURS, OTHERS, FLOOR = "#1b6ca8", "#b8c4ce", "#123b5d"
+COLUMNS = 4
+# Cases of a file that are drawn: its first, which are the most important.
+SHOWN = 8
+# The same of files of layers.
+SHOWN_LAYERS = 4
+
+
+def draw_case(axis: Any, case: Case, rows: dict[str, Row]) -> None:
+    """A bar a variant."""
+    medians = [row["median_ms"] for row in rows.values()]
+    spread = [[row["median_ms"] - row["p10_ms"], row["p90_ms"] - row["median_ms"]] for row in rows.values()]
+    colours = [OURS if is_ours(name) else OTHERS for name in rows]
+    labels = ["" if math.isnan(median) else f"{median:.3g}" for median in medians]
+    bars = axis.barh(list(rows), medians, xerr=list(zip(*spread, strict=True)), color=colours, ecolor="#555")
+    axis.bar_label(bars, labels, label_type="center", fontsize=8)
+    model, size, batch, dtype, output = case
+    axis.set_title(f"{model}\n{size}, {output}\n{dtype}, batch {batch}", fontsize=9)
+    axis.set_xlabel("ms (median, p10 to p90)", fontsize=8)
+    axis.tick_params(labelsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def draw_cases(rows: list[Row]) -> Any:
+    """A figure with a panel for each of the first cases."""
+    found = dict(list(cases(rows).items())[:SHOWN])
+    columns = min(COLUMNS, len(found))
+    lines = -(-len(found) // columns)
+    size = (2.9 * columns, 3.2 * lines)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=size, squeeze=False, sharey="row", layout="constrained"
+    )
+    for axis in axes.flat[len(found) :]:
+        axis.set_visible(False)
+    shown = list(dict.fromkeys(variant for by_variant in found.values() for variant in by_variant))
+    # Panels of a row share their variants' places: one that a case lacks has an empty one.
+    empty = {"median_ms": float("nan"), "p10_ms": float("nan"), "p90_ms": float("nan")}
+    for axis, (case, by_variant) in zip(axes.flat, found.items(), strict=False):
+        draw_case(axis, case, {variant: by_variant.get(variant, empty) for variant in shown})
+        axis.set_ylim(len(shown) - 0.5, -0.5)
+    return figure
+
+
+def draw_layers(rows: list[Row]) -> Any:
+    """A figure with a panel for each of the first cases: a bar a layer in their order, its floor in it."""
+    by_case: dict[str, list[Row]] = {}
+    for row in rows:
+        size = "x".join(map(str, row["size"]))
+        by_case.setdefault(f"{row['model']}, {size}, batch {row['batch']}, {row['dtype']}", []).append(row)
+    by_case = dict(list(by_case.items())[:SHOWN_LAYERS])
+    longest = max(len(found) for found in by_case.values())
+    size = (6.5 * len(by_case), 1.5 + 0.16 * longest)
+    figure, axes = plt.subplots(1, len(by_case), figsize=size, squeeze=False, layout="constrained")
+    for axis, (title, found) in zip(axes[0], by_case.items(), strict=True):
+        layers = [row for row in found if row["layer"] is not None]
+        (whole,) = (row for row in found if row["layer"] is None)
+        names = [f"{row['op']} {'x'.join(map(str, row['shape'][1:]))}  {row['algorithm']}" for row in layers]
+        places = range(len(layers))
+        axis.barh(places, [row["median_us"] for row in layers], color=OURS, label="measured")
+        axis.barh(places, [row["floor_us"] for row in layers], color=FLOOR, height=0.4, label="floor")
+        axis.set_yticks(places, names, fontsize=6)
+        axis.set_ylim(len(layers) - 0.5, -0.5)
+        total = f"layers {whole['layers_us']:.0f} us, whole {whole['median_us']:.0f} us"
+        axis.set_title(f"{title}\n{total}", fontsize=9)
+        axis.set_xlabel("us", fontsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][-1].legend(fontsize=8)
+    return figure
+
+
+def draw(path: Path) -> None:
+    """Writes the figure of a file beside it; none of a file without times."""
+    if path.stem.endswith("_layers"):
+        rows = [json.loads(line) for line in path.read_text().splitlines() if line]
+        make = draw_layers
+    else:
+        rows, make = read(path), draw_cases
+    if not rows:
+        print(f"{path} holds no times", file=sys.stderr)
+        return
+    # With fixed ids and without a date, so that equal results give equal files.
+    plt.rcParams["svg.hashsalt"] = "shelfkern"
+    make(rows).savefig(path.with_suffix(".svg"), metadata={"Date": None})
 
 
 def main() -> None:
-    """Writes models_cpu.svg beside the results."""
-    found = cases(read(RESULTS))
-    figure, axes = plt.subplots(
-        1, len(found), figsize=(2.6 * len(found), 3), sharey=True, layout="constrained"
-    )
-    for axis, (case, rows) in zip(axes, found.items(), strict=True):
-        medians = [row["median_ms"] for row in rows.values()]
-        spread = [
-            [row["median_ms"] - row["p10_ms"], row["p90_ms"] - row["median_ms"]] for row in rows.values()
-        ]
-        colours = ["#1b6ca8" if name == "shelfkern" else "#b8c4ce" for name in rows]
-        bars = axis.barh(
-            list(rows), medians, xerr=list(zip(*spread, strict=True)), color=colours, ecolor="#555"
-        )
-        axis.bar_label(bars, fmt="%.0f", label_type="center")
-        axis.set_title("\n".join(case), fontsize=9)
-        axis.set_xlabel("ms (median, p10 to p90)", fontsize=8)
-        axis.invert_yaxis()
-        axis.spines[["top", "right"]].set_visible(False)
-    # Without a date and with fixed ids, so that equal results give equal files.
-    plt.rcParams["svg.hashsalt"] = "shelfkern"
-    figure.savefig(RESULTS.with_suffix(".svg"), metadata={"Date": None})
+    """Draws the files that are named, by default those of benchmarks/results that are there."""
+    names = [*FILES, *(f"{Path(name).stem}_layers.jsonl" for name in FILES)]
+    paths = [Path(name) for name in sys.argv[1:]] or [RESULTS / name for name in names]
+    for path in paths:
+        if path.exists() or sys.argv[1:]:
+            draw(path)
 
 
 if __name__ == "__main__":

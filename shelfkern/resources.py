@@ -29,24 +29,33 @@ from .ops import _conv_triton as conv
 from .ops import _triton
 from .ops.conv_bn_act import conv_bn_act_triton
 from .ops.deconv_add import deconv_add_triton
+from .ops.quantize import quantize_triton
 from .ops.shared_block import shared_block_triton
 from .ops.upsample_add import upsample_add_triton
 from .ops.upsample_bilinear import upsample_bilinear_triton
 
-ARCHS = (80, 90)  # of A100, and of H100 and H200
-# Of a multiprocessor of both: 32-bit registers, threads and blocks at most (CUDA C++ programming guide,
-# technical specifications by compute capability).
-REGISTERS, THREADS, BLOCKS = 65536, 2048, 32
+# Of A100; of L4 and RTX 4090, the first that multiply float8; and of H100 and H200.
+ARCHS = (80, 89, 90)
+# Those that every kernel is for, and the CUDA C++ ones are compiled for.
+MAIN_ARCHS = (80, 90)
+# Of a multiprocessor: 32-bit registers, threads and blocks at most (CUDA C++ programming guide, technical
+# specifications by compute capability).
+REGISTERS = 65536
+THREADS = {80: 2048, 89: 1536, 90: 2048}
+BLOCKS = {80: 32, 89: 24, 90: 32}
 # Bytes of its shared memory, and of each block that CUDA takes for itself.
-SHARED = {80: 164 * 1024, 90: 228 * 1024}
+SHARED = {80: 164 * 1024, 89: 100 * 1024, 90: 228 * 1024}
 RESERVED_SHARED = 1024
 # Registers are given to warps, shared memory to blocks, in multiples of these.
 REGISTER_UNIT, SHARED_UNIT = 256, 128
 
 _NO_TOOL = "there is no cuobjdump, which comes with Triton and with CUDA"
-_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_FLOATING = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_TYPES = {**_FLOATING, torch.int8: "i8", torch.float8_e4m3fn: "fp8e4nv", torch.int32: "i32"}
 # Of convolutions: dtypes, and how float32 is multiplied.
-_PRECISIONS = [*((dtype, "tf32") for dtype in _TYPES), (torch.float32, "ieee")]
+_PRECISIONS = [*((dtype, "tf32") for dtype in _FLOATING), (torch.float32, "ieee")]
+# Codes, and for which of ARCHS their kernels are.
+_CODES = {torch.int8: (80, 89, 90), torch.float8_e4m3fn: (89, 90)}
 # Of a case's tensors, so that few sizes are multiples of 16, of which the compiler would make use.
 _HEIGHT, _WIDTH = 30, 34
 
@@ -59,11 +68,13 @@ class Case:
         op: its name.
         variant: what tells it from the op's other cases, to read.
         launch: the call, on tensors without memory.
+        archs: for which it is compiled.
     """
 
     op: str
     variant: str
     launch: Callable[[], None]
+    archs: tuple[int, ...] = MAIN_ARCHS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,11 +91,11 @@ class Row:
     """What a compiled kernel takes.
 
     Attributes:
-        op, kernel, variant: which; arch: 80 or 90, for which it was compiled.
+        op, kernel, variant: which; arch: one of `ARCHS`, for which it was compiled.
         registers: of a thread. local: bytes of a thread's stack, spills among them.
         shared: bytes of a block, None where they are asked for at launch.
         blocks: that fit on a multiprocessor, None where that depends on the launch.
-        tensor_cores: "wgmma", "mma" or "".
+        tensor_cores: "wgmma", "mma" or ""; and what they multiply, where it is codes: "s8" or "e4m3".
     """
 
     op: str
@@ -132,20 +143,22 @@ def _tool() -> str | None:
 
 def cases() -> list[Case]:
     """Every Triton kernel at every configuration that can be chosen."""
-    return [*_convolutions(), *_blocks(), *_deconvolutions(), *_resamplings()]
+    return [*_convolutions(), *_codes(), *_blocks(), *_deconvolutions(), *_resamplings(), *_quantizations()]
+
+
+# Kernel size, stride, padding, input and output channels.
+_LAYERS = {
+    "3x3": (3, 1, 1, 256, 256),
+    "1x1 to 150 channels": (1, 1, 0, 256, 150),
+    "3x3 of 40 channels": (3, 1, 1, 40, 256),
+    "3x3 stride 2": (3, 2, 1, 256, 256),
+    "1x1": (1, 1, 0, 256, 256),
+    "7x7 stride 2 of 3 channels": (7, 2, 3, 3, 64),
+}
 
 
 def _convolutions() -> Iterator[Case]:
-    # Kernel size, stride, padding, input and output channels.
-    layers = {
-        "3x3": (3, 1, 1, 256, 256),
-        "1x1 to 150 channels": (1, 1, 0, 256, 150),
-        "3x3 of 40 channels": (3, 1, 1, 40, 256),
-        "3x3 stride 2": (3, 2, 1, 256, 256),
-        "1x1": (1, 1, 0, 256, 256),
-        "7x7 stride 2 of 3 channels": (7, 2, 3, 3, 64),
-    }
-    for layer, (size, stride, padding, c, k) in layers.items():
+    for layer, (size, stride, padding, c, k) in _LAYERS.items():
         for dtype, precision in _PRECISIONS:
             # Channels that are no multiple of 16 take more registers, the last three layers differ in counts
             # and constants only, and bfloat16 compiles as float16 does: so not every product of them.
@@ -165,12 +178,40 @@ def _launch_conv(
     dtype: torch.dtype,
     config: conv.Config,
     precision: str,
+    codes: torch.dtype | None = None,
 ) -> None:
-    x, out = _images(dtype, c, stride), _images(dtype, k)
+    x, out = _images(dtype, c, stride), _images(dtype if dtype in _FLOATING else torch.float16, k)
     weight, norm = _meta((k, size * size, c), dtype), _meta((k,))
     after = (norm, norm, out, out, out)
-    kernel = (size, size)
-    conv_bn_act_triton(x, weight, *after, kernel, stride, padding, 0.1, config, precision, overlap=True)
+    coded = None if codes is None else _images(codes, k)
+    conv_bn_act_triton(
+        x, weight, *after, (size, size), stride, padding, 0.1, config, precision, True, None, coded, 0.1
+    )
+
+
+def _codes() -> Iterator[Case]:
+    # Of all that a layer may do the most: both results, residual and skip.
+    for layer in ("3x3", "1x1 to 150 channels", "3x3 of 40 channels"):
+        for codes, archs in _CODES.items():
+            yield from _coded(layer, codes, codes, archs)
+    # The layer ahead of those that read codes, where its own arithmetic takes most.
+    yield from _coded("3x3", torch.float16, torch.int8, (80,))
+    yield from _coded("3x3", torch.float16, torch.float8_e4m3fn, (90,))
+
+
+def _coded(layer: str, dtype: torch.dtype, codes: torch.dtype, archs: tuple[int, ...]) -> Iterator[Case]:
+    size, stride, padding, c, k = _LAYERS[layer]
+    made = "" if dtype is codes else f" to {_name(codes)}"
+    for config in _configurations(_images(dtype, c), k, size * size, "tf32"):
+        arguments = (size, stride, padding, c, k, dtype, config, "tf32", codes)
+        launch = functools.partial(_launch_conv, *arguments)
+        variant = f"{layer}{made}, {_words(dtype, 'tf32', config)}"
+        yield Case("conv_bn_act", variant, launch, _that_hold(config, archs))
+
+
+def _that_hold(config: conv.Config, archs: tuple[int, ...]) -> tuple[int, ...]:
+    """Those whose blocks may have the configuration's shared memory."""
+    return tuple(arch for arch in archs if config.shared_bytes <= SHARED[arch] - RESERVED_SHARED)
 
 
 def _blocks() -> Iterator[Case]:
@@ -179,12 +220,17 @@ def _blocks() -> Iterator[Case]:
         for config in _configurations(_images(dtype, 128), 128, 9, precision, thorough=False):
             launch = functools.partial(_launch_block, dtype, config, precision)
             yield Case("shared_block", _words(dtype, precision, config), launch)
+    for dtype, archs in _CODES.items():
+        for config in _configurations(_images(dtype, 128), 128, 9, "tf32", thorough=False):
+            launch = functools.partial(_launch_block, dtype, config, "tf32")
+            yield Case("shared_block", _words(dtype, "tf32", config), launch, _that_hold(config, archs))
 
 
 def _launch_block(dtype: torch.dtype, config: conv.Config, precision: str) -> None:
     x, weight, norm = _images(dtype, 128), _meta((128, 9, 128), dtype), _meta((128,))
-    norms, options = (norm, norm, norm, norm), (config, precision, True)
-    shared_block_triton(x, weight, *norms, x, x, 0.0, True, *options)
+    out, codes = (x, None) if dtype in _FLOATING else (_images(torch.float16, 128), x)
+    norms = (norm, norm, norm, norm)
+    shared_block_triton(x, weight, *norms, x, out, 0.0, True, config, precision, True, None, out, codes)
 
 
 def _deconvolutions() -> Iterator[Case]:
@@ -221,7 +267,7 @@ def _words(dtype: torch.dtype, precision: str, config: conv.Config) -> str:
 
 
 def _resamplings() -> Iterator[Case]:
-    for dtype in _TYPES:
+    for dtype in _FLOATING:
         for words, channels in (("", 128), (", 21 channels", 21)):
             for gated in (False, True):
                 variant = f"{_name(dtype)}{words}{', gated' if gated else ''}"
@@ -241,6 +287,18 @@ def _launch_bilinear(dtype: torch.dtype, channels: int, align: bool) -> None:
     size = (8 * _HEIGHT + 1, 8 * _WIDTH + 1)
     out = _meta((2, channels, *size), dtype)
     upsample_bilinear_triton(_images(dtype, channels), size, out, align, overlap=True)
+
+
+def _quantizations() -> Iterator[Case]:
+    for dtype in _FLOATING:
+        for codes, archs in _CODES.items():
+            for words, channels in (("", 128), (", 21 channels", 21)):
+                launch = functools.partial(_launch_quantize, dtype, channels, codes)
+                yield Case("quantize", f"{_name(dtype)} to {_name(codes)}{words}", launch, archs)
+
+
+def _launch_quantize(dtype: torch.dtype, channels: int, codes: torch.dtype) -> None:
+    quantize_triton(_images(dtype, channels), 0.1, _images(codes, channels), overlap=True)
 
 
 def _images(dtype: torch.dtype, channels: int, scale: int = 1) -> Tensor:
@@ -265,7 +323,9 @@ def triton_rows(archs: Sequence[int] = ARCHS, op: str | None = None) -> list[Row
     because = reason()
     if because is not None:
         raise RuntimeError(f"Triton's kernels cannot be compiled here: {because}")
-    jobs = [(case, arch) for arch in archs for case in cases() if op in (None, case.op)]
+    jobs = [
+        (case, arch) for arch in archs for case in cases() if op in (None, case.op) and arch in case.archs
+    ]
     if not jobs:
         return []
     spawn = multiprocessing.get_context("spawn")
@@ -278,7 +338,7 @@ def triton_rows(archs: Sequence[int] = ARCHS, op: str | None = None) -> list[Row
 
 def compile_case(case: Case, arch: int) -> list[Row]:
     """Compiles the kernels that a case launches on GPUs of one architecture."""
-    return [_compiled(case, launch, arch) for launch in launches(case, arch)]
+    return [_row(case, launch, arch) for launch in launches(case, arch)]
 
 
 def launches(case: Case, arch: int) -> list[Launch]:
@@ -298,7 +358,8 @@ def launches(case: Case, arch: int) -> list[Launch]:
     return found
 
 
-def _compiled(case: Case, launch: Launch, arch: int) -> Row:
+def compiled(launch: Launch, arch: int) -> Any:
+    """Triton's compiled kernel of a launch: its `asm` has "ptx" and "cubin"."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -313,17 +374,28 @@ def _compiled(case: Case, launch: Launch, arch: int) -> Row:
         if by_16:
             divisible[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constants, divisible)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
+
+
+def _row(case: Case, launch: Launch, arch: int) -> Row:
+    built = compiled(launch, arch)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
+        cubin.write(built.asm["cubin"])
         cubin.flush()
         ((_, registers, local, static),) = _usage(cubin.name)
-    shared = max(static, compiled.metadata.shared)
-    ptx = compiled.asm["ptx"]
-    cores = "wgmma" if "wgmma.mma_async" in ptx else "mma" if "mma.sync" in ptx else ""
-    blocks = occupancy(arch, registers, 32 * compiled.metadata.num_warps, shared)
-    name = launch.kernel.__name__
+    shared = max(static, built.metadata.shared)
+    blocks = occupancy(arch, registers, 32 * built.metadata.num_warps, shared)
+    name, cores = launch.kernel.__name__, _cores(built.asm["ptx"])
     return Row(case.op, name, case.variant, arch, registers, local, shared, blocks, cores)
+
+
+def _cores(ptx: str) -> str:
+    """The tensor core instructions of a kernel, as `Row.tensor_cores`."""
+    match = re.search(r"(?:(wgmma)\.mma_async|(mma))\.sync\S*", ptx)
+    if match is None:
+        return ""
+    codes = next((codes for codes in ("s8", "e4m3") if codes in match.group().split(".")), "")
+    return f"{match.group(1) or match.group(2)} {codes}".rstrip()
 
 
 def _specialised(value: Tensor | float | None) -> tuple[str, bool]:
@@ -341,7 +413,7 @@ def occupancy(arch: int, registers: int, threads: int, shared: int) -> int:
     """Blocks of `threads` threads and `shared` bytes that fit on a multiprocessor."""
     by_registers = REGISTERS // (_rounded(registers * 32, REGISTER_UNIT) * (threads // 32))
     by_shared = SHARED[arch] // _rounded(shared + RESERVED_SHARED, SHARED_UNIT)
-    return min(by_registers, THREADS // threads, by_shared, BLOCKS)
+    return min(by_registers, THREADS[arch] // threads, by_shared, BLOCKS[arch])
 
 
 def _rounded(count: int, unit: int) -> int:
@@ -370,7 +442,7 @@ def cuda_rows(archs: Sequence[int] = ARCHS, op: str | None = None) -> list[Row]:
     if cuda_reason() is not None:
         return []
     rows = []
-    for arch in archs:
+    for arch in (arch for arch in archs if arch in MAIN_ARCHS):
         with tempfile.TemporaryDirectory() as folder:
             _dump("-xelf", f"sm_{arch}", native.module.__file__, folder=folder)
             for cubin in sorted(Path(folder).glob("*.cubin")):

@@ -215,6 +215,8 @@ from shelfkern.ops import selftest
 
 assert native.module is None and "shelfkern._native does not load" in native.why_not, native.why_not
 for op, (public, reference, tensors, arguments) in selftest._cases().items():
+    if "native" not in ops.KERNELS[op]:
+        continue
     narrow = [t.float() if t.is_floating_point() else t for t in tensors]
     assert torch.equal(public(*narrow, **arguments), reference(*narrow, **arguments)), op
     try:

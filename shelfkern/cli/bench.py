@@ -14,12 +14,13 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import nn as models
+from ..engine import FastShelfNet, accelerate
 from ..nn import ShelfNet
 from ..timing import Timing, environment, median_ratio, time_interleaved
-from .options import BACKENDS, DTYPES, MODELS, Predictor, Size, make_fast, open_model
+from .options import BACKENDS, DTYPES, MODELS, Size, open_model
 
-# Largest `error_of` a result that is timed.
-MAX_ERROR = {"float32": 1e-3, "bfloat16": 0.3}
+# Largest `error_of` a result that is timed. On a GPU float32 is TF32, as precise as float16.
+MAX_ERROR = {"float32": 1e-3, "tf32": 0.1, "float16": 0.1, "bfloat16": 0.3}
 
 
 def error_of(result: torch.Tensor, truth: torch.Tensor) -> float:
@@ -31,21 +32,82 @@ def error_of(result: torch.Tensor, truth: torch.Tensor) -> float:
     return (error.max() / truth.std()).item()
 
 
+def make_fast(
+    model: ShelfNet, dtype: str, device: str, backend: str, tune: bool, graphs: bool
+) -> FastShelfNet:
+    """The accelerated model.
+
+    Raises:
+        click.ClickException: it cannot run so; one sentence.
+    """
+    try:
+        return accelerate(model, DTYPES[dtype], device, backend, tune=tune, graphs=graphs)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise click.ClickException(str(error)) from error
+
+
 def variants(
-    model: ShelfNet, fast: Predictor, size: tuple[int, int], compiled: bool
+    model: ShelfNet, fast: FastShelfNet, x: torch.Tensor, compiled: bool
 ) -> dict[str, Callable[[], torch.Tensor]]:
-    """What is timed: scores by eager channels_last, perhaps torch.compile, and ours; ours also labels."""
-    x = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
+    """What is timed: scores by eager channels_last, perhaps torch.compile, and ours; ours also labels.
+
+    Args:
+        model: on the device and of the dtype of x.
+        x: normalised images.
+    """
     x_last = x.contiguous(memory_format=torch.channels_last)
     eager = copy.deepcopy(model)
     eager.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
     runs: dict[str, Callable[[], torch.Tensor]] = {"eager": lambda: eager(x_last)}
     if compiled:
-        frozen = torch.compile(eager, options={"freezing": True})
+        # On a GPU with CUDA graphs, as its mode "reduce-overhead" has them.
+        graphs = {"triton.cudagraphs": True} if x.is_cuda else {}
+        frozen = torch.compile(eager, options={"freezing": True, **graphs})
         runs["torch.compile"] = lambda: frozen(x_last)
     runs["accelerated"] = lambda: fast(x)
     runs["accelerated, labels"] = lambda: fast.predict(x)
     return runs
+
+
+def measure(
+    exact: ShelfNet, fast: FastShelfNet, size: tuple[int, int], compiled: bool, rounds: int
+) -> tuple[dict[str, Timing], dict[str, float]]:
+    """Times and errors of all variants at one size.
+
+    Args:
+        exact: the model in float32 on the device.
+
+    Raises:
+        click.ClickException: a result is wrong.
+    """
+    on_gpu = fast.device.type == "cuda"
+    x = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(fast.device)
+    plain = exact
+    # On a CPU eager runs in float32, in which it is fastest.
+    if on_gpu:
+        x, plain = x.to(fast.dtype), copy.deepcopy(exact).to(fast.dtype)
+    runs = variants(plain, fast, x, compiled)
+    if on_gpu:
+        runs = {name: _waited(run) for name, run in runs.items()}
+    truth = exact(x.float())
+    errors = {name: error_of(run(), truth) for name, run in runs.items()}
+    kind = str(fast.dtype).removeprefix("torch.")
+    limit = MAX_ERROR["tf32" if on_gpu and kind == "float32" else kind]
+    wrong = {name: error for name, error in errors.items() if not error <= limit}
+    if wrong:
+        raise click.ClickException(f"wrong results, not timed: {wrong}")
+    return time_interleaved(runs, rounds), errors
+
+
+def _waited(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """The same, until the GPU has done it."""
+
+    def call() -> torch.Tensor:
+        result = run()
+        torch.cuda.synchronize(result.device)
+        return result
+
+    return call
 
 
 def report(timings: dict[str, Timing], errors: dict[str, float], size: tuple[int, int]) -> Table:
@@ -54,11 +116,13 @@ def report(timings: dict[str, Timing], errors: dict[str, float], size: tuple[int
         "", "median ms", "p10-p90 ms", "images/s", "times eager", "error", title="x".join(map(str, size))
     )
     for name, timing in timings.items():
-        spread = f"{timing.quantile(0.1) * 1e3:.1f}-{timing.quantile(0.9) * 1e3:.1f}"
+        # Of a GPU's fractions of a millisecond two more.
+        digits = 1 if timing.median > 0.01 else 3
+        spread = f"{timing.quantile(0.1) * 1e3:.{digits}f}-{timing.quantile(0.9) * 1e3:.{digits}f}"
         ratio = f"{median_ratio(timings['eager'], timing):.2f}"
         table.add_row(
             name,
-            f"{timing.median * 1e3:.1f}",
+            f"{timing.median * 1e3:.{digits}f}",
             spread,
             f"{1 / timing.median:.1f}",
             ratio,
@@ -88,8 +152,10 @@ def rows(timings: dict[str, Timing], errors: dict[str, float], about: dict[str, 
 @click.option("--weights", default="camvid", show_default=True, help="Used where no --model is given.")
 @click.option("--size", "sizes", type=Size(), multiple=True, default=["512x512"], show_default=True)
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True)
-@click.option("--device", default="cpu", show_default=True)
+@click.option("--device", default="cpu", show_default=True, help="cpu, or a GPU: cuda, cuda:1.")
 @click.option("--backend", type=click.Choice(BACKENDS[:-1]), default="auto", show_default=True)
+@click.option("--tune", is_flag=True, help="On a GPU, times our algorithms first; kept for later runs.")
+@click.option("--graphs/--no-graphs", default=True, help="On a GPU, whether ours records CUDA graphs.")
 @click.option("--compile", "compiled", is_flag=True, help="Also torch.compile with frozen weights.")
 @click.option("--rounds", default=15, show_default=True, type=click.IntRange(min=1))
 @click.option(
@@ -103,6 +169,8 @@ def bench(
     dtype: str,
     device: str,
     backend: str,
+    tune: bool,
+    graphs: bool,
     compiled: bool,
     rounds: int,
     json_path: Path | None,
@@ -111,19 +179,20 @@ def bench(
     if json_path and not json_path.parent.is_dir():
         raise click.ClickException(f"json {json_path} cannot be written: {json_path.parent} is not a folder")
     network = getattr(models, model)().eval() if model else open_model(weights, None)
-    fast = make_fast(network, dtype, device, backend)
+    fast = make_fast(network, dtype, device, backend, tune, graphs)
+    exact = copy.deepcopy(network).to(fast.device)
     for size in sizes:
         height, width = size if len(size) == 2 else (size[0], size[0])
-        runs = variants(network, fast, (height, width), compiled)
-        truth = runs["eager"]()
-        errors = {name: error_of(run(), truth) for name, run in runs.items()}
-        wrong = {name: error for name, error in errors.items() if not error <= MAX_ERROR[dtype]}
-        if wrong:
-            raise click.ClickException(f"wrong results, not timed: {wrong}")
-        timings = time_interleaved(runs, rounds)
+        timings, errors = measure(exact, fast, (height, width), compiled, rounds)
         Console().print(report(timings, errors, (height, width)))
         if json_path:
             case = {"model": model or weights, "size": [height, width], "dtype": dtype}
-            about = case | environment() | {"command": " ".join(["shelfkern", *sys.argv[1:]])}
+            about = (
+                case | environment() | _gpu(fast.device) | {"command": " ".join(["shelfkern", *sys.argv[1:]])}
+            )
             with json_path.open("a") as file:
                 file.writelines(line + "\n" for line in rows(timings, errors, about))
+
+
+def _gpu(device: torch.device) -> dict[str, object]:
+    return {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import click
+import numpy as np
 import torch
 from torch import nn
 
@@ -16,7 +18,7 @@ from ..engine import accelerate
 from ..nn import ShelfNet, from_weights, shipped_weights
 
 MODELS = ("shelfnet18_lw", "shelfnet34_lw", "shelfnet50", "shelfnet101")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BACKENDS = ("auto", "native", "library", "eager")
 
 
@@ -26,6 +28,8 @@ class Predictor(Protocol):
     def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
 
     def predict(self, images: torch.Tensor) -> torch.Tensor: ...
+
+    def predict_frames(self, frames: Iterable[np.ndarray]) -> Iterator[torch.Tensor]: ...
 
 
 class Size(click.ParamType):
@@ -101,3 +105,7 @@ class Eager(nn.Module):
         if images.dtype is torch.uint8:
             images = torch.from_numpy(self.model.normalisation(images.numpy())).permute(0, 3, 1, 2)
         return self(images).argmax(1).to(torch.uint8)
+
+    def predict_frames(self, frames: Iterable[np.ndarray]) -> Iterator[torch.Tensor]:
+        """Labels (H, W) uint8 of each raw frame (H, W, 3)."""
+        return (self.predict(torch.from_numpy(frame)[None])[0] for frame in frames)

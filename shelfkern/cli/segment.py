@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,12 @@ SKIPPED = (
 class Segmenter:
     """A network, and how its labels are named and painted."""
 
-    def __init__(self, model: ShelfNet, fast: Predictor, size: tuple[int, ...] | None) -> None:
+    def __init__(
+        self, model: ShelfNet, fast: Predictor, size: tuple[int, ...] | None, device: str = "cpu"
+    ) -> None:
         self.fast = fast
         self.size = size
+        self.device = device
         self.normalisation = model.normalisation
         count = model.config.num_classes
         self.classes = list(model.classes or (f"class {index}" for index in range(count)))
@@ -56,20 +60,30 @@ class Segmenter:
         scale = max(longer / max(width, height), SMALLEST / min(width, height))
         return max(SMALLEST, round(width * scale)), max(SMALLEST, round(height * scale))
 
-    def labels(self, image: Image.Image) -> np.ndarray:
-        """Labels (H, W) uint8 at the image's own size."""
-        size = self.network_size(image)
-        resized = image if size == image.size else image.resize(size, Image.Resampling.BILINEAR)
-        labels = self.fast.predict(torch.from_numpy(np.array(resized))[None])[0].numpy()
-        if size == image.size:
-            return labels
-        return np.asarray(Image.fromarray(labels).resize(image.size, Image.Resampling.NEAREST))
+    def labels(self, images: Iterable[Image.Image]) -> Iterator[tuple[Image.Image, np.ndarray]]:
+        """Every image with its labels (H, W) uint8, at the image's own size."""
+        waiting: collections.deque[Image.Image] = collections.deque()
+
+        def frames() -> Iterator[np.ndarray]:
+            for image in images:
+                waiting.append(image)
+                yield np.array(self._resized(image))
+
+        for found in self.fast.predict_frames(frames()):
+            image, labels = waiting.popleft(), found.numpy()
+            if labels.shape[::-1] != image.size:
+                labels = np.asarray(Image.fromarray(labels).resize(image.size, Image.Resampling.NEAREST))
+            yield image, labels
 
     def scores(self, image: Image.Image) -> np.ndarray:
         """Scores (classes, h, w) float32 at the size that the network sees."""
-        resized = image.resize(self.network_size(image), Image.Resampling.BILINEAR)
-        x = torch.from_numpy(self.normalisation(np.asarray(resized))).permute(2, 0, 1)[None]
-        return self.fast(x)[0].float().numpy()
+        pixels = self.normalisation(np.asarray(self._resized(image)))
+        x = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+        return self.fast(x.to(self.device))[0].float().cpu().numpy()
+
+    def _resized(self, image: Image.Image) -> Image.Image:
+        size = self.network_size(image)
+        return image if size == image.size else image.resize(size, Image.Resampling.BILINEAR)
 
     def overlay(self, image: Image.Image, labels: np.ndarray) -> Image.Image:
         """The painted picture with its legend."""
@@ -96,8 +110,7 @@ class Names:
 
 def segment_image(segmenter: Segmenter, path: Path, base: Path, save_scores: bool) -> int:
     """Writes one picture's overlay, labels and perhaps scores; gives the number of pictures, 1."""
-    image = inputs.read_image(path)
-    labels = segmenter.labels(image)
+    ((image, labels),) = segmenter.labels([inputs.read_image(path)])
     _save_png(segmenter.overlay(image, labels), base.with_name(f"{base.name}_overlay.png"))
     _save_png(visualise.label_image(labels, segmenter.palette), base.with_name(f"{base.name}_labels.png"))
     if save_scores:
@@ -137,9 +150,9 @@ def frame_rate(rate: Fraction | None) -> Fraction:
 def _encode(segmenter: Segmenter, source: Any, target: Any, av: Any) -> int:
     rate = frame_rate(source.streams.video[0].average_rate)
     stream, count = None, 0
-    for frame in source.decode(video=0):
-        image = frame.to_image().rotate(getattr(frame, "rotation", 0), expand=True)
-        labels = segmenter.labels(image)
+    frames = source.decode(video=0)
+    images = (frame.to_image().rotate(getattr(frame, "rotation", 0), expand=True) for frame in frames)
+    for image, labels in segmenter.labels(images):
         painted = visualise.blend(image, labels, segmenter.palette, 0.55)
         # Chroma subsampling needs even sides.
         painted = painted.crop((0, 0, painted.width // 2 * 2, painted.height // 2 * 2))
@@ -186,7 +199,7 @@ def _tracked(jobs: list[tuple[Path, Path]], done: list[int]) -> Iterator[tuple[P
 @click.option(
     "--size", type=Size(), help="HEIGHTxWIDTH or longer side that the network sees; own by default."
 )
-@click.option("--device", default="cpu", show_default=True)
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:1.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True)
 @click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True)
 @click.option("--save-scores", is_flag=True, help="Also writes class scores as .npy (classes, h, w).")
@@ -212,7 +225,7 @@ def segment(
         raise click.ClickException(
             f"weights has {network.config.num_classes} classes, label images may have 1 to 256"
         )
-    segmenter = Segmenter(network, make_fast(network, dtype, device, backend), size)
+    segmenter = Segmenter(network, make_fast(network, dtype, device, backend), size, device)
     jobs = list(inputs.expand(paths))
     try:
         output.mkdir(parents=True, exist_ok=True)

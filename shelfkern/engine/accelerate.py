@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..nn.shelfnet import ShelfNet
+from ..nn.shelfnet import ShelfNet, check_image_size
 from .fingerprint import Fingerprint
-from .image import image_size, padded
+from .frames import Frame, FrameStream, batches
+from .gpu.device import runtime_of
+from .gpu.forward import BoundStep, Forward
+from .gpu.program import GpuProgram, Options
+from .gpu.timing import tuner_of
+from .image import image_size
 from .lower import lower
 from .plan import Plan
 from .program import Program
 
-BACKENDS = ("auto", "native", "library")
-DTYPES = (torch.float32, torch.bfloat16)
+# On a CPU "emulated" runs the GPU's kernels there, thread by thread: for those who work on them.
+BACKENDS = ("auto", "native", "library", "emulated")
+CPU_DTYPES = (torch.float32, torch.bfloat16)
+GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OUTPUTS = ("scores", "labels")
+MIN_CAPABILITY = (8, 0)
+_UNKNOWN_DEVICE = "device is {!r}, it may be 'cpu' or a CUDA device such as 'cuda'"
 
 log = logging.getLogger(__name__)
 
@@ -27,74 +38,149 @@ def accelerate(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
     backend: str = "auto",
+    *,
+    tune: bool | float = False,
+    graphs: bool = True,
 ) -> FastShelfNet:
     """An inference module with a ShelfNet's outputs, several times faster.
 
-    The model may be in any mode and of any floating dtype; it is left untouched. When its weights
-    change afterwards, the next call takes them up.
+    The model may be in any mode, of any floating dtype and on any device; it is left untouched. When its
+    weights change afterwards, the next call takes them up.
 
     Args:
         model: a `shelfkern.nn.ShelfNet`.
-        dtype: of the activations and of the scores: float32, or bfloat16, which halves the memory;
-            sums are in float32.
-        device: where it runs; the CPU, the default, is what there is.
-        backend: "native" is shelfkern's kernels, "library" PyTorch's with folded batch norms, "auto"
-            the native ones where they can run.
+        dtype: of the activations and of the scores; sums are in float32. On a CPU float32, or bfloat16,
+            which halves the memory; on a GPU float16 too, and float32 is TF32 where torch's own
+            convolutions would be.
+        device: where it runs: the CPU or a CUDA device; by default where the model is.
+        backend: "native" is shelfkern's kernels, "library" PyTorch's, cuDNN's and cuBLASLt's with folded
+            batch norms, "auto" the faster for each layer. "emulated" runs the GPU's kernels on the CPU,
+            thousands of times slower, for tests of them.
+        tune: on a GPU, times the best few algorithms for each layer the first time that a size comes, and
+            keeps the results on disk (`shelfkern.engine.tuning`), for a minute in all, or so many seconds
+            as it is; otherwise results of earlier runs and a cost model decide.
+        graphs: on a GPU, records forward passes as CUDA graphs.
 
     Raises:
         TypeError: model is not a ShelfNet of known blocks, or has hooks.
         ValueError: dtype, device or backend is none of the above.
-        RuntimeError: backend="native" and the native kernels cannot run; the message says why.
+        RuntimeError: the device cannot run it, or backend="native" and the native kernels cannot run; the
+            message says why.
     """
     if not isinstance(model, ShelfNet):
         raise TypeError(f"model is a {type(model).__qualname__}, it must be a shelfkern.nn.ShelfNet")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype}, on a CPU it may be {' or '.join(map(str, DTYPES))}")
-    if device is not None and str(device).partition(":")[0] != "cpu":
-        raise ValueError(f"device is {str(device)!r}, it may be 'cpu'")
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}, it may be one of {', '.join(BACKENDS)}")
-    return FastShelfNet(model, dtype, backend)
+    where = _device(model, device)
+    if backend == "emulated" and where.type != "cpu":
+        raise ValueError(f"backend is 'emulated' and device {str(where)!r}, it must be 'cpu'")
+    on_gpu = where.type == "cuda" or backend == "emulated"
+    dtypes = GPU_DTYPES if on_gpu else CPU_DTYPES
+    if dtype not in dtypes:
+        place = "with GPU kernels" if on_gpu else "on a CPU"
+        raise ValueError(f"dtype is {dtype}, {place} it may be {', '.join(map(str, dtypes))}")
+    if tune < 0:
+        raise ValueError(f"tune is {tune}, it may be True, False or seconds from 0")
+    return FastShelfNet(model, dtype, where, backend, tune, graphs)
+
+
+def _device(model: ShelfNet, device: torch.device | str | None) -> torch.device:
+    """The device asked for, with its index; otherwise the model's."""
+    if device is None:
+        found = next((p.device for p in model.parameters()), torch.device("cpu"))
+        # A model without values runs nowhere: what is wrong with it shows when it is lowered.
+        found = found if found.type != "meta" else torch.device("cpu")
+    else:
+        try:
+            found = torch.device(device)
+        except RuntimeError:
+            raise ValueError(_UNKNOWN_DEVICE.format(str(device))) from None
+    if found.type not in ("cpu", "cuda"):
+        raise ValueError(_UNKNOWN_DEVICE.format(str(found)))
+    if found.type == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise RuntimeError(f"device is {str(found)!r}, and there is no GPU that torch can use")
+    found = torch.device("cuda", torch.cuda.current_device() if found.index is None else found.index)
+    capability = torch.cuda.get_device_capability(found)
+    if capability < MIN_CAPABILITY:
+        raise RuntimeError(
+            f"device is {str(found)!r} of compute capability {capability[0]}.{capability[1]}, it needs 8.0"
+        )
+    return found
 
 
 class FastShelfNet(nn.Module):
     """What `accelerate` gives: a ShelfNet for inference.
 
-    Calls may come from several threads at once and with changing sizes. It holds the source model,
-    folded copies of its weights, and a few idle arenas; none of these are in its state dict.
+    Calls may come from several threads at once, in several CUDA streams, and with changing sizes. It
+    holds the source model, folded copies of its weights, and a few idle arenas with their graphs; none of
+    these are in its state dict.
     """
 
-    def __init__(self, source: ShelfNet, dtype: torch.dtype, backend: str) -> None:
+    def __init__(
+        self,
+        source: ShelfNet,
+        dtype: torch.dtype,
+        device: torch.device,
+        backend: str,
+        tune: bool | float,
+        graphs: bool,
+    ) -> None:
         super().__init__()
         # In a list, so that the source's parameters do not become this module's.
         self._source = [source]
         self.dtype = dtype
+        self.device = device
         self.backend = backend
+        self.tune = tune
+        self.graphs = graphs
+        self._on_gpu = device.type == "cuda" or backend == "emulated"
+        # One for all programs, so that weights can change without another search.
+        self._tuner = tuner_of(device, tune) if self._on_gpu else None
         self._refresh_lock = threading.Lock()
         self.refresh()
         self.eval()
 
     def refresh(self) -> None:
         """Takes up the source model's present weights. Calls do so themselves when they see a change."""
-        source = self._source[0]
-        fingerprint = Fingerprint(source)
-        program = Program(lower(source), self.dtype, self.backend, source.normalisation, source.align_corners)
+        fingerprint = Fingerprint(self._source[0])
+        program = self._gpu_program() if self._on_gpu else self._cpu_program()
         # One assignment, so that a call in another thread sees the old pair or the new one.
-        self._current = (fingerprint, program)
+        self._current: tuple[Fingerprint, Program | GpuProgram] = (fingerprint, program)
+
+    def _cpu_program(self) -> Program:
+        source = self._source[0]
+        return Program(lower(source), self.dtype, self.backend, source.normalisation, source.align_corners)
+
+    def _gpu_program(self) -> GpuProgram:
+        source, backend = self._source[0], self.backend
+        options = Options(
+            self.device,
+            self.dtype,
+            backend != "library",
+            backend in ("auto", "library", "emulated"),
+            self.graphs,
+        )
+        assert self._tuner is not None
+        return GpuProgram(lower(source), options, source.normalisation, source.align_corners, self._tuner)
 
     @property
     def plan(self) -> Plan:
-        """The fused ops, in order; `print` shows them."""
+        """The fused ops, in order; `print` shows them, `plan.describe(n, h, w)` for a size of one's own."""
         return self._program().plan
 
     def extra_repr(self) -> str:
-        return f"dtype={self.dtype}, backend={self.backend!r}, steps={len(self.plan.steps)}"
+        return (
+            f"dtype={self.dtype}, device={str(self.device)!r}, backend={self.backend!r}, "
+            f"steps={len(self.plan.steps)}"
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Scores (N, classes, H, W), contiguous, in `dtype`, of normalised float images (N, 3, H, W).
 
         Raises:
-            ValueError: x is not (N, 3, H, W) with H, W >= 32, or not on the CPU.
+            ValueError: x is not (N, 3, H, W) with H, W >= 32, or not on the module's device.
             TypeError: x is not floating.
             RuntimeError: the module is in train mode.
         """
@@ -112,20 +198,95 @@ class FastShelfNet(nn.Module):
         """
         return self._run(images, "labels")
 
+    def warmup(
+        self, sizes: Iterable[Sequence[int]], batch: int = 1, outputs: Sequence[str] = OUTPUTS
+    ) -> None:
+        """Does now what the first calls would do: compiling, tuning, and recording graphs.
+
+        Args:
+            sizes: (height, width) of images to come.
+            batch: images in a call.
+            outputs: "scores" of float images, "labels" of raw ones, or both.
+        """
+        for height, width in sizes:
+            check_image_size((batch, 3, height, width))
+            if "scores" in outputs:
+                self(torch.zeros((batch, 3, height, width), device=self.device))
+            if "labels" in outputs:
+                raw = torch.zeros((batch, height, width, 3), dtype=torch.uint8, device=self.device)
+                self.predict(raw)
+
+    def predict_frames(self, frames: Iterable[Frame], batch: int = 1) -> Iterator[Tensor]:
+        """Labels of a stream of frames, such as a video's: uint8 (H, W) on the CPU, in their order.
+
+        On a GPU one batch is uploaded while another is segmented and the one before comes back, through
+        page-locked memory: a video runs at the speed of the network. It reads up to two batches ahead.
+
+        Args:
+            frames: raw uint8 RGB (H, W, 3), arrays or CPU tensors; their size may change.
+            batch: frames of one call; the last may have fewer, and those before a change of size.
+
+        Raises:
+            ValueError: batch is less than 1; and while frames are drawn, as `predict` for each.
+        """
+        if batch < 1:
+            raise ValueError(f"batch is {batch}, it must be at least 1")
+        grouped = batches(frames, batch)
+        if not self._on_gpu:
+            return (labels for some in grouped for labels in self.predict(torch.stack(some)))
+        return FrameStream(self.predict, self.device, runtime_of(self.device)).run(grouped)
+
+    def bind(self, images: Tensor, output: str = "scores") -> BoundImages:
+        """A call bound to the memory of some images: the least latency, for whoever writes them in place.
+
+        Args:
+            images: as `forward` and `predict` take them, on the module's device; read at every call.
+            output: "scores" or "labels".
+
+        Raises:
+            ValueError: output is neither; or as `forward`.
+            RuntimeError: the module runs on the CPU's kernels, where there is nothing to bind.
+        """
+        if output not in OUTPUTS:
+            raise ValueError(f"output is {output!r}, it may be one of {', '.join(OUTPUTS)}")
+        if not self._on_gpu:
+            raise RuntimeError("bind is for graphs of a GPU: on a CPU call the module itself")
+        if output == "scores" and images.dtype is torch.uint8:
+            raise TypeError("images is uint8, scores are made of floating (N, 3, H, W)")
+        if images.dtype not in (torch.uint8, self.dtype):
+            raise TypeError(f"images is {images.dtype}, to be read in place it must be uint8 or {self.dtype}")
+        self._check(images)
+        image_size(images)
+        return BoundImages(self, images, output == "labels")
+
+    @torch.no_grad()
+    def bound_steps(self, images: Tensor) -> list[BoundStep]:
+        """Every step on tensors of a real forward pass, to be timed one by one.
+
+        Raises: as `bind`.
+        """
+        forward = self.bind(images).forward
+        forward.run()
+        return forward.bound_steps()
+
     @torch.no_grad()
     def _run(self, images: Tensor, want: str) -> Tensor:
+        self._check(images)
+        if self.device.type == "cpu":
+            return getattr(self._program(), want)(images)
+        # The GPU works while the host looks whether the weights are still the same.
+        program = self._current[1]
+        out = getattr(program, want)(images)
+        present = self._program()
+        return out if present is program else getattr(present, want)(images)
+
+    def _check(self, images: Tensor) -> None:
         if self.training:
             raise RuntimeError("the accelerated module is in train mode, it only runs in eval mode")
-        if images.device.type != "cpu":
-            raise ValueError(f"images is on {images.device}, it must be on the cpu")
-        n, h, w = image_size(images)
-        program = self._program()
-        with program.pool.borrow((n, padded(h), padded(w))) as workspace:
-            scores = program.low_resolution_scores(images, workspace)
-            resize = program.resize if want == "scores" else program.argmax
-            return resize(scores, (padded(h), padded(w)), (h, w))
+        if images.device != self.device:
+            raise ValueError(f"images is on {images.device}, it must be on {self.device}")
 
-    def _program(self) -> Program:
+    def _program(self) -> Program | GpuProgram:
         current = self._current
         if self._is_present(*current):
             return current[1]
@@ -135,9 +296,56 @@ class FastShelfNet(nn.Module):
                 self.refresh()
             return self._current[1]
 
-    def _is_present(self, fingerprint: Fingerprint, program: Program) -> bool:
+    def _is_present(self, fingerprint: Fingerprint, program: Program | GpuProgram) -> bool:
         return fingerprint.matches() and program.normalisation == self._source[0].normalisation
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Plans hold native buffers: copies and pickles are made from the source.
-        return accelerate, (self._source[0], self.dtype, "cpu", self.backend)
+        # Plans hold native buffers and graphs: copies and pickles are made from the source.
+        return _again, (self._source[0], self.dtype, str(self.device), self.backend, self.tune, self.graphs)
+
+
+def _again(
+    model: ShelfNet, dtype: torch.dtype, device: str, backend: str, tune: bool | float, graphs: bool
+) -> FastShelfNet:
+    return accelerate(model, dtype, device, backend, tune=tune, graphs=graphs)
+
+
+class BoundImages:
+    """What `FastShelfNet.bind` gives: calls that read images in place and write to one tensor.
+
+    For one thread at a time. Changed weights are taken up as by the module itself.
+
+    Attributes:
+        images: read at every call.
+        out: the result: scores (N, classes, H, W), or labels (N, H, W) uint8.
+    """
+
+    def __init__(self, module: FastShelfNet, images: Tensor, labels: bool) -> None:
+        self.images = images
+        self._module, self._labels = module, labels
+        self.out: Tensor | None = None
+        self._bind(module._program())
+
+    @torch.no_grad()
+    def _bind(self, program: Program | GpuProgram) -> None:
+        assert isinstance(program, GpuProgram)
+        self._program = program
+        self.forward: Forward = program.bind(self.images, self._labels, self.out)
+        self.out = self.forward.result
+
+    @torch.no_grad()
+    def __call__(self) -> Tensor:
+        """Runs on the current stream; gives `out`, which the next call overwrites."""
+        self._launch()
+        # The GPU works while the host looks whether the weights are still the same.
+        present = self._module._program()
+        if present is not self._program:
+            self._bind(present)
+            self._launch()
+        assert self.out is not None
+        return self.out
+
+    def _launch(self) -> None:
+        self.forward.wait()
+        self.forward.launch()
+        self.forward.done()

@@ -4,60 +4,115 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
+from .order import Order, in_sequence
 from .plan import Plan, Value
 
-# A cache line, which is also a whole AVX-512 vector.
+# A cache line of a CPU, which is also a whole AVX-512 vector; and half a memory sector pair of a GPU.
 ALIGNMENT = 64
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
-    """Byte offsets of activations inside an arena of `size` bytes."""
+class Scratch:
+    """Memory that a step's algorithm works in, and nobody else reads."""
 
-    offsets: dict[Value, int]
+    step: int
+
+
+Tenant = Value | Scratch
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Byte offsets of activations and scratch memory inside an arena of `size` bytes."""
+
+    offsets: dict[Tenant, int]
     size: int
 
 
 def value_bytes(value: Value, n: int, h: int, w: int, dtype: torch.dtype) -> int:
-    """Bytes of a value, rounded up to whole cache lines. Gates are float32."""
-    itemsize = 4 if value.stride is None else dtype.itemsize
-    size = math.prod(value.shape(n, h, w)) * itemsize
+    """Bytes of a value, rounded up to whole cache lines."""
+    return _rounded(value.bytes(n, h, w, dtype))
+
+
+def _rounded(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def lay_out(plan: Plan, values: set[Value], n: int, h: int, w: int, dtype: torch.dtype) -> Layout:
+def lay_out(
+    plan: Plan,
+    values: set[Value],
+    n: int,
+    h: int,
+    w: int,
+    dtype: torch.dtype,
+    order: Order | None = None,
+    scratch: Mapping[int, int] | None = None,
+) -> Layout:
     """Places `values` so that those alive at the same time never overlap.
 
-    Greedy by size: the largest first, each at the lowest offset free over its whole life. A value
-    lives from the step that writes it to the last that reads it, both included: no step writes over
-    what it reads.
+    Greedy by size: the largest first, each at the lowest offset free over its whole life. Two may share
+    memory if all steps that touch the one have ended before the other is written: no step writes over
+    what it, or a step beside it, reads.
+
+    Args:
+        plan: whose values they are.
+        values: those that live in the arena.
+        n, h, w: images, padded to h x w.
+        dtype: of activations.
+        order: in which the steps run; one after the other by default.
+        scratch: bytes of memory to work in, by the step that needs it.
     """
-    lives = {value: life for value, life in _lives(plan).items() if value in values}
-    sizes = {value: value_bytes(value, n, h, w, dtype) for value in lives}
-    offsets: dict[Value, int] = {}
-    for value in sorted(lives, key=lambda v: (-sizes[v], v.index)):
-        born, dies = lives[value]
+    order = order or in_sequence(plan)
+    scratch = {step: size for step, size in (scratch or {}).items() if size}
+    sizes: dict[Tenant, int] = {value: value_bytes(value, n, h, w, dtype) for value in values}
+    sizes |= {Scratch(step): _rounded(size) for step, size in scratch.items()}
+    touched = _touched(plan)
+    touched |= {Scratch(step): [step] for step in scratch}
+    offsets: dict[Tenant, int] = {}
+    for tenant in sorted(sizes, key=lambda t: (-sizes[t], touched[t][0], _rank(t))):
+        apart = _apart_from(touched[tenant], order)
         neighbours = sorted(
-            (offsets[other], offsets[other] + sizes[other])
-            for other in offsets
-            if lives[other][0] <= dies and born <= lives[other][1]
+            (offsets[other], offsets[other] + sizes[other]) for other in offsets if not apart(touched[other])
         )
-        offsets[value] = _first_gap(neighbours, sizes[value])
-    total = max((offsets[v] + sizes[v] for v in offsets), default=0)
+        offsets[tenant] = _first_gap(neighbours, sizes[tenant])
+    total = max((offsets[t] + sizes[t] for t in offsets), default=0)
     return Layout(offsets, total)
 
 
-def _lives(plan: Plan) -> dict[Value, tuple[int, int]]:
-    """First and last step of every value's life."""
-    dies = plan.last_uses()
-    lives = {step.output: (index, dies[step.output]) for index, step in enumerate(plan.steps)}
+def _rank(tenant: Tenant) -> int:
+    return -1 if isinstance(tenant, Scratch) else tenant.index
+
+
+def _touched(plan: Plan) -> dict[Tenant, list[int]]:
+    """For every value the steps that touch it, its writer first. The scores outlive all steps."""
+    touched: dict[Tenant, list[int]] = {}
     for index, step in enumerate(plan.steps):
-        lives.update({value: (index, index) for value in step.temporaries})
-    return lives
+        for value in (*step.outputs, *step.temporaries):
+            touched[value] = [index]
+        for value in step.inputs:
+            touched[value].append(index)
+    touched[plan.scores].append(len(plan.steps))
+    return touched
+
+
+def _apart_from(steps: list[int], order: Order) -> Callable[[list[int]], bool]:
+    """Whether what other steps touch is dead before it is written here, or the other way round."""
+
+    def apart(others: list[int]) -> bool:
+        return all(_ended(step, others[0], order) for step in steps) or all(
+            _ended(step, steps[0], order) for step in others
+        )
+
+    return apart
+
+
+def _ended(step: int, begins: int, order: Order) -> bool:
+    return step < len(order.before) and order.ended(step, begins)
 
 
 def _first_gap(taken: list[tuple[int, int]], size: int) -> int:
@@ -71,10 +126,9 @@ def _first_gap(taken: list[tuple[int, int]], size: int) -> int:
 
 def view(arena: Tensor, layout: Layout, value: Value, n: int, h: int, w: int, dtype: torch.dtype) -> Tensor:
     """The tensor of a value inside the arena: channels_last (N, C, H, W), or a float32 gate (N, C)."""
-    shape = value.shape(n, h, w)
-    dtype = torch.float32 if value.stride is None else dtype
+    shape, own = value.shape(n, h, w), value.dtype(dtype)
     start = layout.offsets[value]
-    flat = arena[start : start + math.prod(shape) * dtype.itemsize].view(dtype)
+    flat = arena[start : start + math.prod(shape) * own.itemsize].view(own)
     if value.stride is None:
         return flat.view(shape)
     n, c, h, w = shape

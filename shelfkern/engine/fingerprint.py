@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import operator
+from typing import Any
 
 from torch import Tensor, nn
+
+_pointer = Tensor.data_ptr
+_version = operator.attrgetter("_version")
+_values = dict[str, Any].values
+_value = operator.attrgetter("value")
 
 
 class Fingerprint:
@@ -17,40 +24,36 @@ class Fingerprint:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._slots = [
+        self._slots: list[dict[str, Any]] = [
             slots
             for module in model.modules()
             for slots in (module._parameters, module._buffers, module._modules)
         ]
         # Held, so that no id and no address is reused while this lives.
         self._held = self._contents()
-        self._tensors = [item for item in self._held if isinstance(item, Tensor)]
+        # Counters of batches do not matter.
+        self._tensors = [item for item in self._held if isinstance(item, Tensor) and item.is_floating_point()]
+        # Tensors made in inference mode cannot be changed outside it and have no counter.
+        self._counted = [tensor for tensor in self._tensors if not tensor.is_inference()]
         self._storages = [tensor.detach() for tensor in self._tensors]
         self._words = list(itertools.chain.from_iterable(map(_end_words, self._storages)))
         self._state = self._read()
 
     def matches(self) -> bool:
         """Whether nothing has changed since."""
+        # Every call of an accelerated model asks: loops in C, not in Python.
         held = self._contents()
-        same = len(held) == len(self._held) and all(map(_is, held, self._held))
+        same = len(held) == len(self._held) and all(map(operator.is_, held, self._held))
         return same and self._read() == self._state
 
     def _contents(self) -> list[object]:
-        return [item for slots in self._slots for item in slots.values()]
+        return list(itertools.chain.from_iterable(map(_values, self._slots)))
 
     def _read(self) -> list[int]:
-        state = [tensor.data_ptr() for tensor in self._tensors]
-        state += [_version(tensor) for tensor in self._tensors]
-        return state + [word.value for word in self._words]
-
-
-def _is(a: object, b: object) -> bool:
-    return a is b
-
-
-def _version(tensor: Tensor) -> int:
-    # Tensors made in inference mode cannot be changed outside it and have no counter.
-    return 0 if tensor.is_inference() else tensor._version
+        state = list(map(_pointer, self._tensors))
+        state += map(_version, self._counted)
+        state += map(_value, self._words)
+        return state
 
 
 def _end_words(tensor: Tensor) -> list[ctypes._SimpleCData[int]]:

@@ -2,30 +2,46 @@
 
 A plan knows no sizes: an activation is a channel count and a stride, and becomes a shape once the
 input's size is known. It holds folded float32 weights and is immutable; backends turn its steps into
-kernels (`native.py`, `library.py`).
+kernels (`native_kernels.py`, `library.py`, `gpu/algorithms.py`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 
 @dataclasses.dataclass(frozen=True)
 class Value:
-    """An activation (N, channels, H / stride, W / stride), or with stride None a gate (N, channels)."""
+    """An activation (N, channels, H / stride, W / stride), or with stride None a gate (N, channels).
+
+    Gates are float32, activations of the dtype the plan runs in, or with `codes` of that: int8, or
+    float8_e4m3fn.
+    """
 
     index: int
     channels: int
     stride: int | None
+    codes: torch.dtype | None = None
 
     def shape(self, n: int, h: int, w: int) -> tuple[int, ...]:
         """Logical NCHW shape for n images padded to h x w."""
         if self.stride is None:
             return (n, self.channels)
         return (n, self.channels, h // self.stride, w // self.stride)
+
+    def dtype(self, activations: torch.dtype) -> torch.dtype:
+        """Its dtype where activations have the one given."""
+        return torch.float32 if self.stride is None else self.codes or activations
+
+    def bytes(self, n: int, h: int, w: int, activations: torch.dtype) -> int:
+        """Its bytes for n images padded to h x w."""
+        return math.prod(self.shape(n, h, w)) * self.dtype(activations).itemsize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +73,11 @@ class Step:
     output: Value
 
     @property
+    def outputs(self) -> tuple[Value, ...]:
+        """All that it writes: `output` first."""
+        return (self.output,)
+
+    @property
     def temporaries(self) -> tuple[Value, ...]:
         """Activations that live only inside the step."""
         return ()
@@ -69,6 +90,11 @@ class Step:
         """The tensors it holds."""
         fields = (getattr(self, field.name) for field in dataclasses.fields(self))
         return tuple(value for value in fields if isinstance(value, Tensor))
+
+    def weights_dtype(self, activations: torch.dtype) -> torch.dtype:
+        """Of its filters where activations have the dtype given: codes are multiplied by codes."""
+        codes = self.inputs[0].codes if self.inputs else None
+        return codes or activations
 
     def detail(self) -> str:
         """What the op's name does not say: kernel, stride, activation."""
@@ -194,11 +220,97 @@ class MaxPool(Step):
 
 
 @dataclasses.dataclass(frozen=True)
+class QuantizedConv(Conv):
+    """A convolution that reads or writes codes of 8 bits.
+
+    Attributes:
+        x_step: what one step of x's codes is; not used where x is floating.
+        codes_step: what one step of the codes written is.
+        copy: the result's codes where `output` is floating and others read these; where only codes are
+            read, `output` is the codes.
+    """
+
+    x_step: float = 1.0
+    codes_step: float = 1.0
+    copy: Value | None = None
+
+    @property
+    def outputs(self) -> tuple[Value, ...]:
+        return _with_copy(self)
+
+    def detail(self) -> str:
+        return super().detail() + _codes_detail(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedBlock(SharedBlockStep):
+    """A shared block on codes, what lies between its convolutions too.
+
+    `inputs` is x's codes, then x, which is added floating.
+
+    Attributes:
+        x_step, hidden_step: what one step of the codes of x, and of `hidden`, is.
+        codes_step, copy: as of `QuantizedConv`.
+    """
+
+    x_step: float = 1.0
+    hidden_step: float = 1.0
+    codes_step: float = 1.0
+    copy: Value | None = None
+
+    @property
+    def outputs(self) -> tuple[Value, ...]:
+        return _with_copy(self)
+
+    def detail(self) -> str:
+        return super().detail() + _codes_detail(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantize(Step):
+    """x / codes_step as codes."""
+
+    op = "quantize"
+    codes_step: float
+
+    def detail(self) -> str:
+        return f"to {_kind(self.output)}"
+
+
+def _with_copy(step: QuantizedConv | QuantizedBlock) -> tuple[Value, ...]:
+    return (step.output,) if step.copy is None else (step.output, step.copy)
+
+
+def _codes_detail(step: QuantizedConv | QuantizedBlock) -> str:
+    parts = [f"of {_kind(step.inputs[0])}"] if step.inputs[0].codes else []
+    if step.output.codes:
+        parts.append(f"to {_kind(step.output)}")
+    elif step.copy is not None:
+        parts.append(f"to {_kind(step.copy)} too")
+    return ", " + " ".join(parts)
+
+
+def _kind(value: Value) -> str:
+    """A dtype of codes, as it is called."""
+    return "int8" if value.codes is torch.int8 else "fp8"
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
-    """Steps in order; the last one's output is the scores at `scores.stride`."""
+    """Steps in order; the last one's output is the scores at `scores.stride`.
+
+    Attributes:
+        dtype: of activations, for `describe`.
+        algorithms: what runs each step for n images padded to h x w, for `describe`; None where no
+            program is bound to the plan.
+    """
 
     steps: tuple[Step, ...]
     num_classes: int
+    dtype: torch.dtype = torch.float32
+    algorithms: Callable[[int, int, int], Sequence[str]] | None = dataclasses.field(
+        default=None, compare=False
+    )
 
     @property
     def scores(self) -> Value:
@@ -221,16 +333,19 @@ class Plan:
         return sum(t.numel() * t.element_size() for t in tensors.values())
 
     def describe(self, n: int = 1, h: int = 512, w: int = 512) -> str:
-        """A table of the steps with their shapes and multiply-adds for n images of h x w."""
-        rows = [_row(index, step, n, h, w) for index, step in enumerate(self.steps)]
-        header = ("", "op", "detail", "reads", "writes", "shape", "MMAC", "module")
-        widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in [header, *rows]
-        ]
-        total = f"{len(rows)} steps, {self.macs(n, h, w) / 1e9:.2f} GMAC at {n} x 3 x {h} x {w}"
-        return "\n".join([*lines, f"{total}, {self.weight_bytes() / 2**20:.1f} MiB of weights"])
+        """A table of the steps for n images of h x w: algorithms, least traffic and arithmetic."""
+        chosen = self.algorithms(n, h, w) if self.algorithms else [""] * len(self.steps)
+        rows = [_row(index, step, self.dtype, n, h, w) for index, step in enumerate(self.steps)]
+        rows = [(*row[:6], name, *row[6:]) for row, name in zip(rows, chosen, strict=True)]
+        header = ("", "op", "detail", "reads", "writes", "shape", "algorithm", "MB", "MFLOP", "module")
+        used = [column for column, title in enumerate(header) if self.algorithms or title != "algorithm"]
+        widths = {column: max(len(row[column]) for row in [header, *rows]) for column in used}
+        lines = ["  ".join(row[column].ljust(widths[column]) for column in used) for row in [header, *rows]]
+        moved = sum(step_bytes(step, self.dtype, n, h, w) for step in self.steps) / 1e6
+        total = f"{len(rows)} steps, {2 * self.macs(n, h, w) / 1e9:.2f} GFLOP, {moved:.1f} MB"
+        total += f" at {n} x 3 x {h} x {w}"
+        lines = [line.rstrip() for line in lines]
+        return "\n".join([*lines, f"{total}, {self.weight_bytes() / 2**20:.1f} MiB of weights in float32"])
 
     def __str__(self) -> str:
         return self.describe()
@@ -238,14 +353,26 @@ class Plan:
 
 def step_macs(step: Step, n: int, h: int, w: int) -> int:
     """Multiply-adds of one step for n images padded to h x w."""
-    elements = 1
-    for extent in step.output.shape(n, h, w):
-        elements *= extent
-    return elements * step.macs_per_output()
+    return math.prod(step.output.shape(n, h, w)) * step.macs_per_output()
 
 
-def _row(index: int, step: Step, n: int, h: int, w: int) -> tuple[str, ...]:
+def step_bytes(step: Step, dtype: torch.dtype, n: int, h: int, w: int) -> int:
+    """The least traffic of one step: everything read and written once, activations and weights of `dtype`.
+
+    An image is counted in `dtype` too; codes, and the weights they are multiplied by, in a byte.
+    """
+    values = {*step.inputs, *step.outputs}
+    moved = sum(value.bytes(n, h, w, dtype) for value in values)
+    # Filters in the plan's dtype, scales and shifts in float32.
+    filters = step.weights_dtype(dtype).itemsize
+    moved += sum(t.numel() * (filters if t.ndim > 1 else 4) for t in step.weights())
+    return moved if step.inputs else moved + n * 3 * h * w * dtype.itemsize
+
+
+def _row(index: int, step: Step, dtype: torch.dtype, n: int, h: int, w: int) -> tuple[str, ...]:
     reads = " ".join(f"v{value.index}" for value in step.inputs) or "image"
     shape = " x ".join(map(str, step.output.shape(n, h, w)))
-    mmac = f"{step_macs(step, n, h, w) / 1e6:.1f}"
-    return (str(index), step.op, step.detail(), reads, f"v{step.output.index}", shape, mmac, step.name)
+    writes = " ".join(f"v{value.index}" for value in step.outputs)
+    mflop = f"{2 * step_macs(step, n, h, w) / 1e6:.1f}"
+    moved = f"{step_bytes(step, dtype, n, h, w) / 1e6:.2f}"
+    return (str(index), step.op, step.detail(), reads, writes, shape, moved, mflop, step.name)

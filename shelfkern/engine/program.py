@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -11,11 +13,14 @@ from torch.nn import functional as F
 from .. import native, ops
 from ..normalisation import Normalisation
 from . import arena, library, native_kernels
+from .image import image_size, padded
 from .kernel import Kernel
 from .plan import Plan, Step, Value
 from .workspace import Size, Workspace, WorkspacePool
 
 log = logging.getLogger(__name__)
+
+Extent = tuple[int, int]
 
 
 class Program:
@@ -24,18 +29,19 @@ class Program:
     def __init__(
         self, plan: Plan, dtype: torch.dtype, backend: str, normalisation: Normalisation, align_corners: bool
     ) -> None:
-        self.plan = plan
         self.dtype = dtype
         self.backend = backend
         self.align_corners = align_corners
         self.normalisation = normalisation
         self.kernels = [self._kernel(step) for step in plan.steps]
+        names = ["native" if kernel.in_arena else "library" for kernel in self.kernels]
+        self.plan = dataclasses.replace(plan, dtype=dtype, algorithms=lambda n, h, w: names)
         last_uses = plan.last_uses()
         self._dead_after = [
             [value.index for value in set(step.inputs) if last_uses[value] == index]
             for index, step in enumerate(plan.steps)
         ]
-        self.pool = WorkspacePool(self._workspace)
+        self.pool: WorkspacePool[Size, Workspace] = WorkspacePool(self._workspace)
 
     def _kernel(self, step: Step) -> Kernel:
         """The native kernel where it can run and may, the library's otherwise."""
@@ -66,6 +72,22 @@ class Program:
             [view(value) if value in values else value.shape(*size) for value in outputs],
             [[view(value) for value in step.temporaries if value in values] for step in self.plan.steps],
         )
+
+    def scores(self, images: Tensor) -> Tensor:
+        """Scores (N, classes, H, W) of images, contiguous, in the program's dtype."""
+        return self._run(images, self.resize)
+
+    def labels(self, images: Tensor) -> Tensor:
+        """Labels (N, H, W) uint8 of images."""
+        return self._run(images, self.argmax)
+
+    def _run(
+        self, images: Tensor, finish: Callable[[Tensor, tuple[int, int], tuple[int, int]], Tensor]
+    ) -> Tensor:
+        n, h, w = image_size(images)
+        full = padded(h), padded(w)
+        with self.pool.borrow((n, *full)) as workspace:
+            return finish(self.low_resolution_scores(images, workspace), full, (h, w))
 
     def low_resolution_scores(self, images: Tensor, workspace: Workspace) -> Tensor:
         """Scores (N, classes, H / stride, W / stride) of checked images, in the workspace's memory."""

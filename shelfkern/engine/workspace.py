@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import threading
 from collections.abc import Callable, Iterator
+from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -24,34 +25,44 @@ class Workspace:
     temporaries: list[list[Tensor]]
 
 
-class WorkspacePool:
-    """Workspaces by size (n, h, w). A call has one to itself; idle ones are kept, up to `keep`.
+class _HasArena(Protocol):
+    @property
+    def arena(self) -> Tensor: ...
 
-    The least recently used leave first, so that memory stays bounded when sizes vary.
+
+Key = TypeVar("Key")
+Space = TypeVar("Space", bound=_HasArena)
+
+
+class WorkspacePool(Generic[Key, Space]):
+    """Workspaces by key: the size (n, h, w), or what else they are made for. A call has one to itself.
+
+    Idle ones are kept, up to `keep`. The least recently used leave first, so that memory stays bounded
+    when sizes vary.
     """
 
-    def __init__(self, build: Callable[[Size], Workspace], keep: int = 4) -> None:
+    def __init__(self, build: Callable[[Key], Space], keep: int = 4) -> None:
         self._build = build
         self._keep = keep
-        self._idle: collections.deque[tuple[Size, Workspace]] = collections.deque()
+        self._idle: collections.deque[tuple[Key, Space]] = collections.deque()
         self._lock = threading.Lock()
 
     @contextlib.contextmanager
-    def borrow(self, size: Size) -> Iterator[Workspace]:
-        """A workspace for this size that no other call has."""
-        workspace = self._take(size) or self._build(size)
+    def borrow(self, key: Key) -> Iterator[Space]:
+        """A workspace for this key that no other call has."""
+        workspace = self._take(key) or self._build(key)
         try:
             yield workspace
         finally:
             with self._lock:
-                self._idle.append((size, workspace))
+                self._idle.append((key, workspace))
                 while len(self._idle) > self._keep:
                     self._idle.popleft()
 
-    def _take(self, size: Size) -> Workspace | None:
+    def _take(self, key: Key) -> Space | None:
         with self._lock:
             for index in range(len(self._idle) - 1, -1, -1):
-                if self._idle[index][0] == size:
+                if self._idle[index][0] == key:
                     workspace = self._idle[index][1]
                     del self._idle[index]
                     return workspace

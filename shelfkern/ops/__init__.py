@@ -4,6 +4,7 @@ from ._backends import BACKENDS, KERNELS
 from .attention_gate import attention_gate, attention_gate_native, attention_gate_reference
 from .conv_bn_act import PackedConv, conv_bn_act, conv_bn_act_native, conv_bn_act_reference, pack_conv
 from .deconv_add import deconv_add, deconv_add_native, deconv_add_reference, pack_deconv
+from .quantize import quantize, quantize_reference, quantize_weight
 from .shared_block import shared_block, shared_block_native, shared_block_reference
 from .stem import stem, stem_native, stem_reference
 from .upsample_add import upsample_add, upsample_add_native, upsample_add_reference
@@ -33,6 +34,9 @@ __all__ = [
     "deconv_add_reference",
     "pack_conv",
     "pack_deconv",
+    "quantize",
+    "quantize_reference",
+    "quantize_weight",
     "shared_block",
     "shared_block_native",
     "shared_block_reference",

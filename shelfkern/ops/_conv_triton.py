@@ -3,6 +3,10 @@
 A program makes a tile of BLOCK_M output pixels by BLOCK_N output channels. One loop runs over all taps
 and blocks of input channels, so that loads are in flight across taps. Every row of the left matrix is a
 pixel's channels, NHWC, read where they lie; the right one is the weights, K x taps x C.
+
+Both may be codes of 8 bits. Products of int8 are summed as whole numbers, exactly up to 131071 of them,
+those of float8 in float32. What codes stand for is the caller's: the steps of weights and input are in the
+scale of the epilogue.
 """
 
 from __future__ import annotations
@@ -58,8 +62,23 @@ CONFIGS = (
 # cannot be loaded sixteen bytes at a time, every one takes a register for its address.
 SMALL_CONFIGS = (Config(64, 32, 64, 8, 3), Config(64, 32, 64, 8, 3, split=4))
 
+# Codes, and the compute capability from which tensor cores multiply them.
+CODE_CAPABILITIES = {torch.int8: (8, 0), torch.float8_e4m3fn: (8, 9)}
+
 # Results that a program finishes at once: for more, residual and skip would not fit its registers.
 FINISHED_AT_ONCE = None if tl is None else tl.constexpr(64 * 64)
+
+# Hopper sums float8 products to about 14 bits of the largest. So many of them make a sum of their own that
+# joins the rest in float32: then 4608 products are 36 short sums, for one addition to 128 products. From
+# below 32 Triton multiplies in float16, at half the rate.
+IMPRECISE = None if tl is None else tl.constexpr(128)
+
+# Weights are fetched ahead of the wait a cache line a thread, or two. More would not arrive: the start of
+# a launch overlaps its predecessor's end for a microsecond, in which memory gives about 4 MB. That many are
+# 256 lines for each of 128 programs, which every GPU that overlaps launches starts at once.
+LINE = None if tl is None else tl.constexpr(128)
+PREFETCHED_LINES = None if tl is None else tl.constexpr(256)
+PREFETCHING_PROGRAMS = None if tl is None else tl.constexpr(128)
 
 # For the cost model, of an H200: 790 TFLOP/s over 132 multiprocessors, 4.3 TB/s, a launch in a graph.
 _MACS_A_US = 790e6 / 2 / 132
@@ -75,7 +94,7 @@ class Problem:
         pixels, channels: of the output: rows and columns of the result.
         taps, depth: of the sum: taps of the kernel, and input channels.
         dtype: of input and weights.
-        aligned: whether channels and strides of input, output and what is added are multiples of 16.
+        aligned: whether channels and strides of input, outputs and what is added are multiples of 16.
     """
 
     pixels: int
@@ -93,8 +112,9 @@ def microseconds(problem: Problem, config: Config, multiprocessors: int) -> floa
     steps = -(-problem.taps * -(-problem.depth // step) // config.split)
     # A small tile loads more for each product, and its loop is too short to hide its start.
     macs = config.block_m * config.block_n * step * steps
+    rate = _MACS_A_US * (2 if problem.dtype.itemsize == 1 else 1)
     loaded = (config.block_m + config.block_n) * step * steps * problem.dtype.itemsize
-    tile = max(macs / _MACS_A_US, loaded * multiprocessors / (2 * _BYTES_A_US)) + 1.0
+    tile = max(macs / rate, loaded * multiprocessors / (2 * _BYTES_A_US)) + 1.0
     # Small programs share a multiprocessor, which hides their waits but makes no products faster.
     waves = -(-tiles // multiprocessors)
     reduction = 0.0
@@ -123,9 +143,11 @@ def configurations(
 
 
 def block_k(config: Config, problem: Problem) -> int:
-    """Input channels of one step: a power of two, not far beyond the input's own."""
+    """Input channels of one step: a power of two, not far beyond the input's own; of codes twice as many."""
     most = config.block_bytes // problem.dtype.itemsize
-    return max(16, min(most, 1 << (problem.depth - 1).bit_length()))
+    # One instruction multiplies 32 bytes of codes, and 16 channels of what is wider.
+    least = 32 if problem.dtype.itemsize == 1 else 16
+    return max(least, min(most, 1 << (problem.depth - 1).bit_length()))
 
 
 def default_precision(dtype: torch.dtype) -> str:
@@ -152,11 +174,36 @@ def is_aligned(*tensors: Tensor | None) -> bool:
     return all(n % 16 == 0 for t in found for n in (t.data_ptr(), t.shape[1], *common.strides(t)))
 
 
+def scratch_bytes(config: Config, pixels: int, channels: int) -> int:
+    """Bytes of the parts of a split sum, 0 where nothing is split."""
+    return 4 * config.split * pixels * channels if config.split > 1 else 0
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which products of a dtype are summed: whole numbers without rounding."""
+    return torch.int32 if dtype is torch.int8 else torch.float32
+
+
 def workspace(config: Config, pixels: int, channels: int, like: Tensor) -> Tensor | None:
-    """Memory for the parts of a split sum, None where nothing is split."""
+    """Memory for the parts of a split sum of products of `like`, None where nothing is split."""
     if config.split == 1:
         return None
-    return torch.empty((config.split, pixels, channels), dtype=torch.float32, device=like.device)
+    return torch.empty((config.split, pixels, channels), dtype=sum_dtype(like.dtype), device=like.device)
+
+
+def parts_of(parts: Tensor | None, config: Config, pixels: int, channels: int, like: Tensor) -> Tensor | None:
+    """The caller's memory for the parts of a split sum, or without it a workspace.
+
+    Raises:
+        ValueError: there is too little of it.
+    """
+    if parts is None or config.split == 1:
+        return workspace(config, pixels, channels, like)
+    needed = scratch_bytes(config, pixels, channels)
+    if parts.numel() * parts.itemsize < needed:
+        found = parts.numel() * parts.itemsize
+        raise ValueError(f"parts has {found} bytes, a sum split in {config.split} needs {needed}")
+    return parts.view(sum_dtype(like.dtype))
 
 
 def activation(slope: float | None) -> tuple[str, float]:
@@ -176,15 +223,94 @@ def tile_of(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 
 @jit
+def lines_of(program, programs, lines):
+    """Of so many cache lines, those that a program asks for, and which of these there are."""
+    fetching = tl.minimum(programs, PREFETCHING_PROGRAMS)
+    # Neighbouring lines by different programs: if not all can be asked for, the first of them are.
+    line = program + tl.arange(0, PREFETCHED_LINES) * fetching
+    return line, (line < lines) & (program < fetching)
+
+
+@jit
+def prefetch(weight, count):
+    """Asks for `count` weights to be in the L2 cache, all programs together; does not wait for them."""
+    size = LINE * 8 // weight.dtype.element_ty.primitive_bitwidth
+    program = tl.program_id(0) + tl.program_id(1) * tl.num_programs(0)
+    line, asked = lines_of(program, tl.num_programs(0) * tl.num_programs(1), tl.cdiv(count, size))
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.u32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
+        "=r,l,r", [weight + line.to(tl.int64) * size, asked.to(tl.int32)],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@jit
+def wide(values):
+    """Operands of a product as the interpreter multiplies them right."""
+    if values.dtype == tl.float8e4nv:
+        # To it the code of no number is 480.
+        bits = values.to(tl.uint8, bitcast=True)
+        values = tl.where((bits & 0x7F) == 0x7F, float("nan"), values.to(tl.float32))
+    elif values.dtype != tl.int8:
+        values = values.to(tl.float32)
+    return values
+
+
+@jit
 def multiply(pixels, weights, acc, SWAP: tl.constexpr, PRECISION: tl.constexpr):
     """acc + pixels @ weights; with SWAP acc, and the product, are transposed."""
     if WIDEN:
-        pixels, weights = pixels.to(tl.float32), weights.to(tl.float32)
+        pixels, weights = wide(pixels), wide(weights)
+    depth: tl.constexpr = pixels.shape[1]
+    of_float8: tl.constexpr = pixels.dtype == tl.float8e4nv
+    short: tl.constexpr = depth if depth < IMPRECISE else IMPRECISE
+    imprecise: tl.constexpr = short if of_float8 else 0
     if SWAP:
-        acc = tl.dot(tl.trans(weights), tl.trans(pixels), acc, input_precision=PRECISION)
+        acc = tl.dot(
+            tl.trans(weights), tl.trans(pixels), acc, PRECISION,
+            max_num_imprecise_acc=imprecise, out_dtype=acc.dtype,
+        )  # fmt: skip
     else:
-        acc = tl.dot(pixels, weights, acc, input_precision=PRECISION)
+        acc = tl.dot(pixels, weights, acc, PRECISION, max_num_imprecise_acc=imprecise, out_dtype=acc.dtype)
     return acc
+
+
+@jit
+def sums(like, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Zeros to which products of what `like` points to are added."""
+    whole: tl.constexpr = like.dtype.element_ty == tl.int8
+    return tl.zeros((ROWS, COLUMNS), tl.int32 if whole else tl.float32)
+
+
+@jit
+def float8(values):
+    """float32 values from -448 to 448 as float8, where the interpreter rounds otherwise than a GPU."""
+    size = tl.abs(values)
+    bits = size.to(tl.int32, bitcast=True)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 8 * (127 - 7)
+    # Below 2**-6 the codes count multiples of 2**-9.
+    small = (size * 512 + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+    found = tl.where(size < 0.015625, small, normal)
+    found = tl.where(values == values, found, 0x7F)
+    sign = (values.to(tl.int32, bitcast=True) >> 24) & 0x80
+    return (found | sign).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+
+
+@jit
+def code(values, pointer):
+    """float32 values as codes of the dtype that the pointer points to: saturated, then the nearest, of two
+    the even. What is no number stays none in float8, and becomes 0 in int8.
+    """
+    if pointer.dtype.element_ty == tl.int8:
+        inside = tl.minimum(tl.maximum(values, -128.0), 127.0)
+        inside = tl.where(values == values, inside, 0.0)
+        # From 2**23 on neighbours are 1 apart: the sum's low byte is the whole number.
+        codes = (inside + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+    else:
+        values = tl.where(values > 448.0, 448.0, values)
+        values = tl.where(values < -448.0, -448.0, values)
+        codes = float8(values) if WIDEN else values.to(pointer.dtype.element_ty)
+    return codes
 
 
 @jit

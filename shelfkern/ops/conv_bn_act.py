@@ -14,6 +14,7 @@ from . import _common as common
 from . import _conv_triton as conv
 from . import _triton
 from ._triton import gdc_launch_dependents, gdc_wait, jit, rounded, tl
+from .quantize import quantize_reference
 
 OP = "conv_bn_act"
 PANEL = 16
@@ -84,6 +85,30 @@ def conv_bn_act_reference(
     return y if skip is None else y + skip
 
 
+def conv_bn_act_codes_reference(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    skip: Tensor | None,
+    kernel: tuple[int, int],
+    stride: int = 1,
+    padding: int = 0,
+    slope: float | None = 0.0,
+    codes_step: float = 1.0,
+    codes_dtype: torch.dtype = torch.int8,
+) -> tuple[Tensor, Tensor]:
+    """What `conv_bn_act_triton` makes of the same arguments, in float64: the result, and its codes.
+
+    x and weight, (K, taps, C), may be codes or floating. Sums of products of int8 are exact.
+    """
+    w = weight.double().unflatten(1, kernel).permute(0, 3, 1, 2)
+    a, b, r, s = (None if t is None else t.double() for t in (scale, shift, residual, skip))
+    result = conv_bn_act_reference(x.double(), w, a, b, r, s, stride, padding, slope)
+    return result, quantize_reference(result, codes_step, codes_dtype)
+
+
 def can_run(x: Tensor) -> backends.Reasons:
     """Why each kernel cannot take x; None for those that can."""
     return backends.reasons(OP, x)
@@ -136,39 +161,45 @@ def out_shape(x: Tensor, w: Tensor, stride: int, padding: int) -> tuple[int, int
 
 @jit
 def _finish_tile(
-    acc, rows, columns, scale, shift, residual, skip, out, pixels, channels, out_h, out_w,
+    acc, rows, columns, scale, shift, residual, skip, out, codes, pixels, channels, out_h, out_w,
     residual_n, residual_h, residual_w, skip_n, skip_h, skip_w, out_stride_n, out_stride_h, out_stride_w,
-    slope,
+    codes_n, codes_h, codes_w, slope, codes_scale,
     HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_SKIP: tl.constexpr,
-    ACT: tl.constexpr,
+    HAS_OUT: tl.constexpr, HAS_CODES: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
-    """Everything after the sum, and the store."""
+    """Everything after the sum, and the stores."""
     image, y, x = conv.pixel_of(rows, out_h, out_w)
     mask = (rows < pixels)[:, None] & (columns < channels)[None, :]
     acc = conv.finish(
-        acc, columns, channels, mask, scale, shift,
+        acc.to(tl.float32), columns, channels, mask, scale, shift,
         residual, conv.offsets(image, y, x, residual_n, residual_h, residual_w),
         skip, conv.offsets(image, y, x, skip_n, skip_h, skip_w),
         slope, HAS_SCALE, HAS_SHIFT, HAS_RESIDUAL, HAS_SKIP, ACT,
     )  # fmt: skip
-    to = conv.offsets(image, y, x, out_stride_n, out_stride_h, out_stride_w)
-    tl.store(out + to[:, None] + columns[None, :], rounded(acc, out), mask=mask)
+    if HAS_OUT:
+        to = conv.offsets(image, y, x, out_stride_n, out_stride_h, out_stride_w)
+        tl.store(out + to[:, None] + columns[None, :], rounded(acc, out), mask=mask)
+    if HAS_CODES:
+        to = conv.offsets(image, y, x, codes_n, codes_h, codes_w)
+        tl.store(codes + to[:, None] + columns[None, :], conv.code(acc * codes_scale, codes), mask=mask)
 
 
 @jit
 def conv_kernel(
-    x, weight, scale, shift, residual, skip, out, parts, pixels, channels, h, w, out_h, out_w,
+    x, weight, scale, shift, residual, skip, out, codes, parts, pixels, channels, h, w, out_h, out_w,
     x_n, x_h, x_w, residual_n, residual_h, residual_w, skip_n, skip_h, skip_w,
-    out_stride_n, out_stride_h, out_stride_w, slope,
+    out_stride_n, out_stride_h, out_stride_w, codes_n, codes_h, codes_w, slope, codes_scale,
     C: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
     STRIDE: tl.constexpr, PADDING: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_SKIP: tl.constexpr,
-    ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_OUT: tl.constexpr, HAS_CODES: tl.constexpr, ACT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr, SWAP: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One tile of the convolution, or with SPLIT one part of its sums."""
     if OVERLAP:
         gdc_launch_dependents()
+        conv.prefetch(weight, channels * (KERNEL_H * KERNEL_W * C))
         gdc_wait()
     tiles_m, tiles_n = tl.cdiv(pixels, BLOCK_M), tl.cdiv(channels, BLOCK_N)
     tile_m, tile_n = conv.tile_of(tl.program_id(0), tiles_m, tiles_n, 8)
@@ -183,7 +214,7 @@ def conv_kernel(
     steps: tl.constexpr = KERNEL_H * KERNEL_W * blocks
     share: tl.constexpr = (steps + SPLIT - 1) // SPLIT
     part = tl.program_id(1)
-    acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
+    acc = conv.sums(x, BLOCK_N if SWAP else BLOCK_M, BLOCK_M if SWAP else BLOCK_N)
     for step in range(part * share, tl.minimum(part * share + share, steps)):
         tap, r, s = step // blocks, step // blocks // KERNEL_W, step // blocks % KERNEL_W
         k = step % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -209,34 +240,35 @@ def conv_kernel(
         left, right = conv.halves(acc, BLOCK_M, BLOCK_N)
         columns = tile_n * BLOCK_N + tl.arange(0, half)
         _finish_tile(
-            left, rows, columns, scale, shift, residual, skip, out, pixels, channels, out_h, out_w,
+            left, rows, columns, scale, shift, residual, skip, out, codes, pixels, channels, out_h, out_w,
             residual_n, residual_h, residual_w, skip_n, skip_h, skip_w,
-            out_stride_n, out_stride_h, out_stride_w, slope,
-            HAS_SCALE, HAS_SHIFT, HAS_RESIDUAL, HAS_SKIP, ACT,
+            out_stride_n, out_stride_h, out_stride_w, codes_n, codes_h, codes_w, slope, codes_scale,
+            HAS_SCALE, HAS_SHIFT, HAS_RESIDUAL, HAS_SKIP, HAS_OUT, HAS_CODES, ACT,
         )  # fmt: skip
         _finish_tile(
-            right, rows, columns + half, scale, shift, residual, skip, out, pixels, channels, out_h, out_w,
+            right, rows, columns + half, scale, shift, residual, skip, out, codes,
+            pixels, channels, out_h, out_w,
             residual_n, residual_h, residual_w, skip_n, skip_h, skip_w,
-            out_stride_n, out_stride_h, out_stride_w, slope,
-            HAS_SCALE, HAS_SHIFT, HAS_RESIDUAL, HAS_SKIP, ACT,
+            out_stride_n, out_stride_h, out_stride_w, codes_n, codes_h, codes_w, slope, codes_scale,
+            HAS_SCALE, HAS_SHIFT, HAS_RESIDUAL, HAS_SKIP, HAS_OUT, HAS_CODES, ACT,
         )  # fmt: skip
     else:
         _finish_tile(
-            acc, rows, columns, scale, shift, residual, skip, out, pixels, channels, out_h, out_w,
+            acc, rows, columns, scale, shift, residual, skip, out, codes, pixels, channels, out_h, out_w,
             residual_n, residual_h, residual_w, skip_n, skip_h, skip_w,
-            out_stride_n, out_stride_h, out_stride_w, slope,
-            HAS_SCALE, HAS_SHIFT, HAS_RESIDUAL, HAS_SKIP, ACT,
+            out_stride_n, out_stride_h, out_stride_w, codes_n, codes_h, codes_w, slope, codes_scale,
+            HAS_SCALE, HAS_SHIFT, HAS_RESIDUAL, HAS_SKIP, HAS_OUT, HAS_CODES, ACT,
         )  # fmt: skip
 
 
 @jit
 def sum_kernel(
-    parts, scale, shift, residual, skip, out, pixels, channels, out_h, out_w,
+    parts, scale, shift, residual, skip, out, codes, pixels, channels, out_h, out_w,
     residual_n, residual_h, residual_w, skip_n, skip_h, skip_w,
-    out_stride_n, out_stride_h, out_stride_w, slope,
+    out_stride_n, out_stride_h, out_stride_w, codes_n, codes_h, codes_w, slope, codes_scale,
     HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_SKIP: tl.constexpr,
-    ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    HAS_OUT: tl.constexpr, HAS_CODES: tl.constexpr, ACT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Adds the parts of every sum in their order, so that repeats are equal bit for bit, and finishes."""
     if OVERLAP:
@@ -245,15 +277,15 @@ def sum_kernel(
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = (rows < pixels)[:, None] & (columns < channels)[None, :]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), parts.dtype.element_ty)
     for part in tl.static_range(SPLIT):
         start = (tl.cast(part, tl.int64) * pixels + rows) * channels
-        acc += tl.load(parts + start[:, None] + columns[None, :], mask=mask, other=0.0)
+        acc += tl.load(parts + start[:, None] + columns[None, :], mask=mask, other=0)
     _finish_tile(
-        acc, rows, columns, scale, shift, residual, skip, out, pixels, channels, out_h, out_w,
+        acc, rows, columns, scale, shift, residual, skip, out, codes, pixels, channels, out_h, out_w,
         residual_n, residual_h, residual_w, skip_n, skip_h, skip_w,
-        out_stride_n, out_stride_h, out_stride_w, slope,
-        HAS_SCALE, HAS_SHIFT, HAS_RESIDUAL, HAS_SKIP, ACT,
+        out_stride_n, out_stride_h, out_stride_w, codes_n, codes_h, codes_w, slope, codes_scale,
+        HAS_SCALE, HAS_SHIFT, HAS_RESIDUAL, HAS_SKIP, HAS_OUT, HAS_CODES, ACT,
     )  # fmt: skip
 
 
@@ -264,7 +296,7 @@ def conv_bn_act_triton(
     shift: Tensor | None,
     residual: Tensor | None,
     skip: Tensor | None,
-    out: Tensor,
+    out: Tensor | None,
     kernel: tuple[int, int],
     stride: int,
     padding: int,
@@ -272,38 +304,52 @@ def conv_bn_act_triton(
     config: conv.Config | None = None,
     precision: str | None = None,
     overlap: bool = False,
+    parts: Tensor | None = None,
+    codes: Tensor | None = None,
+    codes_step: float = 1.0,
 ) -> None:
-    """The Triton kernel into `out`, unchecked: channels contiguous, any other strides.
+    """The Triton kernel into `out` and `codes`, unchecked: channels contiguous, any other strides.
 
     Args:
-        weight: of `pack_weight`, x's dtype.
-        scale, shift: float32.
+        x: floating, or codes: int8 for compute capability 8.0, float8_e4m3fn for 8.9 and later.
+        weight: of `pack_weight`, or of `quantize_weight` where x is codes: x's dtype.
+        scale, shift: float32; of codes the scale holds the steps of x and of the weights.
+        residual, skip: floating, whatever x is.
+        out: the result, floating; or None.
         config: one of `configurations`, by default the first.
         precision: of float32 products, "tf32" or "ieee"; by default as torch's own convolutions.
-        overlap: starts before the kernel ahead has ended and waits for it, on GPUs that can.
+        overlap: starts before the kernel ahead has ended and waits for it, on GPUs that can; the weights
+            are on their way to the L2 cache meanwhile.
+        parts: memory of at least `scratch_bytes` for split sums, float32 or int32; by default allocated.
+        codes, codes_step: the result divided by the step as codes, int8 or float8_e4m3fn; or None.
+
+    Raises:
+        ValueError: neither out nor codes is given, or parts is too small.
     """
+    result = codes if out is None else out
+    if result is None:
+        raise ValueError(f"{OP}: out and codes are None, at least one of them must be a tensor")
     n, c, h, w = x.shape
-    _, k, out_h, out_w = out.shape
+    _, k, out_h, out_w = result.shape
     pixels = n * out_h * out_w
     if pixels * k == 0:
         return
-    problem = conv.Problem(
-        pixels, k, kernel[0] * kernel[1], c, x.dtype, conv.is_aligned(x, residual, skip, out)
-    )
+    aligned = conv.is_aligned(x, residual, skip, out, codes)
+    problem = conv.Problem(pixels, k, kernel[0] * kernel[1], c, x.dtype, aligned)
     precision = precision or conv.default_precision(x.dtype)
     config = config or conv.best(problem, precision, x)
     overlap = overlap and _triton.overlaps_launches(x)
     act, slope = conv.activation(slope)
-    after = (
-        *common.strides(residual), *common.strides(skip), *common.strides(out), slope,
-    )  # fmt: skip
-    flags = dict(conv.flags(scale, shift, residual, skip), ACT=act)
+    strides = [n for t in (residual, skip, out, codes) for n in common.strides(t)]
+    after = (*strides, slope, 1 / codes_step)
+    flags = dict(conv.flags(scale, shift, residual, skip), HAS_OUT=out is not None,
+                 HAS_CODES=codes is not None, ACT=act)  # fmt: skip
     options = dict(launch_pdl=True) if overlap else {}
-    parts = conv.workspace(config, pixels, k, x)
+    parts = conv.parts_of(parts, config, pixels, k, x)
     grid = (conv.cdiv(pixels, config.block_m) * conv.cdiv(k, config.block_n), config.split)
     with _triton.on_device_of(x):
         conv_kernel[grid](
-            x, weight, scale, shift, residual, skip, out, parts, pixels, k, h, w, out_h, out_w,
+            x, weight, scale, shift, residual, skip, out, codes, parts, pixels, k, h, w, out_h, out_w,
             *common.strides(x), *after, c, *kernel, stride, padding, **flags,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=conv.block_k(config, problem),
             SPLIT=config.split, SWAP=config.swap, PRECISION=precision, OVERLAP=overlap,
@@ -311,7 +357,7 @@ def conv_bn_act_triton(
         )  # fmt: skip
         if config.split > 1:
             sum_kernel[(conv.cdiv(pixels, SUM_BLOCK_M), conv.cdiv(k, SUM_BLOCK_N))](
-                parts, scale, shift, residual, skip, out, pixels, k, out_h, out_w, *after, **flags,
+                parts, scale, shift, residual, skip, out, codes, pixels, k, out_h, out_w, *after, **flags,
                 BLOCK_M=SUM_BLOCK_M, BLOCK_N=SUM_BLOCK_N, SPLIT=config.split, OVERLAP=overlap,
                 num_warps=4, **options,
             )  # fmt: skip

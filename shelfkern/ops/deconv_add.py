@@ -62,6 +62,7 @@ def deconv_kernel(
     """One tile of the output pixels of one parity: BLOCK_M input pixels, of which it sees the next too."""
     if OVERLAP:
         gdc_launch_dependents()
+        conv.prefetch(weight, channels * (9 * C))
         gdc_wait()
     tiles_m, tiles_n = tl.cdiv(pixels, BLOCK_M), tl.cdiv(channels, BLOCK_N)
     # Four taps before two and one: the longest programs start first.

@@ -20,6 +20,8 @@ from . import (
     conv_bn_act_reference,
     deconv_add,
     deconv_add_reference,
+    quantize,
+    quantize_reference,
     shared_block,
     shared_block_reference,
     stem,
@@ -82,6 +84,7 @@ def _cases() -> dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], tu
             (x, _random(19, 6, 3, 3) / 6, _random(6), _random(2, 6, 14, 18)),
             {},
         ),
+        "quantize": (quantize, quantize_reference, (x,), dict(step=1 / 32)),
         "shared_block": (
             shared_block,
             shared_block_reference,

@@ -183,21 +183,47 @@ def shared_block_triton(
     scale2: Tensor,
     shift2: Tensor,
     hidden: Tensor,
-    out: Tensor,
+    out: Tensor | None,
     slope: float | None,
     skip: bool,
-    config: conv.Config | None = None,
+    config: conv.Config | tuple[conv.Config, conv.Config] | None = None,
     precision: str | None = None,
     overlap: bool = False,
+    parts: Tensor | None = None,
+    residual: Tensor | None = None,
+    codes: Tensor | None = None,
+    codes_step: float = 1.0,
+    hidden_step: float = 1.0,
 ) -> None:
     """Two launches of the Triton convolution into `out`, unchecked: channels contiguous, any other strides.
 
-    weight: of `pack_weight`; hidden: memory of x's shape; the rest as of `conv_bn_act_triton`.
+    Args:
+        weight: of `pack_weight`, or where x is codes of `quantize_weight`.
+        scale1, scale2: of codes each holds the step of the weights, and of x and of hidden.
+        hidden: memory of x's shape and dtype. Where x is codes, so is hidden, with step `hidden_step`.
+        config: of both convolutions, or of each.
+        parts: memory for the split sums of one of them: they run one after the other.
+        residual: what x stands for, floating: to be given where x is codes, and added at the end.
+        precision, overlap, codes, codes_step: as of `conv_bn_act_triton`.
+
+    Raises:
+        ValueError: x is codes and residual is not given, or as `conv_bn_act_triton`.
     """
-    options = (config, precision, overlap)
-    conv_bn_act_triton(x, weight, scale1, shift1, None, None, hidden, (3, 3), 1, 1, slope, *options)
-    again = x if skip else None
-    conv_bn_act_triton(hidden, weight, scale2, shift2, x, again, out, (3, 3), 1, 1, 0.0, *options)
+    coded = x.dtype in conv.CODE_CAPABILITIES
+    if coded and residual is None:
+        raise ValueError(f"{OP}: residual is None, it must be given where x is {x.dtype}")
+    residual = x if residual is None else residual
+    first, second = config if isinstance(config, tuple) else (config, config)
+    options, between = (precision, overlap, parts), (None, hidden) if coded else (hidden, None)
+    conv_bn_act_triton(
+        x, weight, scale1, shift1, None, None, between[0], (3, 3), 1, 1, slope, first, *options,
+        codes=between[1], codes_step=hidden_step,
+    )  # fmt: skip
+    again = residual if skip else None
+    conv_bn_act_triton(
+        hidden, weight, scale2, shift2, residual, again, out, (3, 3), 1, 1, 0.0, second, *options,
+        codes=codes, codes_step=codes_step,
+    )  # fmt: skip
 
 
 @backends.custom_op(OP)

@@ -45,13 +45,21 @@ def upsample_add_native(x: Tensor, skip: Tensor, gate: Tensor | None, out: Tenso
 
 
 def upsample_add_cuda(
-    x: Tensor, skip: Tensor, gate: Tensor | None, out: Tensor, backend: str = "cuda"
+    x: Tensor,
+    skip: Tensor,
+    gate: Tensor | None,
+    out: Tensor,
+    backend: str = "cuda",
+    overlap: bool = True,
 ) -> None:
-    """The CUDA kernel into `out`, unchecked: channels contiguous, any other strides, gate float32."""
+    """The CUDA kernel into `out`, unchecked: channels contiguous, any other strides, gate float32.
+
+    overlap: as of `call_cuda`; it reads no weights.
+    """
     n, c, h, w = x.shape
     backends.call_cuda(
         backend,
-        True,
+        overlap,
         OP,
         x,
         x.data_ptr(),

@@ -27,7 +27,7 @@ from ..data import camvid
 from ..data.transforms import augment
 from ..evaluate import ConfusionMatrix
 from ..files import replacing
-from ..nn import ShelfNet, save_weights, shelfnet18_lw
+from ..nn import ShelfNet, from_weights, save_weights, shelfnet18_lw
 from ..normalisation import Normalisation
 from .losses import class_weights, total_loss
 from .schedule import poly_with_warmup
@@ -39,7 +39,10 @@ NORMALISATION = Normalisation()
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What a run's weights depend on, beside the data."""
+    """What a run's weights depend on, beside the data.
+
+    `light` is how far augmentation changes the light; `start` names weights to begin with, "" for none.
+    """
 
     steps: int = 4000
     batch: int = 8
@@ -49,6 +52,8 @@ class Recipe:
     weight_decay: float = 0.02
     warmup: int = 200
     seed: int = 0
+    light: float = 0.0
+    start: str = ""
 
 
 def build_model(width: int) -> ShelfNet:
@@ -56,6 +61,23 @@ def build_model(width: int) -> ShelfNet:
     return shelfnet18_lw(
         len(camvid.CLASSES), backbone_width=width, widths=(width, 2 * width, 4 * width), head_width=width
     )
+
+
+def start_model(recipe: Recipe) -> ShelfNet:
+    """The model that a run begins with.
+
+    Raises:
+        OSError, RuntimeError: the weights to begin with cannot be read.
+        ValueError: they are of other classes.
+    """
+    if not recipe.start:
+        return build_model(recipe.width)
+    model = from_weights(recipe.start)
+    if model.config.num_classes != len(camvid.CLASSES):
+        raise ValueError(
+            f"start {recipe.start} has {model.config.num_classes} classes, CamVid has {len(camvid.CLASSES)}"
+        )
+    return model
 
 
 def _channels_last(model: ShelfNet) -> ShelfNet:
@@ -71,7 +93,7 @@ def batch_at(frames: list[camvid.Frame], recipe: Recipe, step: int) -> tuple[Ten
         order = np.random.default_rng((recipe.seed, 77, epoch)).permutation(len(frames))
         frame = frames[order[position]]
         rng = np.random.default_rng((recipe.seed, step, index))
-        pixels, mask = augment(frame.image, frame.mask, recipe.crop, camvid.IGNORE, rng)
+        pixels, mask = augment(frame.image, frame.mask, recipe.crop, camvid.IGNORE, rng, recipe.light)
         images.append(NORMALISATION(pixels))
         labels.append(mask.astype(np.int64))
     x = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
@@ -84,7 +106,7 @@ class Run:
     def __init__(self, frames: list[camvid.Frame], recipe: Recipe) -> None:
         torch.manual_seed(recipe.seed)
         self.frames, self.recipe, self.step = frames, recipe, 0
-        self.model = _channels_last(build_model(recipe.width))
+        self.model = _channels_last(start_model(recipe))
         self.average = copy.deepcopy(self.model).eval()
         self.weights = class_weights(camvid.class_frequencies(frames))
         # No decay of norms and biases, as published.
@@ -145,7 +167,7 @@ class Run:
         """
         state = torch.load(path, weights_only=True)
         for name, value in dataclasses.asdict(self.recipe).items():
-            before = state["recipe"][name]
+            before = state["recipe"].get(name, getattr(Recipe, name))
             if value != before and name != "steps":
                 raise ValueError(f"{path} is of a run with {name} {before}, it cannot go on with {value}")
         self.model.load_state_dict(state["model"])
@@ -245,10 +267,14 @@ def validate(run: Run, val: list[camvid.Frame], out: Path, loss: float) -> None:
     "--width",
     default=Recipe.width,
     type=click.IntRange(1),
-    help="Channels of the stem; the published model has 64.",
+    help="Channels of the stem; the published model has 64. With --start those of the weights.",
 )
 @click.option("--lr", default=Recipe.lr)
 @click.option("--seed", default=Recipe.seed, type=click.IntRange(0))
+@click.option("--light", default=Recipe.light, help="How far augmentation changes the light, 0 to 1 or so.")
+@click.option(
+    "--start", default=Recipe.start, help="Weights to begin with: a name or a file; none by default."
+)
 @click.option(
     "--every", default=250, type=click.IntRange(1), help="Steps between checkpoints and validations."
 )
@@ -263,7 +289,7 @@ def main(data: Path, out: Path, every: int, **recipe: Any) -> None:
         if checkpoint.exists():
             run.resume(checkpoint)
             click.echo(f"going on from step {run.step}")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise click.ClickException(str(error)) from error
     try:
         train(run, val, out, every)

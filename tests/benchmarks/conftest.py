@@ -1,7 +1,7 @@
-"""The benchmarks are scripts, not a package; their folder goes last, so that it hides nothing."""
+"""The benchmarks are scripts, not a package; their folders go last, so that they hide nothing."""
 
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-sys.path += [str(ROOT / "benchmarks" / "ops"), str(ROOT / "tests" / "ops")]
+sys.path += [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "ops"), str(ROOT / "tests" / "ops")]

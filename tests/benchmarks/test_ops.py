@@ -67,7 +67,8 @@ def compared(op, entry, dtype=torch.float32, variants=None):
     return compare(op, entry, dtype, OneSecond(), variants)
 
 
-CASES = [small(name) for name in ops.NAMES] + [
+# No network's plan has codes of 8 bits.
+CASES = [small(name) for name in ops.NAMES if name != "quantize"] + [
     small("stem", raw=True),
     small("conv_bn_act", residual=True),
     small("conv_bn_act", skip=True),

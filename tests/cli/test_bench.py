@@ -66,7 +66,8 @@ def test_the_table(run) -> None:
     header, *rows = cells(result.stdout)
     assert header == COLUMNS and [row[0] for row in rows] == ROWS
     eager, scores, labels = rows
-    assert eager[4:] == ["1.00", "0.0e+00"]
+    # Of another memory format than what all are held against.
+    assert eager[4] == "1.00" and float(eager[5]) < 1e-4
     assert 0 < float(scores[5]) < 1e-3 and float(labels[5]) < 1e-3
     assert all(float(row[1]) > 0 and float(row[3]) > 0 and float(row[4]) > 0 for row in rows)
 
@@ -91,6 +92,32 @@ def test_backends(backend: str, run, monkeypatch) -> None:
     monkeypatch.setattr(bench_module, "make_fast", spy)
     assert run("--backend", backend).exit_code == 0
     assert [fast.backend for fast in asked] == [backend]
+
+
+def test_tuning_and_graphs_are_the_engines(run, monkeypatch) -> None:
+    asked = []
+    make = bench_module.accelerate
+
+    def spy(*args: object, **options: object):
+        asked.append(options)
+        return make(*args, **options)
+
+    monkeypatch.setattr(bench_module, "accelerate", spy)
+    assert run().exit_code == 0 and run("--tune", "--no-graphs").exit_code == 0
+    assert asked == [{"tune": False, "graphs": True}, {"tune": True, "graphs": False}]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_on_a_gpu(dtype: str, run, tmp_path) -> None:
+    path = tmp_path / "results.jsonl"
+    result = run("--device", "cuda", "--dtype", dtype, "--json", path)
+    assert result.exit_code == 0, result.stderr
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["variant"] for line in lines] == ROWS
+    for line in lines:
+        assert line["gpu"] and 0 < line["median_s"] < 0.1 and line["error"] < 0.1
 
 
 def test_bfloat16_has_a_larger_error(run) -> None:
@@ -169,6 +196,8 @@ def test_the_error_of_labels_is_what_their_scores_lack() -> None:
 def test_the_numbers_of_a_row() -> None:
     timings = {"eager": Timing((0.2, 0.4, 0.3)), "accelerated": Timing((0.1, 0.1, 0.2))}
     table = bench_module.report(timings, {"eager": 0.0, "accelerated": 2e-6}, (32, 64))
+    fast = bench_module.report({"eager": Timing((2e-4, 3e-4, 4e-4))}, {"eager": 0.0}, (32, 64))
+    assert [next(iter(column.cells)) for column in fast.columns][1:3] == ["0.300", "0.220-0.380"]
     columns = [list(column.cells) for column in table.columns]
     assert [column[1] for column in columns] == [
         "accelerated",
@@ -187,7 +216,8 @@ def test_the_numbers_of_a_row() -> None:
         (["--size", "64x"], 2, "'64x' must be HEIGHTxWIDTH"),
         (["--rounds", "0"], 2, "0 is not in the range"),
         (["--backend", "eager"], 2, "'eager' is not one of 'auto', 'native', 'library'"),
-        (["--dtype", "float16"], 2, "'float16' is not one of 'float32', 'bfloat16'"),
+        (["--dtype", "float64"], 2, "'float64' is not one of 'float32', 'bfloat16', 'float16'"),
+        (["--dtype", "float16"], 1, "dtype is torch.float16, on a CPU it may be"),
         (["--model", "unet"], 2, "'unet' is not one of 'shelfnet18_lw'"),
         (["--device", "cuda"], 1, "device is 'cuda'"),
         (["--weights", "nosuch"], 1, "weights 'nosuch' is neither a file nor a shipped name"),

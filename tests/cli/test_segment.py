@@ -212,7 +212,8 @@ def test_bfloat16(run, model, tmp_path) -> None:
     [
         (["--backend", "eager", "--dtype", "bfloat16"], "backend eager runs in float32 on the cpu"),
         (["--device", "cuda"], "device is 'cuda'"),
-        (["--dtype", "float16"], "'float16' is not one of 'float32', 'bfloat16'"),
+        (["--dtype", "float16"], "dtype is torch.float16, on a CPU it may be"),
+        (["--dtype", "int4"], "'int4' is not one of 'float32', 'bfloat16', 'float16'"),
         (["--backend", "turbo"], "'turbo' is not one of"),
     ],
 )

@@ -8,7 +8,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
 from shelfkern.data import transforms
-from shelfkern.data.transforms import SCALES, augment, jitter, scaled_crop
+from shelfkern.data.transforms import SCALES, augment, jitter, relight, scaled_crop
 
 IGNORE = 11
 
@@ -220,3 +220,61 @@ def test_all_six_scales_occur(monkeypatch) -> None:
         augment(image, mask, (4, 4), IGNORE, rng(seed))
     assert set(scales) == {0.75, 1.0, 1.25, 1.5, 1.75, 2.0}
     assert all(25 < scales.count(scale) < 80 for scale in set(scales))
+
+
+def grey(value: int = 128, size: int = 16) -> Image.Image:
+    return Image.new("RGB", (size, size), (value, value, value))
+
+
+def test_relight_keeps_black_and_spans_its_range() -> None:
+    """Of an even grey: gamma and gain by their formula, at the ends of their ranges and between."""
+    found = np.array([np.asarray(relight(grey(), 1.0, rng(seed)))[8, 8] for seed in range(400)]) / 255
+    value = 128 / 255
+    lowest = value ** np.exp(0.5) * np.exp(-0.6 - 0.2)
+    highest = value ** np.exp(-0.5) * np.exp(0.3 + 0.2)
+    # Noise reaches 0.04 in deviation.
+    assert lowest - 0.1 < found.min() < lowest + 0.1
+    assert highest - 0.1 < found.max() <= 1
+    assert np.asarray(relight(grey(0), 1.0, rng(3))).max() <= 0.2 * 255
+
+
+def test_relight_casts_a_colour_or_takes_all() -> None:
+    colourful = Image.fromarray(np.tile(np.array([[[200, 40, 90]]], np.uint8), (16, 16, 1)))
+    gaps = []
+    for seed in range(300):
+        pixels = np.asarray(relight(colourful, 1.0, rng(seed)), np.float64).mean((0, 1))
+        gaps.append(pixels.max() / max(pixels.min(), 1))
+    gaps = np.array(gaps)
+    # Without its own colour only the cast is left: at most e^0.4.
+    without = (gaps < np.exp(0.4) * 1.05).mean()
+    assert 0.05 < without < 0.16
+
+
+def test_relight_blurs_and_adds_noise() -> None:
+    edges = Image.fromarray(np.kron(np.indices((8, 8)).sum(0) % 2 * 255, np.ones((4, 4))).astype(np.uint8))
+    edges = edges.convert("RGB")
+    blurred = noisy = 0
+    for seed in range(300):
+        pixels = np.asarray(relight(edges, 1.0, rng(seed)), np.float64)[..., 0]
+        # Noise differs within a square of one colour, blur at its borders.
+        noisy += len(np.unique(pixels[1:3, 1:3])) > 1 or len(np.unique(pixels[5:7, 1:3])) > 1
+        blurred += pixels[0, 3] > 0.02 * 255
+    assert 0.2 < blurred / 300 < 0.6 and 0.15 < noisy / 300 < 0.6
+
+
+def test_without_strength_light_stays(monkeypatch) -> None:
+    image, mask = random_pair(20, 24)
+    plain = augment(image, mask, (9, 11), IGNORE, rng(5))
+    again = augment(image, mask, (9, 11), IGNORE, rng(5), 0.0)
+    assert_array_equal(plain[0], again[0])
+    relit = augment(image, mask, (9, 11), IGNORE, rng(5), 1.0)
+    assert not np.array_equal(plain[0], relit[0])
+    unchanged = np.asarray(relight(image, 0.0, rng(0)))
+    assert np.abs(unchanged.astype(int) - np.asarray(image)).max() == 0
+
+
+def test_relight_does_not_touch_padding() -> None:
+    image, mask = random_pair(8, 8)
+    for seed in range(20):
+        pixels, labels = augment(image, mask, (40, 40), IGNORE, rng(seed), 1.0)
+        assert not pixels[labels == IGNORE].any()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Sequence
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from shelfkern.nn import ShelfNet, ShelfNetConfig
 
@@ -40,3 +43,25 @@ def build(config: ShelfNetConfig, seed: int = 0) -> ShelfNet:
             nn.init.normal_(module.running_mean, 0, 0.1)
             nn.init.uniform_(module.running_var, 0.5, 1.5)
     return model
+
+
+def images(n: int, h: int, w: int, seed: int = 0) -> Tensor:
+    return torch.randn(n, 3, h, w, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_as_exact_as_eager(
+    fast: Callable[[Tensor], Tensor], model: ShelfNet, inputs: Sequence[Tensor], dtype: torch.dtype
+) -> None:
+    """The error against float64 is at most twice that of eager torch in the same dtype.
+
+    Root mean squares, pooled over the inputs: the largest error of one small input is a lottery.
+    """
+    exact, eager = copy.deepcopy(model).double(), copy.deepcopy(model).to(dtype)
+    errors, allowed = [], []
+    for x in inputs:
+        result, truth = fast(x), exact(x.double())
+        assert result.shape == truth.shape and result.dtype is dtype
+        assert result.isfinite().all()
+        errors.append(((result.double() - truth) / truth.std()).flatten())
+        allowed.append(((eager(x.to(dtype)).double() - truth) / truth.std()).flatten())
+    assert torch.cat(errors).square().mean() <= 4 * torch.cat(allowed).square().mean()

@@ -22,7 +22,7 @@ def call(op, **options):
 def test_autocast_gives_convolutions_its_dtype(op):
     full = call(op)
     with torch.autocast("cpu", torch.bfloat16):
-        for backend in ("auto", "native", "reference"):
+        for backend in {"auto", "native", "reference"} & {"auto", "reference", *ops.KERNELS[op]}:
             result = call(op, backend=backend)
             assert result.dtype is (torch.bfloat16 if op in CAST else full.dtype), backend
             assert (result.double() - full.double()).abs().max() <= 0.05 * full.double().abs().max()

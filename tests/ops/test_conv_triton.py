@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from parity import INTERPRETED, moved, needs_triton, needs_triton_on_a_gpu, random
+from parity import INTERPRETED, moved, needs_triton, needs_triton_on_a_gpu, poisoned, random
 
 from shelfkern import ops
 from shelfkern.ops import _conv_triton as conv
@@ -19,6 +19,7 @@ H200 = 132
 # Shared memory of a program on sm_80, less what Triton keeps for itself.
 SM_80_BYTES = 163 * 1024
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+CODES = list(conv.CODE_CAPABILITIES)
 EVERY = conv.CONFIGS + conv.SMALL_CONFIGS
 TRITON_OPS = [op for op, kernels in ops.KERNELS.items() if "triton" in kernels]
 
@@ -43,15 +44,27 @@ def test_every_configuration_is_there_once():
 
 
 @pytest.mark.parametrize("config", EVERY)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES + CODES)
 def test_steps_are_powers_of_two_that_cover_few_channels_too_many(dtype, config):
+    # An instruction multiplies 32 codes, and of wider numbers 16 at most.
+    least = 32 if dtype in CODES else 16
     for depth in (1, 3, 15, 16, 17, 33, 64, 100, 2048):
         step = conv.block_k(config, problem(depth=depth, dtype=dtype))
-        assert 16 <= step <= max(16, config.block_bytes // dtype.itemsize)
-        assert step & (step - 1) == 0 and (step < 2 * depth or step == 16)
+        assert least <= step <= max(least, config.block_bytes // dtype.itemsize)
+        assert step & (step - 1) == 0 and (step < 2 * depth or step == least)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("config", EVERY)
+@pytest.mark.parametrize("dtype", CODES)
+def test_a_step_holds_twice_the_codes_in_half_the_time(dtype, config):
+    codes, wide = problem(10**6, 512, 9, 512, dtype), problem(10**6, 512, 9, 512)
+    assert conv.block_k(config, codes) == 2 * conv.block_k(config, wide)
+    ratio = conv.microseconds(codes, config, H200) / conv.microseconds(wide, config, H200)
+    # Parts are of 32 bits either way.
+    assert 0.4 < ratio < (0.6 if config.split == 1 else 0.9)
+
+
+@pytest.mark.parametrize("dtype", DTYPES + CODES)
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
 @pytest.mark.parametrize("taps, depth", [(1, 1), (1, 64), (1, 300), (9, 3), (49, 3), (9, 512)])
 @pytest.mark.parametrize("channels", [1, 19, 64, 65, 512])
@@ -104,6 +117,24 @@ def test_workspace():
     assert conv.workspace(conv.CONFIGS[0], 10, 3, like) is None
     parts = conv.workspace(conv.CONFIGS[-1], 10, 3, like)
     assert parts.shape == (conv.CONFIGS[-1].split, 10, 3) and parts.dtype is torch.float32
+    for dtype, summed in ((torch.int8, torch.int32), (torch.float8_e4m3fn, torch.float32)):
+        assert conv.workspace(conv.CONFIGS[-1], 10, 3, like.to(dtype)).dtype is summed
+
+
+def test_memory_for_parts_is_the_callers_where_it_gives_some(monkeypatch):
+    whole, split = conv.CONFIGS[0], conv.CONFIGS[-1]
+    assert conv.scratch_bytes(whole, 10, 3) == 0
+    needed = conv.scratch_bytes(split, 10, 3)
+    assert needed == 4 * split.split * 10 * 3
+    memory = poisoned((needed // 4,), torch.float32)
+    for like, dtype in ((torch.zeros(1, dtype=torch.int8), torch.int32), (memory, torch.float32)):
+        taken = conv.parts_of(memory, split, 10, 3, like)
+        assert taken.data_ptr() == memory.data_ptr() and taken.dtype is dtype
+        assert conv.parts_of(memory, whole, 10, 3, like) is None
+        assert conv.parts_of(None, split, 10, 3, like).numel() * 4 == needed
+    message = f"^parts has {needed - 4} bytes, a sum split in {split.split} needs {needed}$"
+    with pytest.raises(ValueError, match=message):
+        conv.parts_of(memory[1:], split, 10, 3, memory)
 
 
 def test_activation():
@@ -151,6 +182,22 @@ def record_tiles(tiles, tiles_m, tiles_n):
     tl.store(tiles + 2 * tl.program_id(0) + 1, column)
 
 
+# Fewer lines than programs, as many, more, more than the programs may ask for; and a grid beyond a wave.
+@needs_triton
+@pytest.mark.parametrize("programs, lines", [(4, 3), (4, 4), (5, 99), (3, 768), (3, 769), (200, 5000)])
+def test_lines_are_each_asked_for_once_from_the_first_on(programs, lines):
+    found = moved("triton", torch.full((programs, 256), -1, dtype=torch.int32))[0]
+    record_lines[(programs,)](found, programs, lines)
+    assert sorted(found[found >= 0].tolist()) == list(range(min(lines, programs * 256)))
+    assert (found[128:] < 0).all()
+
+
+@jit
+def record_lines(found, programs, lines):
+    line, asked = conv.lines_of(tl.program_id(0), programs, lines)
+    tl.store(found + tl.program_id(0) * 256 + tl.arange(0, 256), line, mask=asked)
+
+
 @needs_triton
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rounded_is_to_the_nearest_even(dtype):
@@ -193,7 +240,8 @@ from shelfkern import ops
 x, ones = torch.ones(1, 2, 4, 4), torch.ones(2)
 w, twice = torch.ones(2, 2, 3, 3), torch.ones(1, 2, 8, 8)
 for op, arguments in dict(
-    conv_bn_act=(x, w), deconv_add=(x, w, ones, twice), shared_block=(x, w, ones, ones, ones, ones),
+    conv_bn_act=(x, w), deconv_add=(x, w, ones, twice), quantize=(x, 1.0),
+    shared_block=(x, w, ones, ones, ones, ones),
     upsample_add=(x, twice), upsample_bilinear=(x, (8, 8)),
 ).items():
     assert getattr(ops, op)(*arguments).isfinite().all()

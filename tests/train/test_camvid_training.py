@@ -19,7 +19,7 @@ from torch import Tensor
 
 from shelfkern.data import camvid
 from shelfkern.data.camvid import Frame
-from shelfkern.nn import from_weights
+from shelfkern.nn import from_weights, save_weights, shelfnet18_lw
 from shelfkern.nn.weights import read_safetensors
 from shelfkern.train import camvid as training
 from shelfkern.train import curve
@@ -118,6 +118,34 @@ def test_the_seed_decides() -> None:
     one, other = Run(FRAMES, SMALLEST), Run(FRAMES, dataclasses.replace(SMALLEST, seed=1))
     assert not torch.equal(next(one.model.parameters()), next(other.model.parameters()))
     assert not torch.equal(batch_at(FRAMES, one.recipe, 0)[0], batch_at(FRAMES, other.recipe, 0)[0])
+
+
+def test_light_is_part_of_the_recipe() -> None:
+    plain, relit = (batch_at(FRAMES, dataclasses.replace(SMALLEST, light=light), 0) for light in (0.0, 1.0))
+    assert not torch.equal(plain[0], relit[0])
+
+
+def test_a_run_begins_with_given_weights(tmp_path) -> None:
+    first = Run(FRAMES, SMALLEST)
+    first.advance()
+    export(first, evaluate(first.average, FRAMES), tmp_path / "start.safetensors")
+    recipe = dataclasses.replace(SMALLEST, start=str(tmp_path / "start.safetensors"), seed=5)
+    second = Run(FRAMES, recipe)
+    for name, value in first.average.state_dict().items():
+        assert_allclose(second.model.state_dict()[name], value, rtol=1e-3, atol=1e-4, err_msg=name)
+    assert second.step == 0
+    before = second.model.head.classify.weight.detach().clone()
+    second.advance()
+    assert not torch.equal(second.model.head.classify.weight, before)
+
+
+def test_weights_that_no_run_can_begin_with(data, tmp_path) -> None:
+    other = shelfnet18_lw(5, backbone_width=4, widths=(4, 8, 16), head_width=4)
+    save_weights(other, tmp_path / "five.safetensors")
+    refused = command(data, tmp_path / "out", start=tmp_path / "five.safetensors")
+    assert refused.exit_code == 1 and "has 5 classes, CamVid has 11" in refused.output
+    missing = command(data, tmp_path / "out", start="nowhere")
+    assert missing.exit_code == 1 and "weights 'nowhere' is neither a file" in missing.output
 
 
 def test_the_loss_falls_on_one_easy_frame() -> None:

@@ -1,0 +1,118 @@
+"""Whether a network's result is right: a variant is checked before it is timed, and a wrong one is not."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+
+import torch
+from cases import Case, normalised
+from torch import Tensor
+
+from shelfkern.nn import ShelfNet
+
+# Root-mean-square error of scores over their deviation: about twice what eager torch makes in 16 bits on a
+# CPU. On a GPU float32 is TF32, which has float16's precision.
+MAX_ERROR = {"float32": 2e-5, "tf32": 0.01, "float16": 0.01, "bfloat16": 0.07}
+# No score may be further off than so many times that.
+LARGEST = 10
+# Share of labels that may differ from float32's, beyond those of eager torch in the same dtype. Of these a
+# quarter more, since eager's own share changes by as much between memory formats in small images.
+MAX_DIFFERENT, EAGERS = 0.001, 1.25
+
+
+class Wrong(Exception):
+    """A variant's result is further from eager torch in float32 than it may be."""
+
+
+class Judge:
+    """Holds results of one case against eager torch in float32, computed image by image.
+
+    Attributes:
+        limit: of the error.
+    """
+
+    def __init__(self, model: ShelfNet, images: Tensor, case: Case) -> None:
+        self._labels = case.labels
+        network = copy.deepcopy(model).to(images.device)
+        with exact_float32():
+            found = [_finished(_scores(network, image, torch.float32), case) for image in images.split(1)]
+        self._truth = found
+        if case.labels:
+            with without_search():
+                self.limit = MAX_DIFFERENT + EAGERS * self._eager_difference(network, images, case)
+        else:
+            self._deviation = torch.stack([scores.double().std() for scores in found]).mean().item()
+            tf32 = case.device == "cuda" and case.dtype == "float32"
+            self.limit = MAX_ERROR["tf32" if tf32 else case.dtype]
+
+    def _eager_difference(self, network: ShelfNet, images: Tensor, case: Case) -> float:
+        network = network.to(case.torch_dtype)
+        found = [_finished(_scores(network, image, case.torch_dtype), case) for image in images.split(1)]
+        return self._difference(torch.cat(found))
+
+    def _difference(self, labels: Tensor) -> float:
+        pairs = zip(labels.split(1), self._truth, strict=True)
+        return torch.stack([(mine != truth).double().mean() for mine, truth in pairs]).mean().item()
+
+    def error_of(self, result: Tensor) -> float:
+        """Of scores the root-mean-square error over their deviation, of labels the share that differs.
+
+        Raises:
+            Wrong: it is more than `limit`, or one score is far off, or the result has another shape or dtype.
+        """
+        shape = (len(self._truth), *self._truth[0].shape[1:])
+        if result.shape != shape or (self._labels and result.dtype is not torch.uint8):
+            raise Wrong(f"the result is {result.dtype} {tuple(result.shape)}, it must be {shape}")
+        if self._labels:
+            error, largest = self._difference(result), 0.0
+        else:
+            error, largest = self._errors(result)
+        # Written so that NaN is wrong.
+        if not error <= self.limit:
+            raise Wrong(f"the error is {error:.3g}, at most {self.limit:.3g} is allowed")
+        if not largest <= LARGEST * self.limit:
+            raise Wrong(f"the largest error is {largest:.3g}, at most {LARGEST * self.limit:.3g} is allowed")
+        return error
+
+    def _errors(self, scores: Tensor) -> tuple[float, float]:
+        squares, largest = [], []
+        for mine, truth in zip(scores.split(1), self._truth, strict=True):
+            off = (mine.float() - truth).abs()
+            squares.append(off.double().square().mean())
+            largest.append(off.max())
+        error = torch.stack(squares).mean().sqrt().item()
+        return error / self._deviation, torch.stack(largest).max().item() / self._deviation
+
+
+def _scores(network: ShelfNet, image: Tensor, dtype: torch.dtype) -> Tensor:
+    x = normalised(image, network) if image.dtype is torch.uint8 else image
+    return network(x.to(dtype))
+
+
+def _finished(scores: Tensor, case: Case) -> Tensor:
+    return scores.argmax(1).to(torch.uint8) if case.labels else scores
+
+
+@contextlib.contextmanager
+def exact_float32() -> Iterator[None]:
+    """Within it products of float32 are of float32, not of TF32; cuDNN does not search."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        with without_search():
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+@contextlib.contextmanager
+def without_search() -> Iterator[None]:
+    """Within it cuDNN takes its first guess: searching would cost more than the few calls."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before

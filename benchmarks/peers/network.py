@@ -1,0 +1,48 @@
+"""A network with what comes before and after it in torch calls, as peers run it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+from shelfkern.nn import ShelfNet
+
+
+class Network(nn.Module):
+    """A model's copy from images of either kind to scores, or to labels uint8.
+
+    Args:
+        model: in float32.
+        dtype: what raw images become.
+        labels: whether it gives labels.
+        weights: their dtype, by default `dtype`.
+    """
+
+    def __init__(
+        self, model: ShelfNet, dtype: torch.dtype, labels: bool, weights: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.model = copy.deepcopy(model).to(weights or dtype)
+        self.dtype, self.labels = dtype, labels
+        mean, std = (torch.tensor(v)[:, None, None] for v in dataclasses.astuple(model.normalisation))
+        # In float32 whatever the dtype: pixels are rounded once.
+        self.register_buffer("scale", 1 / (255 * std))
+        self.register_buffer("shift", -mean / std)
+
+    def forward(self, images: Tensor) -> Tensor:
+        scores = self.model(self.normalise(images))
+        return scores.argmax(1).to(torch.uint8) if self.labels else scores
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Raw uint8 images (N, H, W, 3) to normalised (N, 3, H, W) in NHWC storage; others as they are."""
+        if images.dtype is not torch.uint8:
+            return images
+        return torch.addcmul(self.shift, images.permute(0, 3, 1, 2).float(), self.scale).to(self.dtype)
+
+
+def channels_last(images: Tensor) -> Tensor:
+    """Normalised images in NHWC storage; raw ones are."""
+    return images if images.dtype is torch.uint8 else images.contiguous(memory_format=torch.channels_last)

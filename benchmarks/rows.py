@@ -1,0 +1,181 @@
+"""Rows of whole networks' results: what each says, the file they go to, and the table that is printed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from cases import Case
+from clocks import Ceilings
+from measure import Times
+from peers import Peer
+from rich.table import Table
+from shapes import plan_of
+
+from shelfkern.files import replacing
+from shelfkern.timing import Timing, median_ratio
+
+Row = dict[str, Any]
+# Bytes of a full-size label.
+LABEL_BYTES = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What became of one variant of a case.
+
+    Attributes:
+        reason: why it has no times, None if it has.
+        error: of its result; None where there is none.
+        limit: of the error.
+        prepared: seconds until it gave its first result.
+        memory: as `measure.Footprint` gives it.
+        launches: kernels of a call, where they were counted.
+        times: of its calls.
+    """
+
+    reason: str | None = None
+    error: float | None = None
+    limit: float | None = None
+    prepared: float | None = None
+    memory: dict[str, float] = dataclasses.field(default_factory=dict)
+    launches: int | None = None
+    times: Times | None = None
+
+
+def about_case(case: Case) -> Row:
+    """What identifies a case."""
+    return {
+        "model": case.model,
+        "size": list(case.size),
+        "batch": case.batch,
+        "dtype": case.dtype,
+        "output": case.output,
+        "input": "uint8" if case.raw else "float",
+        "on": case.device,
+    }
+
+
+def case_of(row: Row) -> Case:
+    """The case that a row is of."""
+    labels = row["output"] == "labels"
+    return Case(row["model"], tuple(row["size"]), row["batch"], row["dtype"], labels, row["on"])
+
+
+def skipped(case: Case, reason: str) -> Row:
+    """The row of a case that was not measured."""
+    return about_case(case) | {"variant": None, "ours": False, "reason": reason}
+
+
+def row(case: Case, peer: Peer, outcome: Outcome, ours: Times | None, ceilings: Ceilings) -> Row:
+    """The row of one variant.
+
+    ours: times of this library, which the others are held against.
+    """
+    found = about_case(case) | {"variant": peer.name, "ours": peer.ours, "reason": outcome.reason}
+    found |= {"error": outcome.error, "limit": outcome.limit, "prepared_s": _round(outcome.prepared)}
+    if outcome.times is None:
+        return found
+    times = outcome.times
+    found |= _figures(case, times.call, ceilings) | outcome.memory
+    found |= {"launches": outcome.launches, "wall_ms": _round(times.wall.median * 1e3)}
+    found["wall_p99_ms"] = _round(times.wall.quantile(0.99) * 1e3)
+    found["wall_images_per_s"] = _round(case.batch / times.wall.median)
+    found["ours_times_faster"] = _round(median_ratio(times.call, ours.call)) if ours else None
+    found["ours_times_faster_wall"] = _round(median_ratio(times.wall, ours.wall)) if ours else None
+    return found
+
+
+def _figures(case: Case, timing: Timing, ceilings: Ceilings) -> Row:
+    flop, nbytes = floor_of(case)
+    kind = ceilings.arithmetic(case.torch_dtype)
+    floor = ceilings.seconds(flop, nbytes, case.torch_dtype)
+    return {
+        "median_ms": _round(timing.median * 1e3),
+        "p10_ms": _round(timing.quantile(0.1) * 1e3),
+        "p90_ms": _round(timing.quantile(0.9) * 1e3),
+        "p99_ms": _round(timing.quantile(0.99) * 1e3),
+        "rounds": len(timing.seconds),
+        "images_per_s": _round(case.batch / timing.median),
+        "gflop_per_s": _round(flop / timing.median / 1e9),
+        "flop": flop,
+        "bytes": nbytes,
+        "floor_ms": _round(floor * 1e3),
+        "fraction": _round(floor / timing.median),
+        "copy_gb_per_s": _round(ceilings.bytes_per_s / 1e9),
+        "product_tflop_per_s": _round(ceilings.flop_per_s[kind] / 1e12),
+        "product": kind,
+    }
+
+
+def floor_of(case: Case) -> tuple[int, int]:
+    """A case's arithmetic (FLOP of its convolutions) and least traffic (bytes).
+
+    The least traffic reads images and weights once and writes the result: what lies between them may stay
+    on the chip. Sizes are padded as inside.
+    """
+    plan = plan_of(case.model)
+    height, width = case.size
+    padded = (32 * -(-height // 32), 32 * -(-width // 32))
+    itemsize = case.torch_dtype.itemsize
+    pixels = case.batch * height * width
+    weights = sum(tensor.numel() for step in plan.steps for tensor in step.weights())
+    read = 3 * pixels * (1 if case.raw else itemsize) + weights * itemsize
+    written = pixels * (LABEL_BYTES if case.labels else plan.num_classes * itemsize)
+    return 2 * plan.macs(case.batch, *padded), read + written
+
+
+def _round(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.4g}")
+
+
+class ResultsFile:
+    """JSON lines, written whole at every addition, so that a run that is cut off leaves what it has.
+
+    Args:
+        path: of the file, replaced at the first addition.
+        about: what every row says of its run.
+        keep: takes up the rows that are there instead.
+    """
+
+    def __init__(self, path: Path, about: Row, keep: bool = False) -> None:
+        self.path, self._about = path, about
+        self.rows = read(path) if keep and path.exists() else []
+
+    def add(self, rows: list[Row]) -> None:
+        """Adds rows and writes the file."""
+        self.rows += [row | self._about for row in rows]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(self.path) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+
+
+def read(path: Path) -> list[Row]:
+    """Rows of a JSON lines file."""
+    return [json.loads(line) for line in path.read_text().splitlines() if line]
+
+
+def table(rows: list[Row]) -> Table:
+    """Rows as a table to print."""
+    found = Table(
+        "case", "variant", "ms (p10-p90)", "wall ms", "images/s", "limit", "launches", "MiB", "ours"
+    )
+    found.add_column("error")
+    for row in rows:
+        found.add_row(*_cells(row))
+    return found
+
+
+def _cells(row: Row) -> list[str]:
+    case = str(case_of(row))
+    if row["reason"] is not None:
+        return [case, row["variant"] or "", row["reason"]]
+    ratio, launches, memory = (row.get(key) for key in ("ours_times_faster", "launches", "reserved_mib"))
+    return [
+        case, row["variant"], f"{row['median_ms']:g} ({row['p10_ms']:g}-{row['p90_ms']:g})",
+        f"{row['wall_ms']:g}", f"{row['images_per_s']:g}", f"{row['fraction']:.0%}",
+        "" if launches is None else str(launches), "" if memory is None else f"{memory:g}",
+        "" if ratio is None else f"{ratio:.2f}x", f"{row['error']:.1e}",
+    ]  # fmt: skip

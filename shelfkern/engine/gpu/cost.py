@@ -1,0 +1,62 @@
+"""A cost model: what a step should take on an H200, in microseconds, to order the ways to run it.
+
+Ceilings are those of shared measurements (4.3 TB/s, 790 TFLOP/s, 1.3 us a launch inside a graph). What it
+gives is a prediction to be measured against, and serves where nothing was measured.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ...ops import _conv_triton as conv
+from ...ops.shared_block import CUDA_TILE_ROWS, CUDA_TILE_WIDTH
+from .device import Gpu
+
+LAUNCH = 1.3
+BYTES_A_US = 4.3e6
+# Activations that the layer before has just written are still in L2, if they fit into half of it.
+L2_BYTES_A_US = 8e6
+# mma.sync instead of wgmma: about six tenths of a multiprocessor's 790 / 132 TFLOP/s.
+MMA_MACS_A_US = 0.6 * 790e6 / 2 / 132
+# Start and end of a program, exposed once a wave.
+PROGRAM = 1.0
+# cuDNN's kernels are ours without the choice of split sums.
+PASS_FRACTION_OF_COPY = 0.8
+
+
+def moving(nbytes: float, gpu: Gpu) -> float:
+    """Reading and writing so many bytes."""
+    rate = L2_BYTES_A_US if nbytes < gpu.l2_bytes / 2 else BYTES_A_US
+    return nbytes / (rate * PASS_FRACTION_OF_COPY)
+
+
+def passes(nbytes: float, gpu: Gpu, launches: int = 1) -> float:
+    """Kernels that only move data."""
+    return launches * LAUNCH + moving(nbytes, gpu)
+
+
+def triton_conv(problem: conv.Problem, config: conv.Config, gpu: Gpu) -> float:
+    """One convolution of ours."""
+    return LAUNCH + conv.microseconds(problem, config, gpu.multiprocessors)
+
+
+def library_conv(problem: conv.Problem, precision: str, gpu: Gpu) -> float:
+    """One convolution of a library: the best of our tiles without a split sum."""
+    configs = conv.configurations(problem, precision, gpu.multiprocessors, gpu.shared_bytes)
+    return min(triton_conv(problem, config, gpu) for config in configs if config.split == 1)
+
+
+def cuda_shared_block(shape: tuple[int, ...], rows: int, gpu: Gpu) -> float:
+    """The fused block: waves of tiles, whose halo is computed twice."""
+    n, c, h, w = shape
+    padded = 64 if c <= 64 else 128
+    tiles = n * -(-h // rows) * -(-w // CUDA_TILE_WIDTH)
+    units = CUDA_TILE_ROWS[padded][rows]
+    tile = units * 64 * 9 * padded * padded / MMA_MACS_A_US
+    return LAUNCH + -(-tiles // gpu.multiprocessors) * (tile + PROGRAM)
+
+
+def product(macs: float, gpu: Gpu, dtype: torch.dtype) -> float:
+    """Arithmetic that fills the GPU, on mma.sync; float32 on the ordinary cores."""
+    rate = gpu.multiprocessors * (MMA_MACS_A_US if dtype.itemsize == 2 else 67e6 / 2 / 132)
+    return macs / rate

@@ -1,0 +1,203 @@
+"""What the engine knows of a GPU, and what it asks of one beside its kernels."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+# Captures are rare and share torch's flags and the caching allocator: one at a time in a process.
+_CAPTURING = threading.RLock()
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """A GPU's properties.
+
+    Attributes:
+        name: as its driver gives it.
+        capability: compute capability.
+        multiprocessors: how many.
+        shared_bytes: shared memory that a block may have.
+        l2_bytes: of its L2 cache.
+    """
+
+    name: str
+    capability: tuple[int, int]
+    multiprocessors: int
+    shared_bytes: int
+    l2_bytes: int
+
+
+# What plans are made for where no GPU is there.
+H200 = Gpu("NVIDIA H200", (9, 0), 132, 227 * 1024, 60 << 20)
+
+
+def gpu_of(device: torch.device) -> Gpu:
+    """The GPU that a device is; for the CPU an H200, whose kernels are emulated there."""
+    if device.type != "cuda":
+        return H200
+    found: Any = torch.cuda.get_device_properties(device)  # its stub lacks names
+    return Gpu(
+        found.name,
+        (found.major, found.minor),
+        found.multi_processor_count,
+        found.shared_memory_per_block_optin,
+        found.L2_cache_size,
+    )
+
+
+class Graph(Protocol):
+    """A recorded forward pass."""
+
+    def replay(self) -> None:
+        """Runs it on the current stream."""
+
+
+class Runtime(Protocol):
+    """Streams, events and graphs. `torch.cuda`'s, or those of a stand-in that records what is asked."""
+
+    def side_stream(self) -> Any:
+        """A stream beside the current one."""
+
+    def on(self, stream: Any) -> contextlib.AbstractContextManager[Any]:
+        """Within it `stream` is the current one."""
+
+    def current(self) -> Any:
+        """The current stream, comparable with another."""
+
+    def mark(self) -> Any:
+        """An event after all that was given to the current stream."""
+
+    def wait(self, event: Any) -> None:
+        """Makes the current stream wait for an event."""
+
+    def synchronize(self, event: Any) -> None:
+        """Makes the host wait for an event."""
+
+    def keep(self, tensor: Tensor) -> None:
+        """Keeps a tensor's memory from others until what the current stream has now is done."""
+
+    def pinned(self, shape: tuple[int, ...]) -> Tensor:
+        """uint8 memory of the host that copies to and from the device do not have to wait for."""
+
+    def capture(self, run: Callable[[], None]) -> Graph:
+        """Runs a function once to warm up, and records a second run."""
+
+
+class CudaRuntime:
+    """The streams, events and graphs of one GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def side_stream(self) -> torch.cuda.Stream:
+        """A stream beside the current one."""
+        return torch.cuda.Stream(self.device)
+
+    def on(self, stream: torch.cuda.Stream) -> contextlib.AbstractContextManager[Any]:
+        """Within it `stream` is the current one."""
+        return torch.cuda.stream(stream)
+
+    def current(self) -> torch.cuda.Stream:
+        """The current stream."""
+        return torch.cuda.current_stream(self.device)
+
+    def mark(self) -> torch.cuda.Event:
+        """An event after all that was given to the current stream."""
+        event = torch.cuda.Event()
+        event.record(self.current())
+        return event
+
+    def wait(self, event: torch.cuda.Event) -> None:
+        """Makes the current stream wait for an event."""
+        self.current().wait_event(event)
+
+    def synchronize(self, event: torch.cuda.Event) -> None:
+        """Makes the host wait for an event."""
+        event.synchronize()
+
+    def keep(self, tensor: Tensor) -> None:
+        """Keeps a tensor's memory from others until what the current stream has now is done."""
+        tensor.record_stream(self.current())
+
+    def pinned(self, shape: tuple[int, ...]) -> Tensor:
+        """Page-locked uint8 memory of the host."""
+        return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+
+    def capture(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """Runs a function once on a stream of its own, then records it.
+
+        The first run compiles kernels and lets cuDNN choose, which a capture may not. Other threads may
+        go on launching meanwhile.
+        """
+        graph, stream = torch.cuda.CUDAGraph(), self.side_stream()
+        with _CAPTURING, torch.cuda.device(self.device):
+            stream.wait_stream(self.current())
+            with torch.cuda.stream(stream):
+                run()
+            stream.synchronize()
+            # Of a capture that fails, torch leaves its stream the current one.
+            recording = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
+            with torch.cuda.stream(self.current()), recording:
+                run()
+        return graph
+
+
+class HostRuntime:
+    """For kernels emulated on the CPU: one stream, and a graph is the function again."""
+
+    def side_stream(self) -> None:
+        """There is one stream."""
+
+    @contextlib.contextmanager
+    def on(self, stream: None) -> Iterator[None]:
+        """Changes nothing."""
+        yield
+
+    def current(self) -> None:
+        """There is one stream."""
+
+    def mark(self) -> object:
+        """An event that has come: all that was asked has been done."""
+        return self
+
+    def wait(self, event: object) -> None:
+        """All that was asked has been done."""
+
+    def synchronize(self, event: object) -> None:
+        """All that was asked has been done."""
+
+    def keep(self, tensor: Tensor) -> None:
+        """Nothing runs behind the host's back."""
+
+    def pinned(self, shape: tuple[int, ...]) -> Tensor:
+        """Ordinary memory."""
+        return torch.empty(shape, dtype=torch.uint8)
+
+    def capture(self, run: Callable[[], None]) -> Graph:
+        """Keeps the function."""
+        return _HostGraph(run)
+
+
+@dataclasses.dataclass(frozen=True)
+class _HostGraph:
+    run: Callable[[], None]
+
+    def replay(self) -> None:
+        self.run()
+
+
+def runtime_of(device: torch.device) -> Runtime:
+    """The runtime of a device."""
+    return CudaRuntime(device) if device.type == "cuda" else HostRuntime()
+
+
+def empty_bytes(nbytes: int, device: torch.device) -> Tensor:
+    """Uninitialised memory."""
+    return torch.empty(nbytes, dtype=torch.uint8, device=device)

@@ -1,0 +1,147 @@
+"""quantize: a tensor's codes of 8 bits, of which each counts steps: int8, or float8_e4m3fn."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import _backends as backends
+from . import _common as common
+from . import _conv_triton as conv
+from . import _triton
+from ._triton import gdc_launch_dependents, gdc_wait, jit, tl
+
+OP = "quantize"
+# Elements that a Triton program takes: 16 a thread, whose codes are stored together.
+TRITON_TILE = 2048
+# The largest number of steps that a weight's code counts: int8 leaves out -128, so that signs are alike.
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+
+
+def quantize_reference(x: Tensor, step: float | Tensor, dtype: torch.dtype = torch.int8) -> Tensor:
+    """The same in torch calls, for any device and dtype; in float64 for it, otherwise in float32."""
+    values = x.to(torch.promote_types(x.dtype, torch.float32)) / step
+    if dtype is torch.int8:
+        values = torch.where(values.isnan(), 0.0, values.clamp(-128, 127)).round()
+    else:
+        values = values.clamp(-448, 448)
+    return values.to(dtype)
+
+
+def quantize_weight(w: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Codes of weights (K, C, kernel_h, kernel_w), and what one of each output channel's steps is.
+
+    Symmetric: the largest of an output channel is 127 or 448 steps. A channel of zeros has step 1.
+
+    Returns:
+        (K, taps, C) of `dtype`, as `conv_bn_act_triton` takes them, and (K,) float32.
+
+    Raises:
+        ValueError: dtype is neither int8 nor float8_e4m3fn, or a weight is not finite.
+    """
+    _check_dtype("quantize_weight", dtype)
+    wide = common.float32(w)
+    largest = wide.abs().amax((1, 2, 3))
+    if not largest.isfinite().all():
+        raise ValueError("quantize_weight: w holds what is not finite, every weight must be")
+    step = largest / LARGEST[dtype]
+    step = torch.where(step > 0, step, 1.0)
+    codes = quantize_reference(wide, step[:, None, None, None], dtype)
+    return conv.pack_weight(codes, dtype), step
+
+
+def can_run(x: Tensor, dtype: torch.dtype = torch.int8) -> backends.Reasons:
+    """Why each kernel cannot take x; None for those that can."""
+    why = backends.reasons(OP, x)
+    needed = conv.CODE_CAPABILITIES.get(dtype, (8, 0))
+    if why["triton"] is None and x.is_cuda and torch.cuda.get_device_capability(x.device) < needed:
+        found = "{}.{}".format(*torch.cuda.get_device_capability(x.device))
+        why["triton"] = f"x is on a GPU of compute capability {found}, codes of {dtype} need 8.9"
+    return why
+
+
+@jit
+def quantize_kernel(
+    x, codes, pixels, channels, h, w, x_n, x_h, x_w, codes_n, codes_h, codes_w, codes_scale,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_C channels of BLOCK_M pixels."""
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = (rows < pixels)[:, None] & (columns < channels)[None, :]
+    image, y, column = conv.pixel_of(rows, h, w)
+    values = conv.load_rows(x, conv.offsets(image, y, column, x_n, x_h, x_w), columns, mask)
+    to = conv.offsets(image, y, column, codes_n, codes_h, codes_w)
+    tl.store(codes + to[:, None] + columns[None, :], conv.code(values * codes_scale, codes), mask=mask)
+
+
+def quantize_triton(x: Tensor, step: float, codes: Tensor, overlap: bool = False) -> None:
+    """The Triton kernel into `codes`, unchecked: channels contiguous, any other strides."""
+    n, c, h, w = x.shape
+    if x.numel() == 0:
+        return
+    overlap = overlap and _triton.overlaps_launches(x)
+    block_c = min(64, 1 << (c - 1).bit_length())
+    block_m = TRITON_TILE // block_c
+    with _triton.on_device_of(x):
+        quantize_kernel[(conv.cdiv(n * h * w, block_m), conv.cdiv(c, block_c))](
+            x, codes, n * h * w, c, h, w, *common.strides(x), *common.strides(codes), 1 / step,
+            BLOCK_M=block_m, BLOCK_C=block_c, OVERLAP=overlap,
+            num_warps=4, **(dict(launch_pdl=True) if overlap else {}),
+        )  # fmt: skip
+
+
+def _codes_like(x: Tensor, dtype: torch.dtype) -> Tensor:
+    n, c, h, w = x.shape
+    return x.new_empty((n, h, w, c), dtype=dtype).permute(0, 3, 1, 2)
+
+
+@backends.custom_op(OP)
+def _op(x: Tensor, step: float, dtype: torch.dtype, backend: str) -> Tensor:
+    codes = _codes_like(x, dtype)
+    quantize_triton(common.channels_innermost(x), step, codes)
+    return codes
+
+
+@_op.register_fake
+def _(x: Tensor, step: float, dtype: torch.dtype, backend: str) -> Tensor:
+    return _codes_like(x, dtype)
+
+
+def quantize(x: Tensor, step: float, dtype: torch.dtype = torch.int8, *, backend: str = "auto") -> Tensor:
+    """x / step as codes of 8 bits: saturated, then rounded to the nearest, of two to the even.
+
+    A code may be a neighbour of the right one where x / step lies so near the middle between two that
+    float32 does not tell. What is no number stays none in float8, and becomes 0 in int8.
+
+    Args:
+        x: (N, C, H, W), floating; channels_last is fastest, any strides work.
+        step: what one step of a code is.
+        dtype: int8, codes from -128 to 127, or float8_e4m3fn, from -448 to 448.
+        backend: one of `BACKENDS`; "auto" takes the best kernel that can run, else torch's own calls.
+
+    Returns:
+        (N, C, H, W) of `dtype`, channels_last from the kernel.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+        RuntimeError: the backend asked for cannot run.
+    """
+    common.check_4d(OP, "x", x)
+    if not (math.isfinite(step) and step > 0):
+        raise ValueError(f"{OP}: step is {step}, it must be a finite number above 0")
+    _check_dtype(OP, dtype)
+    chosen = backends.choose(OP, backend, can_run(x, dtype), (x,))
+    if chosen == "reference":
+        return quantize_reference(x, step, dtype)
+    return _op(x, step, dtype, chosen)
+
+
+def _check_dtype(name: str, dtype: torch.dtype) -> None:
+    if dtype not in LARGEST:
+        raise ValueError(f"{name}: dtype is {dtype}, it may be torch.int8 or torch.float8_e4m3fn")
