@@ -21,11 +21,12 @@ from .image import image_size
 from .lower import lower
 from .plan import Plan
 from .program import Program
+from .quantization import KINDS, Images, batches_of, calibrate, check_calibration, quantized
 
 # On a CPU "emulated" runs the GPU's kernels there, thread by thread: for those who work on them.
 BACKENDS = ("auto", "native", "library", "emulated")
 CPU_DTYPES = (torch.float32, torch.bfloat16)
-GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, *KINDS)
 OUTPUTS = ("scores", "labels")
 MIN_CAPABILITY = (8, 0)
 _UNKNOWN_DEVICE = "device is {!r}, it may be 'cpu' or a CUDA device such as 'cuda'"
@@ -41,6 +42,7 @@ def accelerate(
     *,
     tune: bool | float = False,
     graphs: bool = True,
+    calibration: Images | None = None,
 ) -> FastShelfNet:
     """An inference module with a ShelfNet's outputs, several times faster.
 
@@ -51,7 +53,8 @@ def accelerate(
         model: a `shelfkern.nn.ShelfNet`.
         dtype: of the activations and of the scores; sums are in float32. On a CPU float32, or bfloat16,
             which halves the memory; on a GPU float16 too, and float32 is TF32 where torch's own
-            convolutions would be.
+            convolutions would be. torch.int8 and torch.float8_e4m3fn are for GPUs: convolutions between
+            activations on codes of 8 bits, the rest and the scores in float16 (docs/quantization.md).
         device: where it runs: the CPU or a CUDA device; by default where the model is.
         backend: "native" is shelfkern's kernels, "library" PyTorch's, cuDNN's and cuBLASLt's with folded
             batch norms, "auto" the faster for each layer. "emulated" runs the GPU's kernels on the CPU,
@@ -60,10 +63,12 @@ def accelerate(
             keeps the results on disk (`shelfkern.engine.tuning`), for a minute in all, or so many seconds
             as it is; otherwise results of earlier runs and a cost model decide.
         graphs: on a GPU, records forward passes as CUDA graphs.
+        calibration: for 8 bits, images such as those to come: uint8 (N, H, W, 3), normalised floating
+            (N, 3, H, W), or several such batches. They are kept, for when the weights change.
 
     Raises:
         TypeError: model is not a ShelfNet of known blocks, or has hooks.
-        ValueError: dtype, device or backend is none of the above.
+        ValueError: dtype, device or backend is none of the above; calibration is missing, or not wanted.
         RuntimeError: the device cannot run it, or backend="native" and the native kernels cannot run; the
             message says why.
     """
@@ -74,14 +79,21 @@ def accelerate(
     where = _device(model, device)
     if backend == "emulated" and where.type != "cpu":
         raise ValueError(f"backend is 'emulated' and device {str(where)!r}, it must be 'cpu'")
-    on_gpu = where.type == "cuda" or backend == "emulated"
-    dtypes = GPU_DTYPES if on_gpu else CPU_DTYPES
+    _check_dtype(dtype, where, backend)
+    check_calibration(dtype, calibration)
+    if tune < 0:
+        raise ValueError(f"tune is {tune}, it may be True, False or seconds from 0")
+    batches = None if calibration is None else [batch.cpu() for batch in batches_of(calibration)]
+    return FastShelfNet(model, dtype, where, backend, tune, graphs, batches)
+
+
+def _check_dtype(dtype: torch.dtype, device: torch.device, backend: str) -> None:
+    on_gpu = device.type == "cuda" or backend == "emulated"
+    # On a CPU torch's own calls compute with codes too: slowly, but their accuracy can be judged.
+    dtypes = GPU_DTYPES if on_gpu else (*CPU_DTYPES, *KINDS * (backend == "library"))
     if dtype not in dtypes:
         place = "with GPU kernels" if on_gpu else "on a CPU"
         raise ValueError(f"dtype is {dtype}, {place} it may be {', '.join(map(str, dtypes))}")
-    if tune < 0:
-        raise ValueError(f"tune is {tune}, it may be True, False or seconds from 0")
-    return FastShelfNet(model, dtype, where, backend, tune, graphs)
 
 
 def _device(model: ShelfNet, device: torch.device | str | None) -> torch.device:
@@ -126,6 +138,7 @@ class FastShelfNet(nn.Module):
         backend: str,
         tune: bool | float,
         graphs: bool,
+        calibration: list[Tensor] | None,
     ) -> None:
         super().__init__()
         # In a list, so that the source's parameters do not become this module's.
@@ -135,7 +148,8 @@ class FastShelfNet(nn.Module):
         self.backend = backend
         self.tune = tune
         self.graphs = graphs
-        self._on_gpu = device.type == "cuda" or backend == "emulated"
+        self._calibration = calibration
+        self._on_gpu = device.type == "cuda" or backend == "emulated" or dtype in KINDS
         # One for all programs, so that weights can change without another search.
         self._tuner = tuner_of(device, tune) if self._on_gpu else None
         self._refresh_lock = threading.Lock()
@@ -154,16 +168,19 @@ class FastShelfNet(nn.Module):
         return Program(lower(source), self.dtype, self.backend, source.normalisation, source.align_corners)
 
     def _gpu_program(self) -> GpuProgram:
-        source, backend = self._source[0], self.backend
-        options = Options(
-            self.device,
-            self.dtype,
-            backend != "library",
-            backend in ("auto", "library", "emulated"),
-            self.graphs,
-        )
+        source, plan = self._source[0], lower(self._source[0])
+        if self._calibration is not None:
+            ranges = calibrate(plan, self._calibration, self.dtype, source.normalisation)
+            plan = quantized(plan, ranges, self.dtype)
+        ours, theirs = self.backend != "library", self.backend != "native"
+        options = Options(self.device, self.scores_dtype, ours, theirs, self.graphs)
         assert self._tuner is not None
-        return GpuProgram(lower(source), options, source.normalisation, source.align_corners, self._tuner)
+        return GpuProgram(plan, options, source.normalisation, source.align_corners, self._tuner)
+
+    @property
+    def scores_dtype(self) -> torch.dtype:
+        """Of the scores, and of activations that are not codes of 8 bits."""
+        return torch.float16 if self.dtype in KINDS else self.dtype
 
     @property
     def plan(self) -> Plan:
@@ -177,7 +194,7 @@ class FastShelfNet(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scores (N, classes, H, W), contiguous, in `dtype`, of normalised float images (N, 3, H, W).
+        """Scores (N, classes, H, W), contiguous, in `scores_dtype`, of normalised float images (N, 3, H, W).
 
         Raises:
             ValueError: x is not (N, 3, H, W) with H, W >= 32, or not on the module's device.
@@ -253,8 +270,9 @@ class FastShelfNet(nn.Module):
             raise RuntimeError("bind is for graphs of a GPU: on a CPU call the module itself")
         if output == "scores" and images.dtype is torch.uint8:
             raise TypeError("images is uint8, scores are made of floating (N, 3, H, W)")
-        if images.dtype not in (torch.uint8, self.dtype):
-            raise TypeError(f"images is {images.dtype}, to be read in place it must be uint8 or {self.dtype}")
+        if images.dtype not in (torch.uint8, self.scores_dtype):
+            wanted = f"it must be uint8 or {self.scores_dtype}"
+            raise TypeError(f"images is {images.dtype}, to be read in place {wanted}")
         self._check(images)
         image_size(images)
         return BoundImages(self, images, output == "labels")
@@ -301,13 +319,14 @@ class FastShelfNet(nn.Module):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Plans hold native buffers and graphs: copies and pickles are made from the source.
-        return _again, (self._source[0], self.dtype, str(self.device), self.backend, self.tune, self.graphs)
+        keywords = {"tune": self.tune, "graphs": self.graphs, "calibration": self._calibration}
+        return _again, (self._source[0], self.dtype, str(self.device), self.backend, keywords)
 
 
 def _again(
-    model: ShelfNet, dtype: torch.dtype, device: str, backend: str, tune: bool | float, graphs: bool
+    model: ShelfNet, dtype: torch.dtype, device: str, backend: str, keywords: dict[str, Any]
 ) -> FastShelfNet:
-    return accelerate(model, dtype, device, backend, tune=tune, graphs=graphs)
+    return accelerate(model, dtype, device, backend, **keywords)
 
 
 class BoundImages:

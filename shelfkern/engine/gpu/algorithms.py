@@ -29,7 +29,7 @@ from ...ops.shared_block import (
 from ...ops.stem import PackedStem, normalised_values, pack_stem, stem_cuda
 from ...ops.upsample_add import upsample_add_cuda, upsample_add_triton
 from .. import plan as p
-from . import cost, library
+from . import cost, library, quantized
 from .device import Gpu
 
 Size = tuple[int, int, int]
@@ -133,8 +133,9 @@ def algorithms(step: p.Step, size: Size, context: Context, packed: Packed) -> li
     Raises:
         RuntimeError: none can run; the message gives the reasons.
     """
-    ours, reasons = _OURS[type(step)](step, size, context, packed) if type(step) in _OURS else ([], [])
-    theirs = _THEIRS[type(step)](step, size, context, packed) if context.theirs else []
+    every_ours, every_theirs, kind = _OURS | quantized.OURS, _THEIRS | quantized.THEIRS, type(step)
+    ours, reasons = every_ours[kind](step, size, context, packed) if kind in every_ours else ([], [])
+    theirs = every_theirs[kind](step, size, context, packed) if context.theirs else []
     if not ours and not theirs:
         because = "; ".join(reasons) or f"{step.op} has no such kernel"
         raise RuntimeError(f"backend is 'native', which cannot run {step.op} of {step.name}: {because}")

@@ -14,6 +14,8 @@ from ..tuning import Candidate, GpuClock, TuneCache, Tuner, default_path, enviro
 from .algorithms import Algorithm, Context, Size
 from .device import empty_bytes
 
+# Of random codes.
+CODES_DEVIATION = 40
 # Of `tune=True`.
 TUNING_SECONDS = 60.0
 
@@ -46,7 +48,11 @@ def _random(value: p.Value, size: Size, context: Context) -> Tensor:
     if value.stride is None:
         return torch.rand(shape, dtype=dtype, device=context.device)
     n, c, h, w = shape
-    return torch.randn((n, h, w, c), device=context.device).to(dtype).permute(0, 3, 1, 2)
+    values = torch.randn((n, h, w, c), device=context.device)
+    if value.codes is not None:
+        # As codes of activations spread: one step of a normal deviate would make most of int8's zeros.
+        values = (CODES_DEVIATION * values).round().clamp(-127, 127)
+    return values.to(dtype).permute(0, 3, 1, 2)
 
 
 def _image(size: Size, context: Context) -> Tensor:

@@ -312,3 +312,46 @@ def test_tuned_results_are_right_and_kept(tmp_path, monkeypatch):
     assert len(list(tmp_path.glob("tuning-*.json"))) == 1
     again = shelfkern.accelerate(model, HALF, device="cuda")
     assert again.plan.algorithms(1, 64, 64) == fast.plan.algorithms(1, 64, 64)
+
+
+@behaviour
+@pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn])
+@torch.no_grad()
+def test_eight_bits(kind, engine):
+    """Scores near float16's, and new ranges when the weights change."""
+    if engine == "cuda" and kind is torch.float8_e4m3fn and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("float8 needs compute capability 8.9")
+    model = build(CONFIGS["attention"])
+    calibration = [images(2, 64, 64, seed=index) for index in range(2)]
+    fast = shelfkern.accelerate(model, kind, calibration=calibration, **options(engine))
+    x = images(1, 64, 64, seed=5)
+    result = on_cpu(fast, engine)(x)
+    assert result.dtype is torch.float16 and fast.scores_dtype is torch.float16
+    assert far(result, model(x)) < 0.3
+    assert not torch.equal(result, on_cpu(shelfkern.accelerate(model, HALF, **options(engine)), engine)(x))
+    assert "of int8" in str(fast.plan) or "of fp8" in str(fast.plan)
+    again = pickle.loads(pickle.dumps(fast))
+    assert torch.equal(on_cpu(again, engine)(x), result)
+    model.shelf.laterals[0].conv.weight.mul_(3)
+    model.shelf.columns[2].merges[1].fuse.conv.weight.mul_(8)
+    # With the ranges of before it would be off by 0.94.
+    assert far(on_cpu(fast, engine)(x), model(x)) < 0.4
+
+
+def far(result, truth):
+    """Root mean square of the error over the scores' deviation."""
+    return (result - truth).square().mean().sqrt() / truth.std()
+
+
+@torch.no_grad()
+def test_eight_bits_can_be_judged_on_a_cpu():
+    model = build(CONFIGS["attention"])
+    fast = shelfkern.accelerate(model, torch.int8, backend="library", calibration=images(2, 64, 64))
+    x = images(1, 64, 64, seed=5)
+    assert far(fast(x), model(x)) < 0.1
+    with pytest.raises(ValueError, match=r"dtype is torch.int8, on a CPU it may be"):
+        shelfkern.accelerate(model, torch.int8, calibration=images(1, 64, 64))
+    with pytest.raises(ValueError, match=r"calibration is None, dtype torch.int8 needs images"):
+        shelfkern.accelerate(model, torch.int8, backend="library")
+    with pytest.raises(ValueError, match=r"calibration is given and dtype torch.float32"):
+        shelfkern.accelerate(model, calibration=images(1, 64, 64))

@@ -1,0 +1,181 @@
+"""What codes of 8 bits cost in accuracy: mIoU on CamVid in float32, float16, int8 and fp8.
+
+    python benchmarks/quantization.py --data camvid
+
+On a CPU products of codes are torch's, exact but for the order of sums; on a GPU they are the kernels that
+the engine chooses. Rows go to benchmarks/results/quantization.jsonl, and the table of docs/quantization.md
+is made from that file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from torch import Tensor
+
+# What every row says of its run is as in the op benchmarks.
+sys.path.append(str(Path(__file__).parent / "ops"))
+
+from results import about
+from table import BEGIN, END
+
+import shelfkern.nn
+from shelfkern.data import camvid
+from shelfkern.engine.gpu.program import GpuProgram, Options
+from shelfkern.engine.gpu.timing import tuner_of
+from shelfkern.engine.lower import lower
+from shelfkern.engine.quantization import KINDS, calibrate, quantized
+from shelfkern.evaluate import ConfusionMatrix
+from shelfkern.files import replacing
+from shelfkern.nn import ShelfNet
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "quantization.jsonl"
+PAGE = ROOT / "docs" / "quantization.md"
+BATCH = 4
+
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """What is measured: codes of `dtype` with ranges found by `method`, or activations of `dtype`."""
+
+    name: str
+    dtype: torch.dtype
+    method: str | None = None
+
+
+VARIANTS = (
+    Variant("float32", torch.float32),
+    Variant("float16", torch.float16),
+    Variant("int8, least error", torch.int8, "least_error"),
+    Variant("int8, largest", torch.int8, "largest"),
+    Variant("fp8 (e4m3), largest", torch.float8_e4m3fn, "largest"),
+)
+
+
+def spread(frames: Sequence[camvid.Frame], count: int) -> list[camvid.Frame]:
+    """So many frames, evenly over the film: neighbours are alike."""
+    count = min(count, len(frames))
+    return [frames[index * len(frames) // count] for index in range(count)]
+
+
+def raw(frames: Sequence[camvid.Frame]) -> Tensor:
+    """uint8 (N, H, W, 3)."""
+    return torch.from_numpy(np.stack([np.asarray(frame.image) for frame in frames]))
+
+
+def program_of(
+    model: ShelfNet, variant: Variant, calibration: Sequence[Tensor], device: torch.device
+) -> GpuProgram:
+    """The network as a variant runs it."""
+    plan, dtype = lower(model), variant.dtype
+    if dtype in KINDS:
+        ranges = calibrate(plan, calibration, dtype, model.normalisation, variant.method)
+        plan, dtype = quantized(plan, ranges, dtype), torch.float16
+    options = Options(device, dtype, ours=device.type == "cuda", graphs=False)
+    return GpuProgram(plan, options, model.normalisation, model.align_corners, tuner_of(device, False))
+
+
+@torch.no_grad()
+def labels_of(program: GpuProgram, frames: Sequence[camvid.Frame], device: torch.device) -> np.ndarray:
+    """uint8 (N, H, W)."""
+    parts = [frames[start : start + BATCH] for start in range(0, len(frames), BATCH)]
+    return np.concatenate([program.labels(raw(part).to(device)).cpu().numpy() for part in parts])
+
+
+def row(
+    variant: Variant, labels: np.ndarray, exact: np.ndarray, frames: Sequence[camvid.Frame], seconds: float
+) -> Row:
+    """One variant's figures; `exact` are float32's labels."""
+    matrix = ConfusionMatrix(len(camvid.CLASSES))
+    for frame, predicted in zip(frames, labels, strict=True):
+        matrix.update(np.asarray(frame.mask), predicted)
+    return {
+        "variant": variant.name,
+        "dtype": str(variant.dtype).removeprefix("torch."),
+        "method": variant.method,
+        "miou": round(matrix.mean_iou(), 5),
+        "pixel_accuracy": round(matrix.pixel_accuracy(), 5),
+        "differs": round(float((labels != exact).mean()), 6),
+        "iou": dict(zip(camvid.CLASSES, matrix.iou().round(4).tolist(), strict=True)),
+        "frames": len(frames),
+        "seconds": round(seconds, 1),
+    }
+
+
+def digest(model: ShelfNet) -> str:
+    """Tells weights from others."""
+    found = hashlib.sha256()
+    for value in model.state_dict().values():
+        found.update(value.cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()[:12]
+
+
+def table(rows: list[Row]) -> str:
+    """The page's table, and where its figures come from."""
+    lines = ["| | mIoU | to float32 | pixels right | labels unlike float32's |", "| --- " * 5 + "|"]
+    first = rows[0]
+    for one in rows:
+        change = "" if one is first else f"{100 * (one['miou'] - first['miou']):+.2f}"
+        cells = (f"{100 * one['miou']:.2f} %", change, f"{100 * one['pixel_accuracy']:.2f} %")
+        differs = "" if one is first else f"{100 * one['differs']:.2f} %"
+        lines.append(f"| {one['variant']} | {' | '.join(cells)} | {differs} |")
+    size = f"{first['frames']} validation frames, calibrated on {first['calibration']} training frames"
+    machine = first.get("gpu") or f"{first['cpu']}, products by torch"
+    versions = f"torch {first['torch']}, shelfkern {first['shelfkern']} at {first['commit']}"
+    weights = f"weights `{first['weights']}` ({first['digest']})"
+    run = f"`{first['command']}`; {machine}; {versions}; {first['time'][:10]}."
+    return "\n".join([*lines, "", f"{size}, {weights}; {run}"])
+
+
+def write_page(rows: list[Row]) -> None:
+    """Rewrites the part of docs/quantization.md between its markers."""
+    before, rest = PAGE.read_text().split(BEGIN)
+    after = rest.split(END)[1]
+    with replacing(PAGE) as temporary:
+        temporary.write_text(f"{before}{BEGIN}\n{table(rows)}\n{END}{after}")
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.option("--data", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True)
+@click.option("--weights", default="camvid", help="A shipped name or a file.")
+@click.option("--device", default="cpu", help="cpu, or a CUDA device, whose kernels are then judged.")
+@click.option("--calibration", default=16, type=click.IntRange(1), help="Training frames to calibrate on.")
+@click.option("--frames", type=click.IntRange(1), help="Validation frames; all by default.")
+def main(data: Path, weights: str, device: str, calibration: int, frames: int | None) -> None:
+    """Measures mIoU on CamVid in 32, 16 and 8 bits, and writes it down."""
+    where = torch.device(device)
+    model = shelfkern.nn.from_weights(weights, where)
+    facts = {"weights": weights, "digest": digest(model)} | about(where.type)
+    every = camvid.load_split(data, "val")
+    chosen = spread(every, frames or len(every))
+    to_calibrate = spread(camvid.load_split(data, "train"), calibration)
+    pictures = [raw([frame]) for frame in to_calibrate]
+    rows: list[Row] = []
+    exact = None
+    for variant in VARIANTS:
+        begin = time.monotonic()
+        labels = labels_of(program_of(model, variant, pictures, where), chosen, where)
+        exact = labels if exact is None else exact
+        found = row(variant, labels, exact, chosen, time.monotonic() - begin)
+        rows.append(found | {"calibration": len(pictures)} | facts)
+        click.echo(f"{variant.name:20}  mIoU {found['miou']:.4f}  unlike float32 {found['differs']:.4f}")
+    with replacing(RESULTS) as temporary:
+        temporary.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    write_page(rows)
+
+
+if __name__ == "__main__":
+    main()
