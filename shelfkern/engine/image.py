@@ -34,10 +34,18 @@ def padded(extent: int) -> int:
     return -(-extent // STRIDE) * STRIDE
 
 
-def prepare_image(image: Tensor, h: int, w: int, normalisation: Normalisation) -> Tensor:
-    """Normalised float32 channels_last images (N, 3, h, w), zeros beyond the given ones."""
+def statistics(normalisation: Normalisation, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of the colours, (3,) float32."""
+    mean, std = torch.tensor([normalisation.mean, normalisation.std], dtype=torch.float32, device=device)
+    return mean, std
+
+
+def prepare_image(image: Tensor, h: int, w: int, mean: Tensor, std: Tensor) -> Tensor:
+    """Normalised float32 channels_last images (N, 3, h, w), zeros beyond the given ones.
+
+    mean, std: of `statistics`, on the image's device.
+    """
     if image.dtype is torch.uint8:
-        mean, std = image.new_tensor([normalisation.mean, normalisation.std], dtype=torch.float32)
         image = ((image.float() / 255 - mean) / std).permute(0, 3, 1, 2)
     image = F.pad(image.float(), (0, w - image.shape[3], 0, h - image.shape[2]))
     return image.contiguous(memory_format=torch.channels_last)

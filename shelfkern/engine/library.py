@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from .. import ops
 from ..normalisation import Normalisation
 from . import plan as p
-from .image import prepare_image
+from .image import prepare_image, statistics
 from .kernel import Kernel
 
 # Rows of full-size scores that the argmax makes at a time.
@@ -116,9 +116,10 @@ def prepare(step: p.Step, dtype: torch.dtype, normalisation: Normalisation) -> K
 
 def _stem(step: p.Stem, normalisation: Normalisation) -> Run:
     conv = make_conv(step.weight, step.scale, step.shift, 2, step.act)
+    colours = statistics(normalisation)
 
     def run(inputs: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
-        image = prepare_image(inputs[0], shape[2] * 4, shape[3] * 4, normalisation)
+        image = prepare_image(inputs[0], shape[2] * 4, shape[3] * 4, *colours)
         return F.max_pool2d(conv(image), 3, 2, 1)
 
     return run
@@ -126,11 +127,12 @@ def _stem(step: p.Stem, normalisation: Normalisation) -> Run:
 
 def _conv(step: p.Conv, normalisation: Normalisation) -> Run:
     conv = make_conv(step.weight, step.scale, step.shift, step.stride, step.act)
+    colours = statistics(normalisation)
 
     def run(inputs: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
         x, *others = inputs
         if not step.inputs:
-            x = prepare_image(x, shape[2] * step.stride, shape[3] * step.stride, normalisation)
+            x = prepare_image(x, shape[2] * step.stride, shape[3] * step.stride, *colours)
         out = conv(x, others[0] if step.residual else None)
         return out.add_(others[-1]) if step.skip else out
 

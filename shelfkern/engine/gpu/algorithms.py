@@ -67,9 +67,13 @@ class Algorithm:
 
 
 class Packed:
-    """Weights of one step in the forms its algorithms read, each made once."""
+    """Weights of one step in the forms its algorithms read, each made once.
 
-    def __init__(self) -> None:
+    settle: waits until what was made is there, whichever stream reads it.
+    """
+
+    def __init__(self, settle: Callable[[], None] | None = None) -> None:
+        self._settle = settle
         self._lock = threading.Lock()
         self._made: dict[Hashable, Any] = {}
 
@@ -78,6 +82,8 @@ class Packed:
         with self._lock:
             if form not in self._made:
                 self._made[form] = make()
+                if self._settle is not None:
+                    self._settle()
             return self._made[form]
 
 

@@ -137,7 +137,7 @@ class CudaRuntime:
         go on launching meanwhile.
         """
         graph, stream = torch.cuda.CUDAGraph(), self.side_stream()
-        with _CAPTURING, torch.cuda.device(self.device):
+        with _CAPTURING, torch.cuda.device(self.device), _cudnn_measures():
             stream.wait_stream(self.current())
             with torch.cuda.stream(stream):
                 run()
@@ -147,6 +147,17 @@ class CudaRuntime:
             with torch.cuda.stream(self.current()), recording:
                 run()
         return graph
+
+
+@contextlib.contextmanager
+def _cudnn_measures() -> Iterator[None]:
+    """Within it cuDNN times its algorithms the first time that it sees a shape."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 class HostRuntime:

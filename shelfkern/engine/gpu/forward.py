@@ -99,16 +99,14 @@ def recipes(
         beside = side_by_side(plan, times)
         orders += [beside] if beside != orders[0] else []
     found = [
-        Recipe(plan, size, dtype, _choose_overlap(plan, chosen, order, may), order)
+        Recipe(plan, size, dtype, _chosen_steps(plan, chosen, order, may), order)
         for order in orders
         for may in ([True, False] if overlap else [False])
     ]
     return sorted(found, key=lambda one: one.microseconds)
 
 
-def _choose_overlap(
-    plan: Plan, chosen: Sequence[Algorithm], order: Order, may: bool
-) -> tuple[ChosenStep, ...]:
+def _chosen_steps(plan: Plan, chosen: Sequence[Algorithm], order: Order, may: bool) -> tuple[ChosenStep, ...]:
     return tuple(
         ChosenStep(step, algorithm, may and index > 0 and not order.waits[index])
         for index, (step, algorithm) in enumerate(zip(plan.steps, chosen, strict=True))

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ... import ops
 from ...normalisation import Normalisation
 from .. import plan as p
-from ..image import prepare_image
+from ..image import prepare_image, statistics
 
 # inputs (the images, where a step has none), outputs in the arena, its own result or None.
 Size = tuple[int, int]
@@ -55,9 +55,11 @@ def conv(
     step: p.Conv, weight: Tensor, bias: Tensor | None, normalisation: Normalisation, size: Size
 ) -> LibraryRun:
     """A convolution with its bias, and the rest in place."""
+    # Made here: a graph being recorded takes nothing from the host.
+    colours = statistics(normalisation, weight.device)
 
     def run(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Tensor:
-        x = inputs[0] if step.inputs else prepare_image(inputs[0], *size, normalisation).to(weight.dtype)
+        x = inputs[0] if step.inputs else prepare_image(inputs[0], *size, *colours).to(weight.dtype)
         out = F.conv2d(x, weight, bias, step.stride, step.padding)
         return finish_(out, step.act.slope, *others(step, inputs))
 
@@ -134,9 +136,10 @@ def stem(
     step: p.Stem, weight: Tensor, bias: Tensor | None, normalisation: Normalisation, size: Size
 ) -> LibraryRun:
     """Normalisation, convolution, activation and pooling, one after the other."""
+    colours = statistics(normalisation, weight.device)
 
     def run(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Tensor:
-        image = prepare_image(inputs[0], *size, normalisation).to(weight.dtype)
+        image = prepare_image(inputs[0], *size, *colours).to(weight.dtype)
         return F.max_pool2d(finish_(F.conv2d(image, weight, bias, 2, 3), step.act.slope), 3, 2, 1)
 
     return run

@@ -117,7 +117,7 @@ class GpuProgram:
             options.theirs,
         )
         self.plan = dataclasses.replace(plan, dtype=options.dtype, algorithms=self.algorithm_names)
-        self._packed = [Packed() for _ in plan.steps]
+        self._packed = [Packed(self._settle) for _ in plan.steps]
         self._choosing = threading.Lock()
         self._recipe = functools.lru_cache(KEPT_RECIPES)(self._make_recipe)
         self._passes = WorkspacePool(self._forward, KEPT_PASSES)
@@ -141,6 +141,9 @@ class GpuProgram:
             out = forward.result.clone()
             forward.done()
         return out
+
+    def _settle(self) -> None:
+        self.runtime.synchronize(self.runtime.mark())
 
     def _run(self, forward: Forward, images: Tensor) -> None:
         forward.wait()

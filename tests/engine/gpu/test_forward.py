@@ -172,6 +172,19 @@ def test_memory_used_in_another_stream_is_waited_for():
 
 
 @torch.no_grad()
+def test_packed_weights_are_there_before_any_stream_reads_them():
+    runtime = Recording()
+    fast = program(build(CONFIGS["attention"]), runtime, graphs=False)
+    fast.recipe((1, 64, 64))
+    assert count(runtime, "synchronize") == 0
+    fast.scores(images(1, 64, 64))
+    packed = sum(len(step._made) for step in fast._packed)
+    assert count(runtime, "synchronize") == packed > 40
+    fast.scores(images(1, 64, 32))
+    assert count(runtime, "synchronize") == packed
+
+
+@torch.no_grad()
 def test_calls_at_once_have_memory_of_their_own():
     runtime = Recording()
     fast = program(build(CONFIGS["attention"]), runtime)
