@@ -13,6 +13,7 @@ from rich.table import Table
 
 from .. import native
 from ..engine.library import onednn_reason
+from ..engine.tuning import default_path, environment_of, shipped_path
 from ..ops import selftest
 from ..timing import cpu_name
 from ..version import __version__
@@ -45,9 +46,24 @@ def facts() -> list[tuple[str, str]]:
             "cuda kernels",
             f"compiled for {cuda_build}" if cuda_build else "not compiled: no nvcc when installed",
         ),
+        ("layers timed", tuning_file()),
         ("native kernels", f"compiled by {module.compiler}" if module else str(native.why_not)),
         ("library convolutions", onednn_reason() or "oneDNN with fused epilogues"),
     ]
+
+
+def tuning_file() -> str:
+    """Where the GPU's tuner keeps what it measured, and whether a table ships for this GPU."""
+    if not torch.cuda.is_available():
+        return "-"
+    environment = environment_of(torch.device("cuda"))
+    path, shipped = default_path(environment), shipped_path(environment)
+    kept = (
+        "nowhere: there is no home folder"
+        if path is None
+        else f"{path}{'' if path.exists() else ' (none yet)'}"
+    )
+    return kept + (f"; shipped: {shipped.name}" if shipped.exists() else "; no table ships for this GPU")
 
 
 def kernels_table(results: list[selftest.Result]) -> Table:

@@ -151,3 +151,21 @@ def test_without_the_native_module() -> None:
         found[f"{op} (native)"][0].startswith("shelfkern._native does not load: ") for op in with_native
     )
     assert "install a C++ compiler (g++ or clang++), then reinstall shelfkern." in done.stdout
+
+
+def test_where_the_tuner_keeps_what_it_measured(monkeypatch, tmp_path) -> None:
+    environment = {"device": "NVIDIA H200"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(doctor_module, "environment_of", lambda device: environment)
+    monkeypatch.setenv("SHELFKERN_CACHE", str(tmp_path))
+    path = doctor_module.default_path(environment)
+    assert doctor_module.tuning_file() == f"{path} (none yet); no table ships for this GPU"
+    path.write_text("{}")
+    table = tmp_path / "nvidia-h200.json"
+    monkeypatch.setattr(doctor_module, "shipped_path", lambda environment: table)
+    table.write_text("{}")
+    assert doctor_module.tuning_file() == f"{path}; shipped: nvidia-h200.json"
+    monkeypatch.setattr(doctor_module, "default_path", lambda environment: None)
+    assert doctor_module.tuning_file() == "nowhere: there is no home folder; shipped: nvidia-h200.json"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert doctor_module.tuning_file() == "-"
