@@ -163,7 +163,8 @@ class Forward:
         self._scratch = [self._scratch_of(layout, index, nbytes) for index, nbytes in recipe.scratch.items()]
         self._side = runtime.side_stream() if any(recipe.order.streams) else None
         self._graph: Graph | None = None
-        self._last: tuple[Any, Any] | None = None
+        # The memory is of this stream: whoever runs it first may be in another.
+        self.done()
 
     def _scratch_of(self, layout: arena.Layout, index: int, nbytes: int) -> Tensor | None:
         if not nbytes:
@@ -183,7 +184,7 @@ class Forward:
     def wait(self) -> None:
         """Makes the current stream wait for the last pass, if that ran in another."""
         stream = self._runtime.current()
-        if self._last is not None and self._last[0] != stream:
+        if self._last[0] != stream:
             self._runtime.wait(self._last[1])
             for memory in (self.arena, self.images, self.result):
                 if memory is not None:
@@ -198,7 +199,7 @@ class Forward:
 
     def done(self) -> None:
         """Says that all that reads this memory has been given to the current stream."""
-        self._last = (self._runtime.current(), self._runtime.mark())
+        self._last: tuple[Any, Any] = (self._runtime.current(), self._runtime.mark())
 
     def run(self) -> None:
         """Launches every step, each in its stream, and what finishes the pass."""

@@ -93,6 +93,7 @@ def test_one_stream_where_two_are_not_asked_for():
     plan = lower(build(CONFIGS["deconv"]))
     runtime, ran = Recording(), []
     forward = forward_of(plan, runtime, lambda step, *rest: ran.append((step.name, rest[3])), streams=1)
+    runtime.log.clear()
     forward.run()
     assert runtime.log == [] and len(ran) == len(plan.steps)
     # All but the first may begin early: each waits for the one ahead of it by itself.
@@ -169,6 +170,18 @@ def test_memory_used_in_another_stream_is_waited_for():
     assert waits[0][2] == marks[-1][2]
     # And its memory is not given to others before that stream is done with it.
     assert {stream for stream, _ in runtime.kept} == {other}
+
+
+@torch.no_grad()
+def test_a_pass_bound_in_one_stream_may_run_first_in_another():
+    runtime = Recording()
+    fast = program(build(CONFIGS["attention"]), runtime, graphs=False)
+    forward = fast.bind(images(1, 64, 64), labels=False)
+    other = runtime.side_stream()
+    with runtime.on(other):
+        forward.wait()
+    assert {stream for stream, _ in runtime.kept} == {other}
+    assert runtime.log[-1][:2] == ("wait", other)
 
 
 @torch.no_grad()
