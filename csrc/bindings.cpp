@@ -105,6 +105,15 @@ void stem(Address image, Address values, Address weight, Address scale, Address 
                     static_cast<DType>(dtype), n, image_h, image_w, h, w, out_c, slope, threads});
 }
 
+void winograd(Address x, Address weight, Address scale, Address shift, Address residual, Address skip,
+              Address out, int dtype, int64_t n, int64_t h, int64_t w, int64_t c, int64_t out_c, int tile,
+              int64_t stride_n, int64_t stride_h, int64_t stride_w, float slope, int threads) {
+    const py::gil_scoped_release unlocked;
+    kernels().winograd({pointer(x), pointer<float>(weight), pointer<float>(scale), pointer<float>(shift),
+                        pointer(residual), pointer(skip), pointer(out), static_cast<DType>(dtype), n, h, w, c,
+                        out_c, tile, stride_n, stride_h, stride_w, slope, threads});
+}
+
 std::vector<std::string> isas() {
     std::vector<std::string> names;
     for (const char* const* name = runnable_isas(); *name; ++name) names.emplace_back(*name);
@@ -140,6 +149,7 @@ PYBIND11_MODULE(_native, m) {
     m.def("upsample_softmax_sum", &upsample_softmax_sum);
     m.def("conv_bn_act", &conv_bn_act);
     m.def("stem", &stem);
+    m.def("winograd", &winograd);
 #if defined(SHELFKERN_WITH_CUDA)
     py::module_ on_gpu = m.def_submodule("cuda");
     cuda::bind_cuda_kernels(on_gpu);

@@ -67,6 +67,24 @@ struct Conv {
     int threads;
 };
 
+// The same for 3x3 kernels of stride 1 and padding 1, by Winograd's F(tile x tile, 3x3), tile 2 or 4.
+//
+// Weights: per panel of 16 output channels, (tile + 2)^2 frequencies x c x 16 float32
+// (ops/_conv_winograd.py transforms them).
+struct Winograd {
+    const void* x;
+    const float* weight;
+    const float *scale, *shift;   // per output channel; null: 1 and 0
+    const void *residual, *skip;  // or null
+    void* out;
+    DType dtype;
+    int64_t n, h, w, c, out_c;
+    int tile;
+    int64_t stride_n, stride_h, stride_w;
+    float slope;
+    int threads;
+};
+
 // max_pool3x3s2(act(scale * conv7x7s2(image) + shift)) of an image n image_h image_w, seen as h x w
 // with zeros beyond it after normalisation. u8 images are NHWC, and `values` (256 x 3) holds all that
 // they may hold, normalised; float ones are NCHW and normalised already.
@@ -90,6 +108,7 @@ struct Kernels {
     void (*upsample_softmax_sum)(const SoftmaxSum&);
     void (*conv_bn_act)(const Conv&);
     void (*stem)(const Stem&);
+    void (*winograd)(const Winograd&);
 };
 
 // The best table that this CPU can run, or the one that `force_isa` chose.

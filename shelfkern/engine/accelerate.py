@@ -81,8 +81,8 @@ def accelerate(
         raise ValueError(f"backend is 'emulated' and device {str(where)!r}, it must be 'cpu'")
     _check_dtype(dtype, where, backend)
     check_calibration(dtype, calibration)
-    if tune < 0:
-        raise ValueError(f"tune is {tune}, it may be True, False or seconds from 0")
+    if not isinstance(tune, (bool, int, float)) or not tune >= 0:
+        raise ValueError(f"tune is {tune!r}, it may be True, False or seconds from 0")
     batches = None if calibration is None else [batch.cpu() for batch in batches_of(calibration)]
     return FastShelfNet(model, dtype, where, backend, tune, graphs, batches)
 
@@ -94,6 +94,11 @@ def _check_dtype(dtype: torch.dtype, device: torch.device, backend: str) -> None
     if dtype not in dtypes:
         place = "with GPU kernels" if on_gpu else "on a CPU"
         raise ValueError(f"dtype is {dtype}, {place} it may be {', '.join(map(str, dtypes))}")
+
+
+def _check_output(output: str) -> None:
+    if output not in OUTPUTS:
+        raise ValueError(f"output is {output!r}, it may be one of {', '.join(OUTPUTS)}")
 
 
 def _device(model: ShelfNet, device: torch.device | str | None) -> torch.device:
@@ -201,7 +206,7 @@ class FastShelfNet(nn.Module):
             TypeError: x is not floating.
             RuntimeError: the module is in train mode.
         """
-        if x.dtype is torch.uint8:
+        if isinstance(x, Tensor) and x.dtype is torch.uint8:
             raise TypeError("x is uint8, it must be floating (N, 3, H, W): predict takes raw images")
         return self._run(x, "scores")
 
@@ -224,8 +229,18 @@ class FastShelfNet(nn.Module):
             sizes: (height, width) of images to come.
             batch: images in a call.
             outputs: "scores" of float images, "labels" of raw ones, or both.
+
+        Raises:
+            ValueError: a size is no pair of at least 32 x 32, batch is less than 1, or an output is unknown.
         """
-        for height, width in sizes:
+        if batch < 1:
+            raise ValueError(f"batch is {batch}, it must be at least 1")
+        for output in outputs:
+            _check_output(output)
+        for size in sizes:
+            if not isinstance(size, Sequence) or len(size) != 2:
+                raise ValueError(f"sizes holds {size!r}, it must hold pairs of height and width")
+            height, width = size
             check_image_size((batch, 3, height, width))
             if "scores" in outputs:
                 self(torch.zeros((batch, 3, height, width), device=self.device))
@@ -264,16 +279,15 @@ class FastShelfNet(nn.Module):
             ValueError: output is neither; or as `forward`.
             RuntimeError: the module runs on the CPU's kernels, where there is nothing to bind.
         """
-        if output not in OUTPUTS:
-            raise ValueError(f"output is {output!r}, it may be one of {', '.join(OUTPUTS)}")
+        _check_output(output)
         if not self._on_gpu:
             raise RuntimeError("bind is for graphs of a GPU: on a CPU call the module itself")
+        self._check(images)
         if output == "scores" and images.dtype is torch.uint8:
             raise TypeError("images is uint8, scores are made of floating (N, 3, H, W)")
         if images.dtype not in (torch.uint8, self.scores_dtype):
             wanted = f"it must be uint8 or {self.scores_dtype}"
             raise TypeError(f"images is {images.dtype}, to be read in place {wanted}")
-        self._check(images)
         image_size(images)
         return BoundImages(self, images, output == "labels")
 
@@ -301,6 +315,8 @@ class FastShelfNet(nn.Module):
     def _check(self, images: Tensor) -> None:
         if self.training:
             raise RuntimeError("the accelerated module is in train mode, it only runs in eval mode")
+        if not isinstance(images, Tensor):
+            raise TypeError(f"images is {type(images).__name__}, it must be a tensor")
         if images.device != self.device:
             raise ValueError(f"images is on {images.device}, it must be on {self.device}")
 

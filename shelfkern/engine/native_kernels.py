@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -9,11 +10,15 @@ from torch import Tensor
 
 from .. import native, ops
 from ..normalisation import Normalisation
+from ..ops._conv_winograd import can_pay, conv_winograd_native, pack_winograd, pays
 from ..ops.stem import normalised_values
 from . import plan as p
 from .kernel import Kernel
 
 Run = Callable[[Sequence[Tensor], Tensor], Tensor]
+Optional = Tensor | None
+# x, scale, shift, residual, skip, out, slope.
+Convolve = Callable[[Tensor, Optional, Optional, Optional, Optional, Tensor, float | None], None]
 
 
 def reason(op: str) -> str | None:
@@ -48,25 +53,50 @@ def _stem(step: p.Stem, normalisation: Normalisation) -> Run:
     return run
 
 
+def _convolution(weight: Tensor, stride: int, padding: int) -> Convolve:
+    """`conv_bn_act_native` of these weights, or where an input's size pays for it `conv_winograd_native`."""
+    transformed = pack_winograd(weight) if can_pay(weight, stride, padding) else None
+    # Beside transformed weights, which are four times as many, these are packed only if a size needs them.
+    direct = functools.cache(lambda: ops.pack_conv(weight, stride, padding))
+    if transformed is None:
+        direct()
+
+    def run(
+        x: Tensor,
+        scale: Optional,
+        shift: Optional,
+        residual: Optional,
+        skip: Optional,
+        out: Tensor,
+        slope: float | None,
+    ) -> None:
+        if transformed is not None and pays(x):
+            conv_winograd_native(x, transformed, scale, shift, residual, skip, out, slope)
+        else:
+            ops.conv_bn_act_native(x, direct(), scale, shift, residual, skip, out, slope)
+
+    return run
+
+
 def _conv(step: p.Conv, normalisation: Normalisation) -> Run:
-    packed = ops.pack_conv(step.weight, stride=step.stride, padding=step.padding)
+    convolve = _convolution(step.weight, step.stride, step.padding)
 
     def run(inputs: Sequence[Tensor], out: Tensor) -> Tensor:
         residual = inputs[1] if step.residual else None
         skip = inputs[-1] if step.skip else None
-        ops.conv_bn_act_native(inputs[0], packed, step.scale, step.shift, residual, skip, out, step.act.slope)
+        convolve(inputs[0], step.scale, step.shift, residual, skip, out, step.act.slope)
         return out
 
     return run
 
 
 def _shared_block(step: p.SharedBlockStep, normalisation: Normalisation) -> Run:
-    packed = ops.pack_conv(step.weight, stride=1, padding=1)
-    norms = (step.scale1, step.shift1, step.scale2, step.shift2)
+    convolve = _convolution(step.weight, 1, 1)
 
     def run(inputs: Sequence[Tensor], out: Tensor) -> Tensor:
         x, hidden = inputs
-        ops.shared_block_native(x, packed, *norms, hidden, out, step.act.slope, step.skip)
+        convolve(x, step.scale1, step.shift1, None, None, hidden, step.act.slope)
+        convolve(hidden, step.scale2, step.shift2, x, x if step.skip else None, out, 0.0)
         return out
 
     return run

@@ -267,7 +267,17 @@ def test_arguments_that_do_not_fit():
         shelfkern.accelerate(model, torch.float64, backend="emulated")
     with pytest.raises(ValueError, match="tune is -1, it may be True, False or seconds"):
         shelfkern.accelerate(model, tune=-1)
+    with pytest.raises(ValueError, match="tune is 'yes', it may be True, False or seconds"):
+        shelfkern.accelerate(model, tune="yes")
     fast = shelfkern.accelerate(model, HALF, backend="emulated")
+    with pytest.raises(TypeError, match="images is list, it must be a tensor"):
+        fast([images(1, 32, 32)])
+    with pytest.raises(ValueError, match="sizes holds 512, it must hold pairs of height and width"):
+        fast.warmup((512, 512))
+    with pytest.raises(ValueError, match="batch is 0, it must be at least 1"):
+        fast.warmup([(64, 64)], batch=0)
+    with pytest.raises(ValueError, match="output is 'classes', it may be one of scores, labels"):
+        fast.warmup([(64, 64)], outputs=["classes"])
     with pytest.raises(ValueError, match="images is on meta, it must be on cpu"):
         fast(images(1, 32, 32).to("meta"))
     if not torch.cuda.is_available():
