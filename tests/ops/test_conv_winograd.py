@@ -1,0 +1,317 @@
+from __future__ import annotations
+
+import copy
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from parity import DTYPES, each_isa, needs_native, nhwc, poisoned, random
+from test_conv_bn_act import (
+    EVERY,
+    assert_no_bit_changes,
+    assert_only_within,
+    check,
+    double,
+    fenced,
+    framed,
+    inputs,
+    only,
+    same_non_finite,
+    whole,
+    with_threads,
+)
+from torch import nn
+
+import shelfkern
+from shelfkern import native, ops
+from shelfkern.engine import native_kernels
+from shelfkern.engine import plan as p
+from shelfkern.nn import shelfnet18_lw
+from shelfkern.normalisation import Normalisation
+from shelfkern.ops import conv_bn_act_reference
+from shelfkern.ops._conv_winograd import can_pay, conv_winograd_native, pack_winograd, pays, weight_transform
+
+TILES = [2, 4]
+# n, c, h, w, k
+SHAPES = [
+    (1, 1, 1, 1, 1),
+    (1, 40, 6, 10, 64),
+    (3, 17, 7, 5, 19),
+    (2, 33, 13, 11, 70),
+    (1, 64, 4, 4, 64),
+    (1, 600, 3, 5, 17),
+    (1, 3, 2, 300, 5),
+    (1, 5, 131, 3, 33),
+    # Several blocks of tiles, and groups of panels, the last with one channel.
+    (2, 24, 40, 50, 129),
+    # Weights that are read once by blocks of many tiles.
+    (1, 384, 20, 44, 352),
+]
+
+
+def arguments(n, c, h, w, k, dtype=torch.float32):
+    """x, w, scale, shift, residual, skip."""
+    return inputs(n, c, h, w, k, (3, 3), 1, 1, dtype)
+
+
+def run(args, tile, slope=0.25):
+    """The kernel into poisoned memory."""
+    x, weight, scale, shift, residual, skip = args
+    out = nhwc(poisoned((x.shape[0], weight.shape[0], *x.shape[2:]), x.dtype))
+    scale, shift = (None if t is None else t.float() for t in (scale, shift))
+    residual, skip = (None if t is None else nhwc(t) for t in (residual, skip))
+    conv_winograd_native(nhwc(x), pack_winograd(weight, tile), scale, shift, residual, skip, out, slope)
+    return out
+
+
+def assert_right(result, args, tile, slope=0.25):
+    """For whole numbers F(2x2) is exact; F(4x4), whose weights are not, by far nearer than to another result.
+
+    The smallest difference between results is the slope's 1 / 4.
+    """
+    truth = conv_bn_act_reference(*double(args), padding=1, slope=slope)
+    if tile == 2:
+        assert torch.equal(result, truth.to(result.dtype))
+        return
+    rounding = 0 if result.dtype is torch.float32 else 2.0**-8
+    assert ((result.double() - truth).abs() <= truth.abs() * rounding + 0.02).all()
+
+
+def root_mean_square(t):
+    return t.double().square().mean().sqrt()
+
+
+@pytest.mark.parametrize("tile", TILES)
+def test_weights_are_transformed_once_in_float64(tile):
+    weight = random(18, 5, 3, 3)
+    packed, g = pack_winograd(weight.requires_grad_(), tile), weight_transform(tile)
+    assert packed.data.shape == (2, (tile + 2) ** 2, 5, 16) and not packed.data.requires_grad
+    expected = torch.einsum("ir,kcrs,js->ijkc", g, weight.detach().double(), g).flatten(0, 1)
+    for k in range(18):
+        assert torch.equal(packed.data[k // 16, :, :, k % 16], expected[:, k].float()), k
+    assert not packed.data[1, :, :, 2:].any()
+
+
+def test_what_cannot_be_packed():
+    with pytest.raises(ValueError, match=r"^conv_winograd: w is \(4, 2, 3, 1\), it must be \(K, C, 3, 3\)$"):
+        pack_winograd(torch.zeros(4, 2, 3, 1))
+    with pytest.raises(ValueError, match=r"^conv_winograd: tile is 3, it may be 2 or 4$"):
+        pack_winograd(torch.zeros(4, 2, 3, 3), 3)
+
+
+@needs_native
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_is_the_reference(shape, dtype, tile):
+    args = whole(arguments(*shape, dtype))
+    for threads in (1, 3):
+        assert_right(with_threads(threads, lambda: run(args, tile)), args, tile)
+
+
+@needs_native
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("slope", [0.0, 0.25, None])
+@pytest.mark.parametrize("parts", [(), *((name,) for name in EVERY), EVERY[:2], EVERY[2:], EVERY])
+def test_every_part_of_the_epilogue(parts, slope, tile):
+    args = only(whole(arguments(1, 12, 5, 9, 19)), parts)
+    assert_right(run(args, tile, slope), args, tile, slope)
+
+
+@needs_native
+@given(
+    n=st.integers(0, 3), c=st.one_of(st.integers(1, 35), st.sampled_from([64, 65, 129])),
+    h=st.integers(1, 11), w=st.integers(1, 30), k=st.integers(1, 70), tile=st.sampled_from(TILES),
+    parts=st.sets(st.sampled_from(EVERY)), dtype=st.sampled_from(DTYPES),
+    slope=st.sampled_from([0.0, 0.25, None]), count=st.sampled_from([1, 2, 3]),
+)  # fmt: skip
+@settings(max_examples=25, deadline=None)
+def test_every_isa_writes_all_of_the_output(n, c, h, w, k, tile, parts, dtype, slope, count):
+    args = only(whole(arguments(max(n, 1), c, h, w, k, dtype)), parts)
+    args = [t[:n] if t is not None and t.ndim == 4 and i != 1 else t for i, t in enumerate(args)]
+    x, weight, scale, shift, residual, skip = args
+    scale, shift = (None if t is None else t.float() for t in (scale, shift))
+    residual, skip = (None if t is None else framed(t, 9.0)[1] for t in (residual, skip))
+    packed, x = pack_winograd(weight, tile), fenced(x)[1]
+
+    def run(isa):
+        storage, out = framed(poisoned((n, k, h, w), dtype), float("nan"))
+        conv_winograd_native(x, packed, scale, shift, residual, skip, out, slope)
+        assert_right(out, args, tile, slope)
+        assert_only_within(storage, out)
+
+    with_threads(count, lambda: each_isa(run))
+
+
+# The error to that of eager's direct convolution, root mean square, at most: of one channel, and of more.
+BOUNDS = {2: (2.2, 1.7), 4: (7.0, 4.5)}
+
+
+@needs_native
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("channels", [1, 16, 64, 128, 512])
+def test_every_isa_is_within_the_error_stated(channels, tile):
+    signed, weight, *_ = arguments(1, channels, 32, 32, 64)
+    # Both signs, and as after an activation.
+    for x in (signed, signed.relu()):
+        truth = conv_bn_act_reference(x.double(), weight.double(), padding=1, slope=None)
+        eager = conv_bn_act_reference(x, weight, padding=1, slope=None)
+        allowed = BOUNDS[tile][channels > 1] * root_mean_square(eager - truth)
+
+        def check_error(isa, x=x, truth=truth, allowed=allowed):
+            error = run((x, weight, None, None, None, None), tile, None) - truth
+            assert root_mean_square(error) <= allowed, isa
+            assert error.abs().max() <= 1e-5 * truth.abs().max(), isa
+
+        each_isa(check_error)
+
+
+@needs_native
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("shape", [(1, 64, 17, 19, 40), (2, 130, 9, 9, 33)])
+def test_bfloat16_is_as_exact_as_eager(shape, tile):
+    args = arguments(*shape, torch.bfloat16)
+    check(run(args, tile, 0.01), args, padding=1, slope=0.01)
+
+
+@needs_native
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_stays_in_the_tiles_whose_windows_hold_it(value, tile):
+    args = whole(arguments(1, 20, 15, 18, 18))
+    finite = conv_bn_act_reference(*double(args), padding=1, slope=None)
+    for y, x in ((0, 0), (5, 7), (7, 8), (14, 17), (11, 4)):
+        spoilt = args[0].clone()
+        spoilt[0, 19, y, x] = value
+        result = run((spoilt, *args[1:]), tile, None)
+        truth = conv_bn_act_reference(*double((spoilt, *args[1:])), padding=1, slope=None)
+        assert not result[~truth.isfinite()].isfinite().any()
+        rows, columns = torch.arange(15) // tile * tile, torch.arange(18) // tile * tile
+        holds = (rows - 1 <= y) & (y <= rows + tile), (columns - 1 <= x) & (x <= columns + tile)
+        beyond = ~(holds[0][:, None] & holds[1][None, :]).expand_as(result)
+        assert beyond.any() and ((result - finite)[beyond].abs() <= 0.02).all()
+
+
+@needs_native
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("slope", [0.0, 0.25, None])
+def test_nan_and_inf_of_residual_and_skip_go_where_torch_sends_them(slope, tile):
+    args = arguments(1, 13, 9, 12, 18)
+    residual, skip = args[4:]
+    residual[0, 17, 4, 4], residual[0, 3, 4, 0] = float("nan"), -float("inf")
+    skip[0, 0, 4, 6], skip[0, 17, 5, 3], skip[0, 2, 1, 7] = float("nan"), float("inf"), -float("inf")
+    truth = conv_bn_act_reference(*double(args), padding=1, slope=slope)
+    same_non_finite(run(args, tile, slope), truth)
+
+
+@needs_native
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 20, 23, 60, 100), (1, 200, 9, 9, 150)])
+def test_threads_and_repeats_change_no_bit(shape, dtype, tile):
+    args = arguments(*shape, dtype)
+    assert_no_bit_changes(lambda: run(args, tile))
+
+
+@needs_native
+def test_an_image_has_the_same_bits_alone_and_in_a_batch():
+    args = arguments(3, 40, 11, 13, 50)
+    together = run(args, 4)
+    for i in range(3):
+        alone = [t[i : i + 1] if t.ndim == 4 and t is not args[1] else t for t in args]
+        assert torch.equal(run(alone, 4), together[i : i + 1])
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The names of the convolutions that are called."""
+    made = []
+    for name in ("winograd", "conv_bn_act"):
+        kernel = getattr(native.module, name)
+        counted = lambda *args, name=name, kernel=kernel: (made.append(name), kernel(*args))  # noqa: E731
+        monkeypatch.setattr(native.module, name, counted)
+    return made
+
+
+def test_what_can_pay():
+    assert can_pay(torch.zeros(32, 32, 3, 3), 1, 1)
+    for shape, stride, padding in (
+        ((32, 32, 3, 3), 2, 1), ((32, 32, 3, 3), 1, 0), ((32, 31, 3, 3), 1, 1), ((31, 32, 3, 3), 1, 1),
+        ((32, 32, 1, 1), 1, 1), ((32, 32, 3, 1), 1, 1),
+    ):  # fmt: skip
+        assert not can_pay(torch.zeros(shape), stride, padding)
+    assert pays(torch.empty(1, 4, 8, 8)) and pays(torch.empty(2, 4, 4, 4)) and pays(torch.empty(1, 4, 2, 64))
+    for n, h, w in ((1, 4, 4), (1, 5, 5), (1, 1, 640), (0, 8, 8)):
+        assert not pays(torch.empty(n, 4, h, w))
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "channels, size, name", [(32, 12, "winograd"), (32, 5, "conv_bn_act"), (31, 12, "conv_bn_act")]
+)
+def test_the_engine_takes_it_where_it_pays(channels, size, name, calls):
+    args = arguments(1, channels, size, size, channels)
+    x, weight, scale, shift, residual, skip = args
+    values = [p.Value(i, channels, 1) for i in range(4)]
+    step = p.Conv(
+        "conv", tuple(values[:3]), values[3], weight, scale, shift, 1, p.Activation(0.25), True, True
+    )
+    out = nhwc(poisoned(tuple(x.shape), x.dtype))
+    inputs = [nhwc(t) for t in (x, residual, skip)]
+    assert native_kernels.prepare(step, x.dtype, Normalisation()).run(inputs, out) is out
+    assert calls == [name]
+    truth = conv_bn_act_reference(*double(args), padding=1, slope=0.25)
+    eager = conv_bn_act_reference(*args, padding=1, slope=0.25)
+    assert root_mean_square(out - truth) <= BOUNDS[4][1] * root_mean_square(eager - truth)
+
+
+@needs_native
+@pytest.mark.parametrize("skip", [False, True])
+def test_the_engine_transforms_the_weights_of_a_shared_block_once(skip, calls, monkeypatch):
+    x, weight, *norms = arguments(1, 40, 12, 12, 40)
+    norms = [*norms[:2], random(40, seed=7), random(40, seed=8)]
+    packed = []
+    monkeypatch.setattr(native_kernels, "pack_winograd", lambda w: packed.append(w) or pack_winograd(w))
+    values = [p.Value(i, 40, 1) for i in range(3)]
+    step = p.SharedBlockStep(
+        "block", values[:1], values[1], weight, *norms, p.Activation(0.01), values[2], skip
+    )
+    hidden, out = (nhwc(poisoned(tuple(x.shape), x.dtype)) for _ in range(2))
+    native_kernels.prepare(step, x.dtype, Normalisation()).run([nhwc(x), hidden], out)
+    assert calls == ["winograd", "winograd"] and len(packed) == 1
+    truth = ops.shared_block_reference(*double((x, weight, *norms)), 0.01, skip)
+    eager = ops.shared_block_reference(x, weight, *norms, 0.01, skip)
+    assert root_mean_square(out - truth) <= BOUNDS[4][1] * root_mean_square(eager - truth)
+
+
+def network(seed):
+    """A real network, and batch norms as trained ones have them."""
+    torch.manual_seed(seed)
+    model = shelfnet18_lw(num_classes=19).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0, 0.1)
+            nn.init.normal_(module.running_mean, 0, 0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return model
+
+
+@needs_native
+@torch.no_grad()
+def test_a_whole_network_is_exact(calls):
+    errors, allowed = [], []
+    for seed in range(3):
+        model, x = network(seed), random(2, 3, 128, 192, seed=seed)
+        result, truth = (
+            shelfkern.accelerate(model, backend="native")(x),
+            copy.deepcopy(model).double()(x.double()),
+        )
+        # Eager in the layout that the engine has, in which it sums thousands of products one by one.
+        eager = model.to(memory_format=torch.channels_last)(nhwc(x))
+        errors.append((result - truth) / truth.std())
+        allowed.append((eager - truth) / truth.std())
+    assert calls.count("winograd") >= 3 * 30
+    assert torch.cat(errors).abs().max() <= 1e-4
+    assert root_mean_square(torch.cat(errors)) <= 2 * root_mean_square(torch.cat(allowed))
