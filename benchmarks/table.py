@@ -48,14 +48,14 @@ def on_cpu(rows: list[Row]) -> list[str]:
     found = cases(rows)
     variants = list(dict.fromkeys(variant for case in found.values() for variant in case))
     variants.sort(key=is_ours)
-    lines = [_line("model", "size", "output", *variants, "to the fastest other")]
-    lines.append("|" + " --- |" * (len(variants) + 4))
-    for (model, size, _, _, output), by_variant in found.items():
+    lines = [_line("model", "size", "dtype", "output", *variants, "to the fastest other")]
+    lines.append("|" + " --- |" * (len(variants) + 5))
+    for (model, size, _, dtype, output), by_variant in found.items():
         times = [f"{by_variant[v]['median_ms']:.0f} ms" if v in by_variant else "" for v in variants]
-        lines.append(_line(model, size, output, *times, _ratio(by_variant)))
+        lines.append(_line(model, size, dtype, output, *times, _ratio(by_variant)))
     about = rows[0]
     machine = f"{about['cpu']}, {about['threads']} threads, {about['isa']}"
-    return [*lines, "", f"Medians, float32, batch 1; {_run(about, machine)}"]
+    return [*lines, "", f"Medians, batch 1; {_run(rows, machine)}"]
 
 
 def on_gpu(rows: list[Row]) -> list[str]:
@@ -72,7 +72,7 @@ def on_gpu(rows: list[Row]) -> list[str]:
     about = rows[0]
     machine = f"{about['gpu']}; CUDA {about['cuda']}, cuDNN {about['cudnn']}, Triton {about['triton']}"
     how = "Medians between events around a call"
-    return [*lines, "", f"{how}; {_run(about, machine)}", *_paper(rows)]
+    return [*lines, "", f"{how}; {_run(rows, machine)}", *_paper(rows)]
 
 
 def _paper(rows: list[Row]) -> list[str]:
@@ -113,9 +113,12 @@ def _memory(ours: Row | None, other: Row | None) -> str:
     return "" if mine is None or theirs is None else f"{mine:.0f}, {theirs:.0f}"
 
 
-def _run(about: Row, machine: str) -> str:
-    versions = f"torch {about['torch']}, shelfkern {about['shelfkern']} at {about['commit']}"
-    return f"`{about['command']}`; {machine}; {versions}; {about['time'][:10]}."
+def _run(rows: list[Row], machine: str) -> str:
+    """The commands that gave the rows, and what they ran on."""
+    commands = ", ".join(f"`{command}`" for command in dict.fromkeys(row["command"] for row in rows))
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    versions = f"torch {rows[0]['torch']}, shelfkern {rows[0]['shelfkern']} at {commits}"
+    return f"{commands}; {machine}; {versions}; {rows[-1]['time'][:10]}."
 
 
 def _line(*cells: str) -> str:

@@ -40,6 +40,15 @@ def prepare(step: p.Step, dtype: torch.dtype, normalisation: Normalisation) -> K
     return Kernel(_PREPARE[type(step)](step, normalisation), in_arena=True)
 
 
+def algorithm(step: p.Step, n: int, h: int, w: int) -> str:
+    """What runs a step for n images padded to h x w."""
+    if isinstance(step, (p.Conv, p.SharedBlockStep)):
+        stride, padding = (step.stride, step.padding) if isinstance(step, p.Conv) else (1, 1)
+        fewer = can_pay(step.weight, stride, padding) and pays(step.inputs[0].shape(n, h, w))
+        return "native winograd 4x4" if fewer else "native direct"
+    return "native"
+
+
 def _stem(step: p.Stem, normalisation: Normalisation) -> Run:
     packed = ops.pack_conv(step.weight, stride=2, padding=3)
     mean, std = torch.tensor([normalisation.mean, normalisation.std], dtype=torch.float64)
@@ -70,7 +79,7 @@ def _convolution(weight: Tensor, stride: int, padding: int) -> Convolve:
         out: Tensor,
         slope: float | None,
     ) -> None:
-        if transformed is not None and pays(x):
+        if transformed is not None and pays(x.shape):
             conv_winograd_native(x, transformed, scale, shift, residual, skip, out, slope)
         else:
             ops.conv_bn_act_native(x, direct(), scale, shift, residual, skip, out, slope)

@@ -34,8 +34,7 @@ class Program:
         self.align_corners = align_corners
         self.normalisation = normalisation
         self.kernels = [self._kernel(step) for step in plan.steps]
-        names = ["native" if kernel.in_arena else "library" for kernel in self.kernels]
-        self.plan = dataclasses.replace(plan, dtype=dtype, algorithms=lambda n, h, w: names)
+        self.plan = dataclasses.replace(plan, dtype=dtype, algorithms=self.algorithm_names)
         last_uses = plan.last_uses()
         self._dead_after = [
             [value.index for value in set(step.inputs) if last_uses[value] == index]
@@ -72,6 +71,13 @@ class Program:
             [view(value) if value in values else value.shape(*size) for value in outputs],
             [[view(value) for value in step.temporaries if value in values] for step in self.plan.steps],
         )
+
+    def algorithm_names(self, n: int, h: int, w: int) -> list[str]:
+        """What runs each step for n images padded to h x w."""
+        return [
+            native_kernels.algorithm(step, n, h, w) if kernel.in_arena else "library"
+            for step, kernel in zip(self.plan.steps, self.kernels, strict=True)
+        ]
 
     def scores(self, images: Tensor) -> Tensor:
         """Scores (N, classes, H, W) of images, contiguous, in the program's dtype."""

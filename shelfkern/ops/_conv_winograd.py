@@ -8,6 +8,7 @@ where a direct convolution takes 9 m^2: 2.25 times fewer for m = 2, 4 times fewe
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from fractions import Fraction
 
 import torch
@@ -89,13 +90,13 @@ def can_pay(w: Tensor, stride: int, padding: int) -> bool:
     return tuple(w.shape[2:]) == (3, 3) and stride == padding == 1 and min(w.shape[:2]) >= LEAST_CHANNELS
 
 
-def pays(x: Tensor) -> bool:
-    """Whether it is faster on x (N, C, H, W).
+def pays(shape: Sequence[int]) -> bool:
+    """Whether it is faster on inputs of this shape, (N, C, H, W).
 
     A tile takes the time of 5 to 6 pixels convolved directly, however few of its 16 pixels are within the
     image, and reading the weights of 512 channels that of 27.
     """
-    n, _, h, w = x.shape
+    n, _, h, w = shape
     tiles = n * -(-h // 4) * -(-w // 4)
     return n * h * w >= max(8 * tiles, 32)
 

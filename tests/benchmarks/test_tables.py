@@ -77,9 +77,19 @@ def test_the_cpus_table_takes_rows_of_earlier_runs(tmp_path):
             del found[key]
     write(tmp_path / "models_cpu.jsonl", [found | {"dtype": "float32"} for found in old])
     header, _, line, _, about = table.markdown(tmp_path).splitlines()
-    assert cells(header) == ["model", "size", "output", "eager", "shelfkern", "to the fastest other"]
-    assert cells(line) == ["shelfnet50", "512x512", "scores", "200 ms", "100 ms", "**400.00x**"]
+    assert cells(header) == ["model", "size", "dtype", "output", "eager", "shelfkern", "to the fastest other"]
+    expected = ["shelfnet50", "512x512", "float32", "scores", "200 ms", "100 ms", "**400.00x**"]
+    assert cells(line) == expected
     assert "A CPU, 2 threads, avx512" in about
+
+
+def test_every_command_and_commit_is_named_once(tmp_path):
+    rows = [row("eager", 200.0), row("shelfkern", 100.0), row("shelfkern", 90.0)]
+    rows[2] |= {"dtype": "bfloat16", "command": "python benchmarks/models.py --resume", "commit": "def"}
+    write(tmp_path / "models_cpu.jsonl", rows)
+    about = table.markdown(tmp_path).splitlines()[-1]
+    assert "`python benchmarks/models.py`, `python benchmarks/models.py --resume`;" in about
+    assert "at abc, def;" in about
 
 
 def test_both_files_give_two_tables(gpu):

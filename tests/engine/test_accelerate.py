@@ -336,3 +336,17 @@ def test_workspace_pool_forgets_the_least_recently_used():
     with pool.borrow((2, 2, 2)) as first, pool.borrow((2, 2, 2)) as second:
         assert first is not second
     assert pool.bytes() <= 2 * 8
+
+
+@needs_native
+def test_the_plan_says_where_convolutions_take_fewer_products():
+    model = build(CONFIGS["no_lateral"])
+    plan = shelfkern.accelerate(model, backend="native").plan
+    names = dict(zip((step.name for step in plan.steps), plan.algorithms(1, 256, 256), strict=True))
+    assert names["backbone.conv1"] == "native"
+    # 32 channels on 32 x 32 pixels; stride 2; 16 channels.
+    assert names["backbone.layer2.0.conv2"] == "native winograd 4x4"
+    assert names["backbone.layer2.0.conv1"] == names["backbone.layer1.0.conv1"] == "native direct"
+    small = dict(zip((step.name for step in plan.steps), plan.algorithms(1, 32, 32), strict=True))
+    assert small["backbone.layer4.0.conv2"] == "native direct"
+    assert set(shelfkern.accelerate(model, backend="library").plan.algorithms(1, 64, 64)) == {"library"}
