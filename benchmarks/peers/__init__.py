@@ -56,10 +56,10 @@ def of_device(device: str, tune: bool = True) -> list[Peer]:
 
     tune: whether ours may time its algorithms while it is prepared.
     """
-    from . import compiled, cudnn, eager, ours, tensorrt
+    from . import compiled, cpu_runtimes, cudnn, eager, ours, tensorrt
 
     if device == "cpu":
-        return [*ours.on_cpu(), *eager.on_cpu(), *compiled.on_cpu()]
+        return [*ours.on_cpu(), *eager.on_cpu(), *compiled.on_cpu(), *cpu_runtimes.on_cpu()]
     return [*ours.on_gpu(tune), *cudnn.on_gpu(), *eager.on_gpu(), *compiled.on_gpu(), *tensorrt.on_gpu()]
 
 

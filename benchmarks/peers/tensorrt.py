@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
-import io
-import warnings
 from typing import Any
 
 import torch
@@ -16,9 +14,8 @@ from torch import Tensor
 from shelfkern.nn import ShelfNet
 
 from . import Peer, Run
-from .network import Network
+from .exported import INPUT, OUTPUT, export
 
-INPUT, OUTPUT = "images", "result"
 # The most that TensorRT searches.
 OPTIMISATION = 5
 NAMES = {
@@ -72,20 +69,6 @@ class TensorRT:
         # The context holds the network's memory as long as what is returned lives.
         replay.context = context  # type: ignore[attr-defined]
         return replay
-
-
-def export(model: ShelfNet, images: Tensor, dtype: torch.dtype, labels: bool) -> bytes:
-    """The network for images of this very shape as ONNX: `images` to `result`."""
-    network = Network(model, dtype, labels).to(images.device).eval()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            network, (images,), dynamo=True, input_names=[INPUT], output_names=[OUTPUT], verbose=False
-        )
-    assert program is not None  # as dynamo=True promises
-    found = io.BytesIO()
-    program.save(found)
-    return found.getvalue()
 
 
 def build(trt: Any, onnx: bytes) -> Any:

@@ -21,7 +21,7 @@ from click.testing import CliRunner
 from clocks import Ceilings
 from judge import EAGERS, MAX_DIFFERENT, MAX_ERROR, Judge, Wrong
 from measure import Deadline, OutOfTime, Times, time_limit
-from peers import compiled, cudnn, eager, tensorrt
+from peers import compiled, cpu_runtimes, cudnn, eager, exported, tensorrt
 from peers.network import Network
 
 from shelfkern.timing import Timing
@@ -321,9 +321,33 @@ def test_the_exported_network_takes_raw_images():
     pytest.importorskip("onnxscript")
     model = build("shelfnet18_lw")
     raw = pictures(2, LABELS.size, "cpu")
-    session = runtime.InferenceSession(tensorrt.export(model, raw, torch.float32, labels=True))
-    (labels,) = session.run([tensorrt.OUTPUT], {tensorrt.INPUT: raw.numpy()})
+    session = runtime.InferenceSession(exported.export(model, raw, torch.float32, labels=True))
+    (labels,) = session.run([exported.OUTPUT], {exported.INPUT: raw.numpy()})
     Judge(model, normalised(raw, model), LABELS).error_of(torch.from_numpy(labels))
+
+
+@pytest.mark.parametrize("case", [SCORES, LABELS])
+@pytest.mark.parametrize("package", ["onnxruntime", "openvino"])
+def test_runtimes_of_a_cpu_are_right(package, case):
+    peer = next(peer for peer in cpu_runtimes.on_cpu() if peer.key == package)
+    if peer.why_not() is not None:
+        pytest.skip(peer.why_not())
+    model = build(case.model)
+    images = images_of(case, model)
+    result = peer.prepare(model, images, torch.float32, case.labels)()
+    Judge(model, images, case).error_of(result)
+
+
+def test_onnx_runtime_has_no_bfloat16():
+    model = build("shelfnet18_lw")
+    with pytest.raises(ValueError, match=r"dtype is torch.bfloat16, ONNX Runtime's convolutions on a CPU"):
+        cpu_runtimes.OnnxRuntime().prepare(model, images_of(SCORES, model), torch.bfloat16, False)
+
+
+def test_runtimes_that_are_not_installed_are_said(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    reasons = [peer.why_not() for peer in cpu_runtimes.on_cpu()]
+    assert reasons == [f"not installed: {name}, onnx, onnxscript" for name in ("onnxruntime", "openvino")]
 
 
 def test_tensorrt_that_is_not_installed_is_said(monkeypatch):
@@ -340,6 +364,7 @@ def test_keys_choose_peers_and_keep_ours():
     assert peers.chosen(every, []) == every
     assert [peer.name for peer in peers.of_device("cpu")] == [
         *("shelfkern", "eager", "eager channels_last", "torch.compile, freezing"),
+        *("ONNX Runtime", "OpenVINO"),
     ]
 
 
