@@ -1,10 +1,12 @@
 """Every way to run a step gives what the step means; the cost model and the names."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
 from engines import ENGINES, device_of, needs_emulation
+from torch import nn
 from torch.nn import functional as F
 
 from shelfkern import nn as published
@@ -14,6 +16,8 @@ from shelfkern.engine.gpu.algorithms import Context, Packed, algorithms
 from shelfkern.engine.gpu.device import H200, gpu_of
 from shelfkern.engine.gpu.timing import candidate, key_of
 from shelfkern.engine.lower import lower
+from shelfkern.nn.backbone import BasicBlock, Bottleneck
+from shelfkern.nn.blocks import SharedBlock
 from shelfkern.normalisation import Normalisation
 from shelfkern.ops import _conv_triton as conv
 
@@ -284,3 +288,78 @@ def test_costs_grow_with_the_work():
     problem = conv.Problem(4096, 64, 9, 64, torch.float16)
     config = conv.CONFIGS[3]
     assert cost.library_conv(problem, "tf32", H200) <= cost.triton_conv(problem, config, H200)
+
+
+def test_a_time_predicted_by_hand():
+    """64 channels at 128 x 128, by tiles of 128 pixels and 64 channels, 32 input channels a step."""
+    plan = plan_of("shelfnet18_lw")
+    step = next(step for step in plan.steps if step.name == "backbone.layer1.0.conv1")
+    found = algorithms(step, (1, 512, 512), context_of(CPU, torch.float16), Packed())
+    (algorithm,) = (a for a in found if a.name == "triton 128x64x64 w8 s4")
+    # 128 tiles, one wave. Of each 9 x 64 x 128 x 64 products at 2.99 million a microsecond; and 9 x 64 x 192
+    # numbers of 2 bytes, those of all 132 multiprocessors at 8.6 MB a microsecond: that takes longer.
+    products, loads = 9 * 64 * 128 * 64 / (790e6 / 2 / 132), 192 * 9 * 64 * 2 * 132 / 8.6e6
+    assert products == pytest.approx(1.58, abs=0.01) and loads == pytest.approx(3.395, abs=0.001)
+    assert algorithm.microseconds == pytest.approx(1.3 + loads + 1.0)
+
+
+class Traffic:
+    """What an eager forward pass of a model reads and writes, seen by hooks on its modules, 16 bits each."""
+
+    def __init__(self, model):
+        self.bytes = 0
+        self.inside = set()
+        self.classifier = model.head.classify
+        for module in model.modules():
+            if isinstance(module, SharedBlock):
+                # Its convolution runs twice inside; x is read once, for the sum too.
+                self.inside |= {module.conv}
+                module.register_forward_hook(lambda m, inputs, out: self.add(m.conv, inputs[0], out, 4))
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d) and module not in self.inside:
+                module.register_forward_hook(self.conv)
+            if isinstance(module, BasicBlock | Bottleneck):
+                # The shortcut, read by the last convolution.
+                module.register_forward_hook(lambda m, inputs, out: self.plain(out))
+
+    def add(self, conv, x, out, vectors):
+        self.plain(x), self.plain(out)
+        self.bytes += 2 * conv.weight.numel() + 4 * vectors * out.shape[1]
+
+    def plain(self, x):
+        self.bytes += 2 * x.numel()
+
+    def conv(self, module, inputs, out):
+        # A bias, a folded norm, or in the classifier of the real-time models neither.
+        vectors = 1 if module.bias is not None else 2 * (module is not self.classifier)
+        self.add(module, inputs[0], out, vectors)
+
+
+@pytest.mark.parametrize("size", [(1, 512, 512), (1, 1024, 2048), (8, 512, 512)])
+@pytest.mark.parametrize("name", KERNELS)
+@torch.no_grad()
+def test_least_traffic_of_the_published_models(name, size):
+    """The plan's bytes are those that eager's modules move, less what the fused ops do not."""
+    n, h, w = size
+    with torch.device("meta"):
+        model = getattr(published, name)().eval()
+        traffic = Traffic(model)
+        model(torch.empty(n, 3, h, w))
+    plan = plan_of(name)
+    moved = {step.name: p.step_bytes(step, torch.float16, *size) for step in plan.steps}
+    counted = traffic.bytes
+    for step in plan.steps:
+        if isinstance(step, p.Stem):
+            # Eager writes what the pooling reads, four times as many pixels.
+            counted -= 2 * 3 * math.prod(step.output.shape(*size))
+        if isinstance(step, p.AttentionGate):
+            # Eager's convolution reads pooled features and gives 16 bits; the gate reads all, gives 32.
+            c = step.output.channels
+            counted += 2 * math.prod(step.inputs[0].shape(*size)) - 2 * n * step.inputs[0].channels
+            counted += 2 * n * c
+        if isinstance(step, p.UpsampleAdd):
+            counted += sum(value.bytes(*size, torch.float16) for value in (*step.inputs, step.output))
+        if isinstance(step, p.DeconvAdd) or (isinstance(step, p.Conv) and step.skip):
+            # The skip.
+            counted += step.output.bytes(*size, torch.float16)
+    assert sum(moved.values()) == counted
