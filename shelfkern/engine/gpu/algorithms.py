@@ -45,7 +45,8 @@ class Algorithm:
     """One way to run a step at one size.
 
     Attributes:
-        name: its family, and what tells it from others of that: "triton 64x64x128 w4 s4 split 2".
+        name: its family, and what tells it from others of that: "triton 64x64x128 w4 s4 split 2". cuDNN's
+            fused calls are a family beside its plain ones, for they can be many times slower.
         microseconds: what it should take on an H200.
         launches: of kernels.
         prepare: packs the weights, once for all algorithms that read them alike; gives what runs.
@@ -432,7 +433,7 @@ def _their_conv(step: p.Conv, size: Size, context: Context, packed: Packed) -> l
     found = [_theirs(context.library, time, 1 + passes, plain)]
     if context.device.type == "cuda" and library.cudnn_fused_fits(step):
         time = _library_time(step, size, context, 0)
-        found.append(_theirs("cudnn fused", time, 1, lambda: library.cudnn_fused(step, *weights())))
+        found.append(_theirs("cudnn-fused", time, 1, lambda: library.cudnn_fused(step, *weights())))
     if context.device.type == "cuda" and library.cublaslt_fits(step):
         time = _library_time(step, size, context, 0)
         found.append(_theirs("cublaslt", time, 1, lambda: library.cublaslt(step, *weights()), in_arena=True))
@@ -453,7 +454,7 @@ def _their_shared_block(
     found = [_theirs(context.library, time, 7 + step.skip, lambda: library.shared_block(step, *both()))]
     if context.device.type == "cuda" and step.act.slope == 0:
         time = _library_time(step, size, context, int(step.skip), convs=2)
-        fused = _theirs("cudnn fused", time, 2 + step.skip, lambda: library.cudnn_fused_block(step, *both()))
+        fused = _theirs("cudnn-fused", time, 2 + step.skip, lambda: library.cudnn_fused_block(step, *both()))
         found.append(fused)
     return found
 

@@ -195,6 +195,16 @@ def test_a_product_of_matrices_is_a_1x1_convolution():
     assert not any(map(library.cublaslt_fits, others))
 
 
+def test_fused_and_plain_calls_of_cudnn_are_both_timed():
+    """One may be many times slower than predicted: the tuner times the best of each family."""
+    on_gpu = dataclasses.replace(context_of(CPU, torch.float16), device=torch.device("cuda"), ours=False)
+    for step in (STEPS["conv"], STEPS["conv, residual"], block_step(64, slope=0.0)):
+        families = [algorithm.family for algorithm in algorithms(step, SIZE, on_gpu, Packed())]
+        assert sorted(families) == ["cudnn", "cudnn-fused"]
+    families = [algorithm.family for algorithm in algorithms(STEPS["1x1"], SIZE, on_gpu, Packed())]
+    assert sorted(families) == ["cublaslt", "cudnn", "cudnn-fused"]
+
+
 def test_what_cudnn_fuses():
     assert library.cudnn_fused_fits(STEPS["conv"]) and library.cudnn_fused_fits(STEPS["conv, residual"])
     assert not library.cudnn_fused_fits(STEPS["conv, skip, stride 2"])
