@@ -35,11 +35,11 @@ def fused_conv(
     if library == "oneDNN":
         return make_conv(folded, None, bias, stride, Activation(slope))
     # cuDNN fuses relu alone.
-    make = _cudnn_fused if library == "cuDNN fused" and slope == 0 else _cudnn
+    make = cudnn_fused if library == "cuDNN fused" and slope == 0 else cudnn
     return make(folded, bias, stride, slope)
 
 
-def _cudnn(w: Tensor, bias: Tensor | None, stride: int, slope: float | None) -> Conv:
+def cudnn(w: Tensor, bias: Tensor | None, stride: int, slope: float | None) -> Conv:
     def run(x: Tensor, residual: Tensor | None = None) -> Tensor:
         out = F.conv2d(x, w, bias, stride, w.shape[2] // 2)
         if residual is not None:
@@ -49,7 +49,7 @@ def _cudnn(w: Tensor, bias: Tensor | None, stride: int, slope: float | None) -> 
     return run
 
 
-def _cudnn_fused(w: Tensor, bias: Tensor | None, stride: int, slope: float | None) -> Conv:
+def cudnn_fused(w: Tensor, bias: Tensor | None, stride: int, slope: float | None) -> Conv:
     geometry = ([stride] * 2, [w.shape[2] // 2] * 2, [1, 1], 1)
 
     def run(x: Tensor, residual: Tensor | None = None) -> Tensor:

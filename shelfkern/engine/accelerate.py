@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.shelfnet import ShelfNet, check_image_size
+from ..ops._backends import MIN_CAPABILITY
 from .fingerprint import Fingerprint
 from .frames import Frame, FrameStream, batches
 from .gpu.device import runtime_of
@@ -28,7 +29,6 @@ BACKENDS = ("auto", "native", "library", "emulated")
 CPU_DTYPES = (torch.float32, torch.bfloat16)
 GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, *KINDS)
 OUTPUTS = ("scores", "labels")
-MIN_CAPABILITY = (8, 0)
 _UNKNOWN_DEVICE = "device is {!r}, it may be 'cpu' or a CUDA device such as 'cuda'"
 
 log = logging.getLogger(__name__)

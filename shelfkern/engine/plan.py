@@ -220,8 +220,8 @@ class MaxPool(Step):
 
 
 @dataclasses.dataclass(frozen=True)
-class QuantizedConv(Conv):
-    """A convolution that reads or writes codes of 8 bits.
+class _OnCodes(Step):
+    """A step that reads or writes codes of 8 bits.
 
     Attributes:
         x_step: what one step of x's codes is; not used where x is floating.
@@ -236,34 +236,33 @@ class QuantizedConv(Conv):
 
     @property
     def outputs(self) -> tuple[Value, ...]:
-        return _with_copy(self)
+        return (self.output,) if self.copy is None else (self.output, self.copy)
 
     def detail(self) -> str:
-        return super().detail() + _codes_detail(self)
+        parts = [f"of {_kind(self.inputs[0])}"] if self.inputs[0].codes else []
+        if self.output.codes:
+            parts.append(f"to {_kind(self.output)}")
+        elif self.copy is not None:
+            parts.append(f"to {_kind(self.copy)} too")
+        return f"{super().detail()}, {' '.join(parts)}"
 
 
 @dataclasses.dataclass(frozen=True)
-class QuantizedBlock(SharedBlockStep):
+class QuantizedConv(_OnCodes, Conv):
+    """A convolution that reads or writes codes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedBlock(_OnCodes, SharedBlockStep):
     """A shared block on codes, what lies between its convolutions too.
 
     `inputs` is x's codes, then x, which is added floating.
 
     Attributes:
-        x_step, hidden_step: what one step of the codes of x, and of `hidden`, is.
-        codes_step, copy: as of `QuantizedConv`.
+        hidden_step: what one step of the codes of `hidden` is.
     """
 
-    x_step: float = 1.0
     hidden_step: float = 1.0
-    codes_step: float = 1.0
-    copy: Value | None = None
-
-    @property
-    def outputs(self) -> tuple[Value, ...]:
-        return _with_copy(self)
-
-    def detail(self) -> str:
-        return super().detail() + _codes_detail(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,19 +274,6 @@ class Quantize(Step):
 
     def detail(self) -> str:
         return f"to {_kind(self.output)}"
-
-
-def _with_copy(step: QuantizedConv | QuantizedBlock) -> tuple[Value, ...]:
-    return (step.output,) if step.copy is None else (step.output, step.copy)
-
-
-def _codes_detail(step: QuantizedConv | QuantizedBlock) -> str:
-    parts = [f"of {_kind(step.inputs[0])}"] if step.inputs[0].codes else []
-    if step.output.codes:
-        parts.append(f"to {_kind(step.output)}")
-    elif step.copy is not None:
-        parts.append(f"to {_kind(step.copy)} too")
-    return ", " + " ".join(parts)
 
 
 def _kind(value: Value) -> str:

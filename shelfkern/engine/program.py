@@ -87,9 +87,7 @@ class Program:
         """Labels (N, H, W) uint8 of images."""
         return self._run(images, self.argmax)
 
-    def _run(
-        self, images: Tensor, finish: Callable[[Tensor, tuple[int, int], tuple[int, int]], Tensor]
-    ) -> Tensor:
+    def _run(self, images: Tensor, finish: Callable[[Tensor, Extent, Extent], Tensor]) -> Tensor:
         n, h, w = image_size(images)
         full = padded(h), padded(w)
         with self.pool.borrow((n, *full)) as workspace:

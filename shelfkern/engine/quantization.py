@@ -16,7 +16,8 @@ from torch import Tensor
 from ..normalisation import Normalisation
 from ..ops.quantize import LARGEST
 from . import plan as p
-from .gpu.algorithms import Context, Packed, Run, Size, algorithms
+from .gpu.algorithm import Context, Packed, Run, Size
+from .gpu.algorithms import algorithms
 from .gpu.device import gpu_of
 from .image import image_size, padded
 

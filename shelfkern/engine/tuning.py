@@ -302,6 +302,11 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
+def _stored(key: str, cold: bool) -> str:
+    """The key that results of a problem are kept under."""
+    return f"{key} cold" if cold else key
+
+
 class Tuner:
     """Chooses among candidates.
 
@@ -349,14 +354,14 @@ class Tuner:
             raise ValueError(
                 f"candidates of {key} are {given}, it must be at least one, each of another name"
             )
-        key = f"{key} cold" if cold else key
+        key = _stored(key, cold)
         ordered = sorted(candidates, key=lambda candidate: candidate.microseconds)
         return self._known(key, names) or self._timed(key, ordered, cold) or ordered[0].name
 
     def expected(self, key: str, candidates: Sequence[Candidate], cold: bool = False) -> list[Candidate]:
         """The candidates that `choose` of the same arguments would run, or give: to be compiled ahead."""
         ordered = sorted(candidates, key=lambda candidate: candidate.microseconds)
-        known = self._known(f"{key} cold" if cold else key, {candidate.name for candidate in candidates})
+        known = self._known(_stored(key, cold), {candidate.name for candidate in candidates})
         if known is not None:
             return [candidate for candidate in candidates if candidate.name == known]
         timed = self.clock is not None and self._spent < self.seconds

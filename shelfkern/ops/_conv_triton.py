@@ -81,9 +81,9 @@ PREFETCHED_LINES = None if tl is None else tl.constexpr(256)
 PREFETCHING_PROGRAMS = None if tl is None else tl.constexpr(128)
 
 # For the cost model, of an H200: 790 TFLOP/s over 132 multiprocessors, 4.3 TB/s, a launch in a graph.
-_MACS_A_US = 790e6 / 2 / 132
-_BYTES_A_US = 4.3e6
-_LAUNCH_US = 1.3
+MACS_A_US = 790e6 / 2 / 132
+BYTES_A_US = 4.3e6
+LAUNCH_US = 1.3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,14 +112,14 @@ def microseconds(problem: Problem, config: Config, multiprocessors: int) -> floa
     steps = -(-problem.taps * -(-problem.depth // step) // config.split)
     # A small tile loads more for each product, and its loop is too short to hide its start.
     macs = config.block_m * config.block_n * step * steps
-    rate = _MACS_A_US * (2 if problem.dtype.itemsize == 1 else 1)
+    rate = MACS_A_US * (2 if problem.dtype.itemsize == 1 else 1)
     loaded = (config.block_m + config.block_n) * step * steps * problem.dtype.itemsize
-    tile = max(macs / rate, loaded * multiprocessors / (2 * _BYTES_A_US)) + 1.0
+    tile = max(macs / rate, loaded * multiprocessors / (2 * BYTES_A_US)) + 1.0
     # Small programs share a multiprocessor, which hides their waits but makes no products faster.
     waves = -(-tiles // multiprocessors)
     reduction = 0.0
     if config.split > 1:
-        reduction = _LAUNCH_US + (config.split + 1) * 4 * problem.pixels * problem.channels / _BYTES_A_US
+        reduction = LAUNCH_US + (config.split + 1) * 4 * problem.pixels * problem.channels / BYTES_A_US
     return waves * tile + reduction
 
 

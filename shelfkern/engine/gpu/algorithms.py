@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import threading
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...normalisation import Normalisation
-from ...ops import _backends as backends
 from ...ops import _conv_triton as conv
 from ...ops.attention_gate import attention_gate_cuda
 from ...ops.conv_bn_act import conv_bn_act_triton
@@ -30,108 +26,20 @@ from ...ops.stem import PackedStem, normalised_values, pack_stem, stem_cuda
 from ...ops.upsample_add import upsample_add_cuda, upsample_add_triton
 from .. import plan as p
 from . import cost, library, quantized
-from .device import Gpu
-
-Size = tuple[int, int, int]
-T = TypeVar("T")
-
-# inputs (the images, where a step has none), outputs in the arena, scratch memory, and whether it may
-# start before the step ahead of it has ended; gives a result of its own, or None.
-Run = Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | None, bool], Tensor | None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Algorithm:
-    """One way to run a step at one size.
-
-    Attributes:
-        name: its family, and what tells it from others of that: "triton 64x64x128 w4 s4 split 2". cuDNN's
-            fused calls are a family beside its plain ones, for they can be many times slower.
-        microseconds: what it should take on an H200.
-        launches: of kernels.
-        prepare: packs the weights, once for all algorithms that read them alike; gives what runs.
-        in_arena: whether it writes into the arena; otherwise the result is a tensor of the library's.
-        scratch: bytes of memory it works in.
-    """
-
-    name: str
-    microseconds: float
-    launches: int
-    prepare: Callable[[], Run]
-    in_arena: bool = True
-    scratch: int = 0
-
-    @property
-    def family(self) -> str:
-        """Whose kernel it is."""
-        return self.name.partition(" ")[0]
-
-
-class Packed:
-    """Weights of one step in the forms its algorithms read, each made once.
-
-    settle: waits until what was made is there, whichever stream reads it.
-    """
-
-    def __init__(self, settle: Callable[[], None] | None = None) -> None:
-        self._settle = settle
-        self._lock = threading.Lock()
-        self._made: dict[Hashable, Any] = {}
-
-    def get(self, form: Hashable, make: Callable[[], T]) -> T:
-        """The weights in a form, made where they are not there yet."""
-        with self._lock:
-            if form not in self._made:
-                self._made[form] = make()
-                if self._settle is not None:
-                    self._settle()
-            return self._made[form]
-
-
-@dataclasses.dataclass(frozen=True)
-class Context:
-    """What a program's steps have in common.
-
-    Attributes:
-        gpu: for which algorithms are chosen.
-        device: where tensors live: the CPU where kernels are emulated.
-        dtype: of activations.
-        precision: of float32 products, "tf32" or "ieee".
-        normalisation: of raw images.
-        ours, theirs: whether our kernels and the library's calls may run.
-    """
-
-    gpu: Gpu
-    device: torch.device
-    dtype: torch.dtype
-    precision: str
-    normalisation: Normalisation
-    ours: bool = True
-    theirs: bool = True
-
-    @property
-    def cuda(self) -> str:
-        """The backend of CUDA C++ kernels."""
-        return "cuda" if self.device.type == "cuda" else "emulated"
-
-    @property
-    def library(self) -> str:
-        """Whose calls the library's are."""
-        return "cudnn" if self.device.type == "cuda" else "torch"
-
-    def vector(self, t: Tensor) -> Tensor:
-        """A parameter as kernels read it."""
-        return t.to(self.device, torch.float32).contiguous()
-
-    def vectors(self, *tensors: Tensor) -> list[Tensor]:
-        """Parameters as kernels read them."""
-        return [self.vector(t) for t in tensors]
-
-    def unavailable(self, op: str, backend: str) -> str | None:
-        """Why a kernel of ours cannot run, None if it can."""
-        if not self.ours:
-            return "backend is 'library'"
-        return backends.unavailable(op, backend)
+from .algorithm import (
+    Algorithm,
+    Context,
+    Found,
+    Packed,
+    Run,
+    Size,
+    arena_bytes,
+    configurations,
+    like,
+    name_of,
+    norms,
+    problem_of,
+)
 
 
 def algorithms(step: p.Step, size: Size, context: Context, packed: Packed) -> list[Algorithm]:
@@ -140,20 +48,13 @@ def algorithms(step: p.Step, size: Size, context: Context, packed: Packed) -> li
     Raises:
         RuntimeError: none can run; the message gives the reasons.
     """
-    every_ours, every_theirs, kind = _OURS | quantized.OURS, _THEIRS | quantized.THEIRS, type(step)
-    ours, reasons = every_ours[kind](step, size, context, packed) if kind in every_ours else ([], [])
-    theirs = every_theirs[kind](step, size, context, packed) if context.theirs else []
+    kind = type(step)
+    ours, reasons = _OURS[kind](step, size, context, packed) if kind in _OURS else ([], [])
+    theirs = _THEIRS[kind](step, size, context, packed) if context.theirs else []
     if not ours and not theirs:
         because = "; ".join(reasons) or f"{step.op} has no such kernel"
         raise RuntimeError(f"backend is 'native', which cannot run {step.op} of {step.name}: {because}")
     return sorted([*ours, *theirs], key=lambda algorithm: algorithm.microseconds)
-
-
-Found = tuple[list[Algorithm], list[str]]
-
-
-def _reasons(context: Context, op: str, *names: str) -> dict[str, str | None]:
-    return {name: context.unavailable(op, name) for name in names}
 
 
 def _ours_stem(step: p.Stem, size: Size, context: Context, packed: Packed) -> Found:
@@ -163,9 +64,7 @@ def _ours_stem(step: p.Stem, size: Size, context: Context, packed: Packed) -> Fo
 
     def prepare() -> Run:
         packing = packed.get("stem", lambda: _pack_stem(step, context))
-        statistics = (context.normalisation.mean, context.normalisation.std)
-        mean, std = torch.tensor(statistics, dtype=torch.float64, device=context.device)
-        values = packed.get("values", lambda: normalised_values(mean, std))
+        values = packed.get("values", lambda: _values(context))
 
         def run(inputs: Any, outputs: Any, scratch: Any, overlap: bool) -> None:
             slope = step.act.slope
@@ -184,35 +83,17 @@ def _pack_stem(step: p.Stem, context: Context) -> PackedStem:
     return pack_stem(weight, step.scale.to(context.device), step.shift.to(context.device))
 
 
-def _problem(step: p.Conv | p.SharedBlockStep | p.DeconvAdd, size: Size, context: Context) -> conv.Problem:
-    x = step.inputs[0]
-    n, _, h, w = x.shape(*size) if isinstance(step, p.DeconvAdd) else step.output.shape(*size)
-    taps = math.prod(step.weight.shape[2:])
-    aligned = x.channels % 16 == 0 and step.output.channels % 16 == 0
-    return conv.Problem(n * h * w, step.output.channels, taps, x.channels, context.dtype, aligned)
-
-
-def configurations(problem: conv.Problem, context: Context) -> list[conv.Config]:
-    """Configurations of a convolution that make sense on the GPU."""
-    gpu = context.gpu
-    return conv.configurations(problem, context.precision, gpu.multiprocessors, gpu.shared_bytes)
-
-
-def name_of(config: conv.Config) -> str:
-    """A configuration's name: tile, bytes of a step, warps, stages."""
-    name = f"triton {config.block_m}x{config.block_n}x{config.block_bytes} w{config.warps} s{config.stages}"
-    return name + f" split {config.split}" * (config.split > 1) + " swap" * config.swap
-
-
-def _parts_bytes(problem: conv.Problem, config: conv.Config) -> int:
-    return 4 * config.split * problem.pixels * problem.channels if config.split > 1 else 0
+def _values(context: Context) -> Tensor:
+    statistics = (context.normalisation.mean, context.normalisation.std)
+    mean, std = torch.tensor(statistics, dtype=torch.float64, device=context.device)
+    return normalised_values(mean, std)
 
 
 def _ours_conv(step: p.Conv, size: Size, context: Context, packed: Packed) -> Found:
     why = context.unavailable("conv_bn_act", "triton")
     if why is not None or not step.inputs:
         return [], [why or "a convolution of the image without pooling has no kernel"]
-    problem = _problem(step, size, context)
+    problem = problem_of(step, size, context)
 
     def algorithm(config: conv.Config) -> Algorithm:
         def prepare() -> Run:
@@ -224,13 +105,16 @@ def _ours_conv(step: p.Conv, size: Size, context: Context, packed: Packed) -> Fo
                 residual, skip = library.others(step, inputs)
                 conv_bn_act_triton(
                     inputs[0], weight, *norm, residual, skip, outputs[0], kernel, step.stride, step.padding,
-                    step.act.slope, config, context.precision, overlap, parts=_parts(scratch),
+                    step.act.slope, config, context.precision, overlap, parts=scratch,
                 )  # fmt: skip
 
             return run
 
         time = cost.triton_conv(problem, config, context.gpu)
-        launches, scratch = 1 + (config.split > 1), _parts_bytes(problem, config)
+        launches, scratch = (
+            1 + (config.split > 1),
+            conv.scratch_bytes(config, problem.pixels, problem.channels),
+        )
         return Algorithm(name_of(config), time, launches, prepare, scratch=scratch)
 
     return [algorithm(config) for config in configurations(problem, context)], []
@@ -245,55 +129,33 @@ def _pack(weight: Tensor, context: Context) -> Tensor:
     return conv.pack_weight(weight.to(context.device), context.dtype)
 
 
-def _parts(scratch: Tensor | None) -> Tensor | None:
-    return None if scratch is None else scratch.view(torch.float32)
-
-
 def _ours_shared_block(step: p.SharedBlockStep, size: Size, context: Context, packed: Packed) -> Found:
     cuda, why_cuda = _cuda_blocks(step, size, context, packed)
     why = context.unavailable("shared_block", "triton")
     if why is not None:
         return cuda, [*why_cuda, why]
-    problem = _problem(step, size, context)
+    problem = problem_of(step, size, context)
     hidden_bytes = arena_bytes(step.hidden, size, context)
 
     def algorithm(config: conv.Config) -> Algorithm:
         def prepare() -> Run:
             weight = packed.get("triton", lambda: _pack(step.weight, context))
-            scale1, shift1, scale2, shift2 = packed.get("norms", lambda: context.vectors(*_norms(step)))
+            scale1, shift1, scale2, shift2 = packed.get("norms", lambda: context.vectors(*norms(step)))
 
             def run(inputs: Any, outputs: Any, scratch: Any, overlap: bool) -> None:
-                hidden = _like(outputs[0], scratch)
-                parts = scratch[hidden_bytes:] if config.split > 1 else None
+                hidden = like(outputs[0], scratch)
                 shared_block_triton(
                     inputs[0], weight, scale1, shift1, scale2, shift2, hidden, outputs[0], step.act.slope,
-                    step.skip, config,
-                    context.precision, overlap, parts=_parts(parts),
+                    step.skip, config, context.precision, overlap, scratch[hidden_bytes:],
                 )  # fmt: skip
 
             return run
 
         time = 2 * cost.triton_conv(problem, config, context.gpu)
-        scratch = hidden_bytes + _parts_bytes(problem, config)
+        scratch = hidden_bytes + conv.scratch_bytes(config, problem.pixels, problem.channels)
         return Algorithm(name_of(config), time, 2 + 2 * (config.split > 1), prepare, scratch=scratch)
 
     return [*cuda, *map(algorithm, configurations(problem, context))], why_cuda
-
-
-def arena_bytes(value: p.Value, size: Size, context: Context) -> int:
-    """Bytes of an activation, up to where the next may begin."""
-    return -(-value.bytes(*size, context.dtype) // 256) * 256
-
-
-def _like(out: Tensor, memory: Tensor) -> Tensor:
-    """A tensor with out's shape in NHWC storage, at the beginning of some memory."""
-    n, c, h, w = out.shape
-    flat = memory[: out.numel() * out.element_size()].view(out.dtype)
-    return flat.view(n, h, w, c).permute(0, 3, 1, 2)
-
-
-def _norms(step: p.SharedBlockStep) -> tuple[Tensor, ...]:
-    return step.scale1, step.shift1, step.scale2, step.shift2
 
 
 def _cuda_blocks(step: p.SharedBlockStep, size: Size, context: Context, packed: Packed) -> Found:
@@ -327,7 +189,7 @@ def _cuda_blocks(step: p.SharedBlockStep, size: Size, context: Context, packed: 
 
 
 def _pack_block(step: p.SharedBlockStep, context: Context) -> PackedBlock:
-    weight, scale1, shift1, scale2, shift2 = (t.to(context.device) for t in (step.weight, *_norms(step)))
+    weight, scale1, shift1, scale2, shift2 = (t.to(context.device) for t in (step.weight, *norms(step)))
     return pack_block(weight, scale1, shift1, scale2, shift2, context.dtype)
 
 
@@ -335,7 +197,7 @@ def _ours_deconv(step: p.DeconvAdd, size: Size, context: Context, packed: Packed
     why = context.unavailable("deconv_add", "triton")
     if why is not None:
         return [], [why]
-    problem = _problem(step, size, context)
+    problem = problem_of(step, size, context)
 
     def algorithm(config: conv.Config) -> Algorithm:
         def prepare() -> Run:
@@ -389,7 +251,7 @@ def _ours_upsample_add(step: p.UpsampleAdd, size: Size, context: Context, packed
         x, skip, gate = inputs
         upsample_add_triton(x, skip, gate, outputs[0], overlap)
 
-    why = _reasons(context, "upsample_add", context.cuda, "triton")
+    why = {name: context.unavailable("upsample_add", name) for name in (context.cuda, "triton")}
     every = {context.cuda: Algorithm("cuda", time, 1, lambda: cuda)}
     # Of equal ones the first is taken: its launch costs the host less.
     every["triton"] = Algorithm("triton", time + 0.1, 1, lambda: triton)
@@ -406,10 +268,22 @@ def _theirs(
     return Algorithm(name, time, launches, adapted, in_arena)
 
 
+def _folded(
+    packed: Packed,
+    context: Context,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    form: str = "folded",
+) -> library.Folded:
+    """Filters and shift as the library's calls take them."""
+    return packed.get(form, lambda: library.folded(weight, scale, shift, context.dtype, context.device))
+
+
 def _library_time(step: p.Step, size: Size, context: Context, passes: int, convs: int = 1) -> float:
     """Convolutions of a library, and passes over the result."""
     one = step.output.bytes(*size, context.dtype)
-    problem = _problem(step, size, context)  # type: ignore[arg-type]
+    problem = problem_of(step, size, context)  # type: ignore[arg-type]
     time = convs * cost.library_conv(problem, context.precision, context.gpu)
     return time + passes * cost.passes(2 * one, context.gpu)
 
@@ -419,8 +293,7 @@ def _their_conv(step: p.Conv, size: Size, context: Context, packed: Packed) -> l
     image = (h // step.output.stride * step.stride, w // step.output.stride * step.stride)  # type: ignore[operator]
 
     def weights() -> library.Folded:
-        tensors = (step.weight, step.scale, step.shift)
-        return packed.get("folded", lambda: library.folded(*tensors, context.dtype, context.device))
+        return _folded(packed, context, step.weight, step.scale, step.shift)
 
     def plain() -> library.LibraryRun:
         return library.conv(step, *weights(), context.normalisation, image)
@@ -443,12 +316,10 @@ def _their_conv(step: p.Conv, size: Size, context: Context, packed: Packed) -> l
 def _their_shared_block(
     step: p.SharedBlockStep, size: Size, context: Context, packed: Packed
 ) -> list[Algorithm]:
-    def weights(index: int, scale: Tensor, shift: Tensor) -> library.Folded:
-        tensors = (step.weight, scale, shift)
-        return packed.get(f"folded{index}", lambda: library.folded(*tensors, context.dtype, context.device))
-
     def both() -> tuple[library.Folded, library.Folded]:
-        return weights(1, step.scale1, step.shift1), weights(2, step.scale2, step.shift2)
+        first = _folded(packed, context, step.weight, step.scale1, step.shift1, "folded first")
+        second = _folded(packed, context, step.weight, step.scale2, step.shift2, "folded second")
+        return first, second
 
     time = _library_time(step, size, context, 5 + step.skip, convs=2)
     found = [_theirs(context.library, time, 7 + step.skip, lambda: library.shared_block(step, *both()))]
@@ -461,9 +332,7 @@ def _their_shared_block(
 
 def _their_deconv(step: p.DeconvAdd, size: Size, context: Context, packed: Packed) -> list[Algorithm]:
     def prepare() -> library.LibraryRun:
-        tensors = (step.weight, None, step.bias)
-        weights = packed.get("folded", lambda: library.folded(*tensors, context.dtype, context.device))
-        return library.deconv_add(*weights)
+        return library.deconv_add(*_folded(packed, context, step.weight, None, step.bias))
 
     # Through the gradient of a convolution, whose nine taps all see every output pixel's quarter.
     time = _library_time(step, size, context, 3)
@@ -472,8 +341,7 @@ def _their_deconv(step: p.DeconvAdd, size: Size, context: Context, packed: Packe
 
 def _their_stem(step: p.Stem, size: Size, context: Context, packed: Packed) -> list[Algorithm]:
     def prepare() -> library.LibraryRun:
-        tensors = (step.weight, step.scale, step.shift)
-        weights = packed.get("folded", lambda: library.folded(*tensors, context.dtype, context.device))
+        weights = _folded(packed, context, step.weight, step.scale, step.shift)
         return library.stem(step, *weights, context.normalisation, (size[1], size[2]))
 
     before_pooling = 4 * step.output.bytes(*size, context.dtype)
@@ -507,6 +375,7 @@ _OURS: dict[type[p.Step], Callable[..., Found]] = {
     p.DeconvAdd: _ours_deconv,
     p.AttentionGate: _ours_gate,
     p.UpsampleAdd: _ours_upsample_add,
+    **quantized.OURS,
 }
 _THEIRS: dict[type[p.Step], Callable[..., list[Algorithm]]] = {
     p.Stem: _their_stem,
@@ -516,4 +385,5 @@ _THEIRS: dict[type[p.Step], Callable[..., list[Algorithm]]] = {
     p.AttentionGate: _their_gate,
     p.UpsampleAdd: _their_upsample_add,
     p.MaxPool: _their_max_pool,
+    **quantized.THEIRS,
 }

@@ -1,6 +1,6 @@
 """A cost model: what a step should take on an H200, in microseconds, to order the ways to run it.
 
-Ceilings are those of shared measurements (4.3 TB/s, 790 TFLOP/s, 1.3 us a launch inside a graph). What it
+Ceilings are those of ops/_conv_triton.py (4.3 TB/s, 790 TFLOP/s, 1.3 us a launch inside a graph). What it
 gives is a prediction to be measured against, and serves where nothing was measured.
 """
 
@@ -12,21 +12,21 @@ from ...ops import _conv_triton as conv
 from ...ops.shared_block import CUDA_TILE_ROWS, CUDA_TILE_WIDTH
 from .device import Gpu
 
-LAUNCH = 1.3
-BYTES_A_US = 4.3e6
+LAUNCH = conv.LAUNCH_US
 # Activations that the layer before has just written are still in L2, if they fit into half of it.
 L2_BYTES_A_US = 8e6
-# mma.sync instead of wgmma: about six tenths of a multiprocessor's 790 / 132 TFLOP/s.
-MMA_MACS_A_US = 0.6 * 790e6 / 2 / 132
+# mma.sync gives about six tenths of what wgmma does; ordinary cores 67 TFLOP/s together.
+MMA_MACS_A_US = 0.6 * conv.MACS_A_US
+FLOAT32_MACS_A_US = 67e6 / 2 / 132
 # Start and end of a program, exposed once a wave.
 PROGRAM = 1.0
-# cuDNN's kernels are ours without the choice of split sums.
+# Of a copy's rate, what a kernel that computes as it moves reaches.
 PASS_FRACTION_OF_COPY = 0.8
 
 
 def moving(nbytes: float, gpu: Gpu) -> float:
     """Reading and writing so many bytes."""
-    rate = L2_BYTES_A_US if nbytes < gpu.l2_bytes / 2 else BYTES_A_US
+    rate = L2_BYTES_A_US if nbytes < gpu.l2_bytes / 2 else conv.BYTES_A_US
     return nbytes / (rate * PASS_FRACTION_OF_COPY)
 
 
@@ -58,5 +58,5 @@ def cuda_shared_block(shape: tuple[int, ...], rows: int, gpu: Gpu) -> float:
 
 def product(macs: float, gpu: Gpu, dtype: torch.dtype) -> float:
     """Arithmetic that fills the GPU, on mma.sync; float32 on the ordinary cores."""
-    rate = gpu.multiprocessors * (MMA_MACS_A_US if dtype.itemsize == 2 else 67e6 / 2 / 132)
+    rate = gpu.multiprocessors * (MMA_MACS_A_US if dtype.itemsize == 2 else FLOAT32_MACS_A_US)
     return macs / rate

@@ -15,7 +15,7 @@ from ...ops._common import channels_innermost
 from .. import arena
 from ..order import Order, in_sequence, makespan, side_by_side
 from ..plan import Plan, Step
-from .algorithms import Algorithm, Run, Size
+from .algorithm import Algorithm, Run, Size
 from .device import Graph, Runtime, empty_bytes
 
 # Microseconds of a launch that are hidden where a kernel may start early, and whose kernels can.

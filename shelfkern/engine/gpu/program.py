@@ -23,7 +23,8 @@ from .. import plan as p
 from ..image import image_size, padded
 from ..tuning import Candidate, Tuner
 from ..workspace import WorkspacePool
-from .algorithms import Algorithm, Context, Packed, Size, algorithms
+from .algorithm import Algorithm, Context, Packed, Size
+from .algorithms import algorithms
 from .device import Runtime, gpu_of, runtime_of
 from .forward import Forward, Recipe, recipes
 from .timing import candidate, compile_ahead, key_of
@@ -116,6 +117,9 @@ class GpuProgram:
             options.ours,
             options.theirs,
         )
+        # Asked once, for asking whether there is a GPU takes longer than a launch.
+        self._resizes = self.context.unavailable("upsample_bilinear", "triton") is None
+        self._labels = self.context.unavailable("upsample_argmax", self.context.cuda) is None
         self.plan = dataclasses.replace(plan, dtype=options.dtype, algorithms=self.algorithm_names)
         self._packed = [Packed(self._settle) for _ in plan.steps]
         self._choosing = threading.Lock()
@@ -249,7 +253,7 @@ class GpuProgram:
 
     def _resize(self, key: _Key, scores: Tensor, out: Tensor) -> None:
         full = key.size[1:]
-        if self.context.unavailable("upsample_bilinear", "triton") is None:
+        if self._resizes:
             upsample_bilinear_triton(scores, full, out, self.align_corners, overlap=True)
         else:
             size = (key.h, key.w)
@@ -257,7 +261,7 @@ class GpuProgram:
 
     def _argmax(self, key: _Key, scores: Tensor, out: Tensor) -> None:
         full = key.size[1:]
-        if self.context.unavailable("upsample_argmax", self.context.cuda) is None:
+        if self._labels:
             upsample_argmax_cuda(scores, full, out, self.align_corners, self.context.cuda)
         else:
             size = (key.h, key.w)

@@ -18,9 +18,7 @@ from ...ops.conv_bn_act import conv_bn_act_triton
 from ...ops.quantize import quantize_reference, quantize_triton, quantize_weight
 from ...ops.shared_block import shared_block_triton
 from .. import plan as p
-
-# As a module: it imports this one, for its tables.
-from . import algorithms as base
+from . import algorithm as base
 from . import cost, library
 
 
@@ -70,16 +68,6 @@ def unfit(kind: torch.dtype | None, context: base.Context) -> str | None:
     return f"{context.gpu.name} has compute capability {has}, codes of {kind} need {needed[0]}.{needed[1]}"
 
 
-def _problem(
-    step: p.QuantizedConv | p.QuantizedBlock, size: base.Size, context: base.Context
-) -> conv.Problem:
-    n, k, h, w = step.output.shape(*size)
-    x = step.inputs[0]
-    aligned = x.channels % 16 == 0 and k % 16 == 0
-    taps = step.weight.shape[2] * step.weight.shape[3]
-    return conv.Problem(n * h * w, k, taps, x.channels, x.dtype(context.dtype), aligned)
-
-
 def _ours_conv(
     step: p.QuantizedConv, size: base.Size, context: base.Context, packed: base.Packed
 ) -> base.Found:
@@ -87,7 +75,7 @@ def _ours_conv(
     why = context.unavailable("conv_bn_act", "triton") or unfit(x.codes, context)
     if why is not None:
         return [], [why]
-    problem = _problem(step, size, context)
+    problem = base.problem_of(step, size, context)
     kernel = (step.weight.shape[2], step.weight.shape[3])
 
     def algorithm(config: conv.Config) -> base.Algorithm:
@@ -126,7 +114,7 @@ def _ours_block(
     why = context.unavailable("shared_block", "triton") or unfit(kind, context)
     if why is not None:
         return [], [why]
-    problem = _problem(step, size, context)
+    problem = base.problem_of(step, size, context)
     hidden_bytes = base.arena_bytes(step.hidden, size, context)
 
     def algorithm(config: conv.Config) -> base.Algorithm:
@@ -137,9 +125,10 @@ def _ours_block(
             def run(inputs: Any, outputs: Any, scratch: Any, overlap: bool) -> None:
                 x, floating = inputs
                 out, codes = _written(step, outputs)
+                hidden = base.like(x, scratch)
                 shared_block_triton(
-                    x, weights.data, scale1, shift1, scale2, shift2, _like(x, scratch), out, step.act.slope,
-                    step.skip, config, context.precision, overlap, scratch[hidden_bytes:], floating, codes,
+                    x, weights.data, scale1, shift1, scale2, shift2, hidden, out, step.act.slope, step.skip,
+                    config, context.precision, overlap, scratch[hidden_bytes:], floating, codes,
                     step.codes_step, step.hidden_step,
                 )  # fmt: skip
 
@@ -154,16 +143,9 @@ def _ours_block(
     return [algorithm(config) for config in base.configurations(problem, context)], []
 
 
-def _like(x: Tensor, memory: Tensor) -> Tensor:
-    """Codes of x's shape and dtype in NHWC storage, at the beginning of some memory."""
-    n, c, h, w = x.shape
-    return memory[: x.numel()].view(x.dtype).view(n, h, w, c).permute(0, 3, 1, 2)
-
-
 def _norms(step: p.QuantizedBlock, weights: Weights, context: base.Context) -> list[Tensor]:
     """Scale and shift of both convolutions, the steps of codes in the scales."""
-    scale1, scale2 = (context.vector(t) for t in (step.scale1, step.scale2))
-    shift1, shift2 = (context.vector(t) for t in (step.shift1, step.shift2))
+    scale1, shift1, scale2, shift2 = context.vectors(*base.norms(step))
     return [weights.scale(scale1, step.x_step), shift1, weights.scale(scale2, step.hidden_step), shift2]
 
 
@@ -241,7 +223,7 @@ def _write(step: p.QuantizedConv | p.QuantizedBlock, result: Tensor, outputs: Se
 
 def _their_time(step: p.QuantizedConv | p.QuantizedBlock, size: base.Size, context: base.Context) -> float:
     """A convolution in float32, what comes before and after it in passes over memory."""
-    problem = dataclasses.replace(_problem(step, size, context), dtype=torch.float32)
+    problem = dataclasses.replace(base.problem_of(step, size, context), dtype=torch.float32)
     wide = 2 * step.output.bytes(*size, torch.float32)
     return cost.library_conv(problem, "tf32", context.gpu) + cost.passes(7 * wide, context.gpu, 7)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import plan as p
 from ..tuning import Candidate, GpuClock, TuneCache, Tuner, default_path, environment_of, shipped_path
-from .algorithms import Algorithm, Context, Size
+from .algorithm import Algorithm, Context, Size
 from .device import empty_bytes
 
 # Of random codes.

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from shelfkern.engine.gpu.algorithms import Context
+from shelfkern.engine.gpu.algorithm import Context
 
 FOLDER = Path(__file__).parent
 sys.path[:0] = [str(FOLDER), str(FOLDER.parent)]  # for `engines`, `recording` and `models`

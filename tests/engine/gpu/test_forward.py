@@ -12,7 +12,7 @@ from recording import Recording
 
 from shelfkern import nn as published
 from shelfkern.engine import order
-from shelfkern.engine.gpu.algorithms import Algorithm
+from shelfkern.engine.gpu.algorithm import Algorithm
 from shelfkern.engine.gpu.device import H200
 from shelfkern.engine.gpu.forward import OVERLAP_GAIN, Forward, recipes
 from shelfkern.engine.gpu.program import GpuProgram, Options
