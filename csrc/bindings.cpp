@@ -106,12 +106,31 @@ void stem(Address image, Address values, Address weight, Address scale, Address 
 }
 
 void winograd(Address x, Address weight, Address scale, Address shift, Address residual, Address skip,
-              Address out, int dtype, int64_t n, int64_t h, int64_t w, int64_t c, int64_t out_c, int tile,
-              int64_t stride_n, int64_t stride_h, int64_t stride_w, float slope, int threads) {
+              Address out, int dtype, int64_t n, int64_t h, int64_t w, int64_t c, int64_t out_h,
+              int64_t out_w, int64_t out_c, int tile, int64_t stride_n, int64_t stride_h, int64_t stride_w,
+              float slope, int threads) {
     const py::gil_scoped_release unlocked;
-    kernels().winograd({pointer(x), pointer<float>(weight), pointer<float>(scale), pointer<float>(shift),
-                        pointer(residual), pointer(skip), pointer(out), static_cast<DType>(dtype), n, h, w, c,
-                        out_c, tile, stride_n, stride_h, stride_w, slope, threads});
+    kernels().winograd({pointer(x),
+                        pointer<float>(weight),
+                        pointer<float>(scale),
+                        pointer<float>(shift),
+                        pointer(residual),
+                        pointer(skip),
+                        pointer(out),
+                        static_cast<DType>(dtype),
+                        n,
+                        h,
+                        w,
+                        c,
+                        out_h,
+                        out_w,
+                        out_c,
+                        tile,
+                        stride_n,
+                        stride_h,
+                        stride_w,
+                        slope,
+                        threads});
 }
 
 std::vector<std::string> isas() {

@@ -78,7 +78,7 @@ struct Winograd {
     const void *residual, *skip;  // or null
     void* out;
     DType dtype;
-    int64_t n, h, w, c, out_c;
+    int64_t n, h, w, c, out_h, out_w, out_c;
     int tile;
     int64_t stride_n, stride_h, stride_w;
     float slope;

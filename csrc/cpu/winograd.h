@@ -1,8 +1,9 @@
 // The transforms of Winograd's minimal filtering (Lavin & Gray, arXiv 1509.09308), on vectors of channels.
 //
-// F(m x m, 3 x 3) makes m x m outputs from m + 2 x m + 2 inputs by (m + 2)^2 products a pair of channels:
-// y = At [ (G w Gt) . (Bt x B) ] A. Python transforms the weights (ops/_conv_winograd.py): the points
-// here and there are the same.
+// A tile is kOut x kOut outputs made from a window of kIn x kIn inputs by kFrequencies^2 products a pair of
+// channels: y = At [ (G w Gt) . (Bt x B) ] A. Windows begin kStep inputs after one another, the first
+// kPadding before the image. The first kShared frequencies of a dimension have the same weights, the others
+// their own. Python transforms the weights (ops/_conv_winograd.py): the points here and there are the same.
 #pragma once
 
 #include "vec.h"
@@ -10,13 +11,10 @@
 namespace shelfkern {
 namespace SHELFKERN_ISA {
 
-// One dimension of both transforms.
-template <int kTile>
-struct Transform;
+// F(2 x 2, 3 x 3) of stride 1. Points 0, 1, -1 and infinity.
+struct Filter2 {
+    static constexpr int kIn = 4, kFrequencies = 4, kShared = 1, kOut = 2, kStep = 2, kPadding = 1;
 
-// Points 0, 1, -1 and infinity.
-template <>
-struct Transform<2> {
     static inline __attribute__((always_inline)) void input(const vf (&x)[4], vf (&out)[4]) {
         out[0] = x[2] - x[0];
         out[1] = x[2] + x[1];
@@ -30,10 +28,10 @@ struct Transform<2> {
     }
 };
 
-// Points 0, a, -a, b, -b and infinity. The errors of a = 5/8 and b = 3/2 are half of those of the usual 1
-// and 2, for the same number of operations, and all powers here are exact.
-template <>
-struct Transform<4> {
+// F(4 x 4, 3 x 3) of stride 1. Points 0, a, -a, b, -b and infinity. The errors of a = 5/8 and b = 3/2 are
+// half of those of the usual 1 and 2, for the same number of operations, and all powers here are exact.
+struct Filter4 {
+    static constexpr int kIn = 6, kFrequencies = 6, kShared = 1, kOut = 4, kStep = 4, kPadding = 1;
     static constexpr float kA = 0.625f, kB = 1.5f;
 
     static inline __attribute__((always_inline)) void input(const vf (&x)[6], vf (&out)[6]) {

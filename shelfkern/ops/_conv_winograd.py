@@ -129,6 +129,7 @@ def conv_winograd_native(
         slope: of the activation: 0 relu, up to 1 leaky relu, None nothing.
     """
     n, c, h, w = x.shape
+    _, k, out_h, out_w = out.shape
     stride_n, _, stride_h, stride_w = out.stride()
     native.module.winograd(
         x.data_ptr(),
@@ -139,7 +140,7 @@ def conv_winograd_native(
         native.address(skip),
         out.data_ptr(),
         native.DTYPE_CODES[x.dtype],
-        n, h, w, c, packed.out_channels,
+        n, h, w, c, out_h, out_w, k,
         packed.tile,
         stride_n, stride_h, stride_w,
         common.native_slope(slope),
