@@ -11,6 +11,14 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_earlier_measurements(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What was tuned on this machine before must not choose for the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SHELFKERN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def one_thread_and_one_seed() -> Iterator[None]:
     """Layers as small as the tests' wait for a second thread; and no test depends on those before it."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shelfkern.engine.library import make_conv
+from shelfkern.engine.cpu.library import make_conv
 from shelfkern.engine.plan import Activation
 
 Conv = Callable[..., Tensor]

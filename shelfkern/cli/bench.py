@@ -154,7 +154,7 @@ def rows(timings: dict[str, Timing], errors: dict[str, float], about: dict[str, 
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True)
 @click.option("--device", default="cpu", show_default=True, help="cpu, or a GPU: cuda, cuda:1.")
 @click.option("--backend", type=click.Choice(BACKENDS[:-1]), default="auto", show_default=True)
-@click.option("--tune", is_flag=True, help="On a GPU, times our algorithms first; kept for later runs.")
+@click.option("--tune", is_flag=True, help="Times our algorithms first; kept for later runs.")
 @click.option("--graphs/--no-graphs", default=True, help="On a GPU, whether ours records CUDA graphs.")
 @click.option("--compile", "compiled", is_flag=True, help="Also torch.compile with frozen weights.")
 @click.option("--rounds", default=15, show_default=True, type=click.IntRange(min=1))

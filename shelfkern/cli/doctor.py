@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .. import native
-from ..engine.library import onednn_reason
+from ..engine.cpu.library import onednn_reason
 from ..engine.tuning import default_path, environment_of, shipped_path
 from ..ops import selftest
 from ..timing import cpu_name

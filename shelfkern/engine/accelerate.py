@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from ..nn.shelfnet import ShelfNet, check_image_size
 from ..ops._backends import MIN_CAPABILITY
+from .cpu.program import Program
+from .cpu.timing import Tuners
 from .fingerprint import Fingerprint
 from .frames import Frame, FrameStream, batches
 from .gpu.device import runtime_of
@@ -21,7 +23,6 @@ from .gpu.timing import tuner_of
 from .image import image_size
 from .lower import lower
 from .plan import Plan
-from .program import Program
 from .quantization import KINDS, Images, batches_of, calibrate, check_calibration, quantized
 
 # On a CPU "emulated" runs the GPU's kernels there, thread by thread: for those who work on them.
@@ -59,9 +60,9 @@ def accelerate(
         backend: "native" is shelfkern's kernels, "library" PyTorch's, cuDNN's and cuBLASLt's with folded
             batch norms, "auto" the faster for each layer. "emulated" runs the GPU's kernels on the CPU,
             thousands of times slower, for tests of them.
-        tune: on a GPU, times the best few algorithms for each layer the first time that a size comes, and
-            keeps the results on disk (`shelfkern.engine.tuning`), for a minute in all, or so many seconds
-            as it is; otherwise results of earlier runs and a cost model decide.
+        tune: times the best few algorithms for each layer the first time that a size comes, on a CPU with
+            each number of threads, and keeps the results on disk (`shelfkern.engine.tuning`); for a minute
+            in all, or so many seconds as it is. Otherwise results of earlier runs and a cost model decide.
         graphs: on a GPU, records forward passes as CUDA graphs.
         calibration: for 8 bits, images such as those to come: uint8 (N, H, W, 3), normalised floating
             (N, 3, H, W), or several such batches. They are kept, for when the weights change.
@@ -155,8 +156,9 @@ class FastShelfNet(nn.Module):
         self.graphs = graphs
         self._calibration = calibration
         self._on_gpu = device.type == "cuda" or backend == "emulated" or dtype in KINDS
-        # One for all programs, so that weights can change without another search.
+        # Of all programs, so that weights can change without another search.
         self._tuner = tuner_of(device, tune) if self._on_gpu else None
+        self._tuners = Tuners(tune)
         self._refresh_lock = threading.Lock()
         self.refresh()
         self.eval()
@@ -170,7 +172,8 @@ class FastShelfNet(nn.Module):
 
     def _cpu_program(self) -> Program:
         source = self._source[0]
-        return Program(lower(source), self.dtype, self.backend, source.normalisation, source.align_corners)
+        options = self.dtype, self.backend, source.normalisation, source.align_corners
+        return Program(lower(source), *options, self._tuners)
 
     def _gpu_program(self) -> GpuProgram:
         source, plan = self._source[0], lower(self._source[0])

@@ -133,3 +133,10 @@ def view(arena: Tensor, layout: Layout, value: Value, n: int, h: int, w: int, dt
         return flat.view(shape)
     n, c, h, w = shape
     return flat.view(n, h, w, c).permute(0, 3, 1, 2)
+
+
+def like(out: Tensor, memory: Tensor) -> Tensor:
+    """A tensor of out's shape and dtype in NHWC storage, at the beginning of some memory."""
+    n, c, h, w = out.shape
+    flat = memory[: out.numel() * out.element_size()].view(out.dtype)
+    return flat.view(n, h, w, c).permute(0, 3, 1, 2)

@@ -2,7 +2,7 @@
 
 A plan knows no sizes: an activation is a channel count and a stride, and becomes a shape once the
 input's size is known. It holds folded float32 weights and is immutable; backends turn its steps into
-kernels (`native_kernels.py`, `library.py`, `gpu/algorithms.py`).
+kernels (`cpu/algorithms.py`, `gpu/algorithms.py`).
 """
 
 from __future__ import annotations

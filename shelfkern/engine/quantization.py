@@ -16,10 +16,11 @@ from torch import Tensor
 from ..normalisation import Normalisation
 from ..ops.quantize import LARGEST
 from . import plan as p
-from .gpu.algorithm import Context, Packed, Run, Size
+from .gpu.algorithm import Context, Run
 from .gpu.algorithms import algorithms
 from .gpu.device import gpu_of
 from .image import image_size, padded
+from .problem import Packed, Size
 
 # dtypes of codes.
 KINDS = tuple(LARGEST)

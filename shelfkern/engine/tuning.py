@@ -310,19 +310,28 @@ def _stored(key: str, cold: bool) -> str:
 class Tuner:
     """Chooses among candidates.
 
+    Attributes:
+        spent: seconds of preparing and timing so far.
+
     Args:
         cache: of what is known already.
         clock: times candidates; None times none.
         candidates: how many are timed: those of the best predictions, and beside them the best of every
             family that has none there, so that a wrong cost model cannot hide a library's call.
         seconds: of preparing and timing in all. Then predictions choose; a problem begun is finished.
+        tie: times that differ by less than this factor are equal, and the prediction decides.
 
     Raises:
         ValueError: `candidates` is less than 1.
     """
 
     def __init__(
-        self, cache: TuneCache, clock: Clock | None, candidates: int = 4, seconds: float = 60.0
+        self,
+        cache: TuneCache,
+        clock: Clock | None,
+        candidates: int = 4,
+        seconds: float = 60.0,
+        tie: float = TIE,
     ) -> None:
         if candidates < 1:
             raise ValueError(f"candidates is {candidates}, it must be at least 1")
@@ -330,7 +339,8 @@ class Tuner:
         self.clock = clock
         self.candidates = candidates
         self.seconds = seconds
-        self._spent = 0.0
+        self.tie = tie
+        self.spent = 0.0
         self._told: set[str] = set()
 
     def choose(self, key: str, candidates: Sequence[Candidate], cold: bool = False) -> str:
@@ -364,7 +374,7 @@ class Tuner:
         known = self._known(_stored(key, cold), {candidate.name for candidate in candidates})
         if known is not None:
             return [candidate for candidate in candidates if candidate.name == known]
-        timed = self.clock is not None and self._spent < self.seconds
+        timed = self.clock is not None and self.spent < self.seconds
         return self._picked(ordered) if timed else ordered[:1]
 
     def _known(self, key: str, names: Collection[str]) -> str | None:
@@ -380,14 +390,14 @@ class Tuner:
             known = self._known(key, {candidate.name for candidate in ordered})
             if known is not None:
                 return known
-            if self._spent >= self.seconds:
+            if self.spent >= self.seconds:
                 self._tell(f"its {self.seconds:g} s are spent, predictions choose from here")
                 return None
             begin = time.perf_counter()
             try:
                 measured = self._measure(key, ordered, self.clock, cold)
             finally:
-                self._spent += time.perf_counter() - begin
+                self.spent += time.perf_counter() - begin
             self.cache.put(key, measured)
             self.cache.save()
             return measured.winner
@@ -399,7 +409,7 @@ class Tuner:
         if not seconds:
             name, reason = next(iter(failures.items()))
             raise RuntimeError(f"none of {len(ordered)} candidates of {key} can run; {name}: {reason}")
-        limit = TIE * min(seconds.values())
+        limit = self.tie * min(seconds.values())
         winner = next(c.name for c in ordered if seconds.get(c.name, math.inf) <= limit)
         log.debug("tuning: %s: %s, %.2f us", key, winner, 1e6 * seconds[winner])
         return Measured(winner, {name: round(1e6 * value, 3) for name, value in seconds.items()})

@@ -1,28 +1,14 @@
-"""Memory of forward passes: an arena and its views per input size, reused from call to call."""
+"""Memory of forward passes, reused from call to call."""
 
 from __future__ import annotations
 
 import collections
 import contextlib
-import dataclasses
 import threading
 from collections.abc import Callable, Iterator
 from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor
-
-from .kernel import Destination
-
-Size = tuple[int, int, int]
-
-
-@dataclasses.dataclass(frozen=True)
-class Workspace:
-    """An arena, and for each step where its result and its temporaries go."""
-
-    arena: Tensor
-    destinations: list[Destination]
-    temporaries: list[list[Tensor]]
 
 
 class _HasArena(Protocol):
@@ -35,7 +21,7 @@ Space = TypeVar("Space", bound=_HasArena)
 
 
 class WorkspacePool(Generic[Key, Space]):
-    """Workspaces by key: the size (n, h, w), or what else they are made for. A call has one to itself.
+    """Workspaces by key: what they are made for, such as a size. A call has one to itself.
 
     Idle ones are kept, up to `keep`. The least recently used leave first, so that memory stays bounded
     when sizes vary.

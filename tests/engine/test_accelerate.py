@@ -1,6 +1,7 @@
 import copy
 import pickle
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import shelfkern
 from shelfkern import native
-from shelfkern.engine import library, native_kernels
-from shelfkern.engine.workspace import Workspace, WorkspacePool
+from shelfkern.engine.cpu import library
+from shelfkern.engine.workspace import WorkspacePool
 from shelfkern.normalisation import Normalisation
 
 needs_native = pytest.mark.skipif(native.why_not is not None, reason=f"no native kernels: {native.why_not}")
@@ -258,7 +259,7 @@ def test_without_onednn_calls(monkeypatch):
 
 
 def test_native_by_name_says_why_it_cannot_run(monkeypatch):
-    monkeypatch.setattr(native_kernels, "reason", lambda op: "switched off by this test")
+    monkeypatch.setattr(native, "reason", lambda op: "switched off by this test")
     model = build(CONFIGS["attention"])
     with pytest.raises(
         RuntimeError, match="backend is 'native', which cannot run stem: switched off by this test"
@@ -326,7 +327,7 @@ def test_workspace_pool_forgets_the_least_recently_used():
 
     def make(size):
         built.append(size)
-        return Workspace(torch.empty(8, dtype=torch.uint8), [], [])
+        return SimpleNamespace(arena=torch.empty(8, dtype=torch.uint8))
 
     pool = WorkspacePool(make, keep=2)
     for size in [(1, 1, 1), (2, 2, 2), (1, 1, 1), (3, 3, 3), (1, 1, 1), (2, 2, 2)]:
@@ -349,4 +350,5 @@ def test_the_plan_says_where_convolutions_take_fewer_products():
     assert names["backbone.layer2.0.conv1"] == names["backbone.layer1.0.conv1"] == "native direct"
     small = dict(zip((step.name for step in plan.steps), plan.algorithms(1, 32, 32), strict=True))
     assert small["backbone.layer4.0.conv2"] == "native direct"
-    assert set(shelfkern.accelerate(model, backend="library").plan.algorithms(1, 64, 64)) == {"library"}
+    others = shelfkern.accelerate(model, backend="library").plan.algorithms(1, 64, 64)
+    assert set(others) <= {"onednn", "torch"}

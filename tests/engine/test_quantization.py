@@ -16,12 +16,13 @@ from shelfkern import nn as published
 from shelfkern.engine import arena, order
 from shelfkern.engine import plan as p
 from shelfkern.engine.gpu import quantized as gpu_quantized
-from shelfkern.engine.gpu.algorithm import Context, Packed
+from shelfkern.engine.gpu.algorithm import Context
 from shelfkern.engine.gpu.algorithms import algorithms
 from shelfkern.engine.gpu.device import gpu_of
 from shelfkern.engine.gpu.program import GpuProgram, Options
 from shelfkern.engine.gpu.timing import candidate, key_of, tuner_of
 from shelfkern.engine.lower import lower
+from shelfkern.engine.problem import Packed
 from shelfkern.engine.quantization import (
     BATCH,
     BINS,

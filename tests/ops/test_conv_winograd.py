@@ -25,8 +25,10 @@ from torch import nn
 
 import shelfkern
 from shelfkern import native, ops
-from shelfkern.engine import native_kernels
 from shelfkern.engine import plan as p
+from shelfkern.engine.cpu import algorithms
+from shelfkern.engine.cpu.algorithm import Context
+from shelfkern.engine.problem import Packed
 from shelfkern.nn import shelfnet18_lw
 from shelfkern.normalisation import Normalisation
 from shelfkern.ops import conv_bn_act_reference
@@ -246,6 +248,12 @@ def test_what_can_pay():
         assert not pays((n, 4, h, w))
 
 
+def chosen(step, size):
+    """What runs a step in the engine where nothing was measured."""
+    context = Context(torch.float32, Normalisation(), theirs=False)
+    return algorithms.algorithms(step, size, context, Packed())[0].prepare()
+
+
 @needs_native
 @pytest.mark.parametrize(
     "channels, size, name", [(32, 12, "winograd"), (32, 5, "conv_bn_act"), (31, 12, "conv_bn_act")]
@@ -259,7 +267,8 @@ def test_the_engine_takes_it_where_it_pays(channels, size, name, calls):
     )
     out = nhwc(poisoned(tuple(x.shape), x.dtype))
     inputs = [nhwc(t) for t in (x, residual, skip)]
-    assert native_kernels.prepare(step, x.dtype, Normalisation()).run(inputs, out) is out
+    run = chosen(step, (1, size, size))
+    assert run(inputs, [out], torch.empty(0)) is None
     assert calls == [name]
     truth = conv_bn_act_reference(*double(args), padding=1, slope=0.25)
     eager = conv_bn_act_reference(*args, padding=1, slope=0.25)
@@ -272,13 +281,13 @@ def test_the_engine_transforms_the_weights_of_a_shared_block_once(skip, calls, m
     x, weight, *norms = arguments(1, 40, 12, 12, 40)
     norms = [*norms[:2], random(40, seed=7), random(40, seed=8)]
     packed = []
-    monkeypatch.setattr(native_kernels, "pack_winograd", lambda w: packed.append(w) or pack_winograd(w))
+    monkeypatch.setattr(algorithms, "pack_winograd", lambda w, m: packed.append(w) or pack_winograd(w, m))
     values = [p.Value(i, 40, 1) for i in range(3)]
     step = p.SharedBlockStep(
         "block", values[:1], values[1], weight, *norms, p.Activation(0.01), values[2], skip
     )
     hidden, out = (nhwc(poisoned(tuple(x.shape), x.dtype)) for _ in range(2))
-    native_kernels.prepare(step, x.dtype, Normalisation()).run([nhwc(x), hidden], out)
+    chosen(step, (1, 12, 12))([nhwc(x)], [out], hidden.permute(0, 2, 3, 1).reshape(-1).view(torch.uint8))
     assert calls == ["winograd", "winograd"] and len(packed) == 1
     truth = ops.shared_block_reference(*double((x, weight, *norms)), 0.01, skip)
     eager = ops.shared_block_reference(x, weight, *norms, 0.01, skip)

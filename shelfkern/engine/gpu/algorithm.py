@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import threading
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,10 +13,8 @@ from ...normalisation import Normalisation
 from ...ops import _backends as backends
 from ...ops import _conv_triton as conv
 from .. import plan as p
+from ..problem import Size
 from .device import Gpu
-
-Size = tuple[int, int, int]
-T = TypeVar("T")
 
 # inputs (the images, where a step has none), outputs in the arena, scratch memory, and whether it may
 # start before the step ahead of it has ended; gives a result of its own, or None.
@@ -50,27 +46,6 @@ class Algorithm:
     def family(self) -> str:
         """Whose kernel it is."""
         return self.name.partition(" ")[0]
-
-
-class Packed:
-    """Weights of one step in the forms its algorithms read, each made once.
-
-    settle: waits until what was made is there, whichever stream reads it.
-    """
-
-    def __init__(self, settle: Callable[[], None] | None = None) -> None:
-        self._settle = settle
-        self._lock = threading.Lock()
-        self._made: dict[Hashable, Any] = {}
-
-    def get(self, form: Hashable, make: Callable[[], T]) -> T:
-        """The weights in a form, made where they are not there yet."""
-        with self._lock:
-            if form not in self._made:
-                self._made[form] = make()
-                if self._settle is not None:
-                    self._settle()
-            return self._made[form]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,13 +122,6 @@ def name_of(config: conv.Config) -> str:
 def arena_bytes(value: p.Value, size: Size, context: Context) -> int:
     """Bytes of an activation, up to where the next may begin."""
     return -(-value.bytes(*size, context.dtype) // 256) * 256
-
-
-def like(out: Tensor, memory: Tensor) -> Tensor:
-    """A tensor of out's shape and dtype in NHWC storage, at the beginning of some memory."""
-    n, c, h, w = out.shape
-    flat = memory[: out.numel() * out.element_size()].view(out.dtype)
-    return flat.view(n, h, w, c).permute(0, 3, 1, 2)
 
 
 def norms(step: p.SharedBlockStep) -> tuple[Tensor, ...]:

@@ -25,17 +25,16 @@ from ...ops.shared_block import (
 from ...ops.stem import PackedStem, normalised_values, pack_stem, stem_cuda
 from ...ops.upsample_add import upsample_add_cuda, upsample_add_triton
 from .. import plan as p
+from ..arena import like
+from ..problem import Packed, Size
 from . import cost, library, quantized
 from .algorithm import (
     Algorithm,
     Context,
     Found,
-    Packed,
     Run,
-    Size,
     arena_bytes,
     configurations,
-    like,
     name_of,
     norms,
     problem_of,

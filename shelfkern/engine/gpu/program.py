@@ -21,9 +21,10 @@ from ...ops.upsample_argmax import upsample_argmax_cuda
 from ...ops.upsample_bilinear import upsample_bilinear_triton
 from .. import plan as p
 from ..image import image_size, padded
+from ..problem import Packed, Size
 from ..tuning import Candidate, Tuner
 from ..workspace import WorkspacePool
-from .algorithm import Algorithm, Context, Packed, Size
+from .algorithm import Algorithm, Context
 from .algorithms import algorithms
 from .device import Runtime, gpu_of, runtime_of
 from .forward import Forward, Recipe, recipes

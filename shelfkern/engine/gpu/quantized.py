@@ -18,6 +18,8 @@ from ...ops.conv_bn_act import conv_bn_act_triton
 from ...ops.quantize import quantize_reference, quantize_triton, quantize_weight
 from ...ops.shared_block import shared_block_triton
 from .. import plan as p
+from ..arena import like
+from ..problem import Packed, Size
 from . import algorithm as base
 from . import cost, library
 
@@ -68,9 +70,7 @@ def unfit(kind: torch.dtype | None, context: base.Context) -> str | None:
     return f"{context.gpu.name} has compute capability {has}, codes of {kind} need {needed[0]}.{needed[1]}"
 
 
-def _ours_conv(
-    step: p.QuantizedConv, size: base.Size, context: base.Context, packed: base.Packed
-) -> base.Found:
+def _ours_conv(step: p.QuantizedConv, size: Size, context: base.Context, packed: Packed) -> base.Found:
     x = step.inputs[0]
     why = context.unavailable("conv_bn_act", "triton") or unfit(x.codes, context)
     if why is not None:
@@ -107,9 +107,7 @@ def _norm(step: p.QuantizedConv, weights: Weights, context: base.Context) -> tup
     return weights.scale(scale, step.x_step if step.inputs[0].codes else 1.0), shift
 
 
-def _ours_block(
-    step: p.QuantizedBlock, size: base.Size, context: base.Context, packed: base.Packed
-) -> base.Found:
+def _ours_block(step: p.QuantizedBlock, size: Size, context: base.Context, packed: Packed) -> base.Found:
     kind = step.inputs[0].codes
     why = context.unavailable("shared_block", "triton") or unfit(kind, context)
     if why is not None:
@@ -125,7 +123,7 @@ def _ours_block(
             def run(inputs: Any, outputs: Any, scratch: Any, overlap: bool) -> None:
                 x, floating = inputs
                 out, codes = _written(step, outputs)
-                hidden = base.like(x, scratch)
+                hidden = like(x, scratch)
                 shared_block_triton(
                     x, weights.data, scale1, shift1, scale2, shift2, hidden, out, step.act.slope, step.skip,
                     config, context.precision, overlap, scratch[hidden_bytes:], floating, codes,
@@ -149,9 +147,7 @@ def _norms(step: p.QuantizedBlock, weights: Weights, context: base.Context) -> l
     return [weights.scale(scale1, step.x_step), shift1, weights.scale(scale2, step.hidden_step), shift2]
 
 
-def _ours_quantize(
-    step: p.Quantize, size: base.Size, context: base.Context, packed: base.Packed
-) -> base.Found:
+def _ours_quantize(step: p.Quantize, size: Size, context: base.Context, packed: Packed) -> base.Found:
     why = context.unavailable("quantize", "triton") or unfit(step.output.codes, context)
     if why is not None:
         return [], [why]
@@ -164,7 +160,7 @@ def _ours_quantize(
 
 
 def _their_conv(
-    step: p.QuantizedConv, size: base.Size, context: base.Context, packed: base.Packed
+    step: p.QuantizedConv, size: Size, context: base.Context, packed: Packed
 ) -> list[base.Algorithm]:
     def prepare() -> base.Run:
         kernel = step.weight.shape[2:]
@@ -183,7 +179,7 @@ def _their_conv(
 
 
 def _their_block(
-    step: p.QuantizedBlock, size: base.Size, context: base.Context, packed: base.Packed
+    step: p.QuantizedBlock, size: Size, context: base.Context, packed: Packed
 ) -> list[base.Algorithm]:
     def prepare() -> base.Run:
         kind = step.inputs[0].codes
@@ -221,7 +217,7 @@ def _write(step: p.QuantizedConv | p.QuantizedBlock, result: Tensor, outputs: Se
         codes.copy_(quantize_reference(result, step.codes_step, codes.dtype))
 
 
-def _their_time(step: p.QuantizedConv | p.QuantizedBlock, size: base.Size, context: base.Context) -> float:
+def _their_time(step: p.QuantizedConv | p.QuantizedBlock, size: Size, context: base.Context) -> float:
     """A convolution in float32, what comes before and after it in passes over memory."""
     problem = dataclasses.replace(base.problem_of(step, size, context), dtype=torch.float32)
     wide = 2 * step.output.bytes(*size, torch.float32)
@@ -229,7 +225,7 @@ def _their_time(step: p.QuantizedConv | p.QuantizedBlock, size: base.Size, conte
 
 
 def _their_quantize(
-    step: p.Quantize, size: base.Size, context: base.Context, packed: base.Packed
+    step: p.Quantize, size: Size, context: base.Context, packed: Packed
 ) -> list[base.Algorithm]:
     kind = step.output.codes
     assert kind is not None

@@ -10,54 +10,35 @@ import torch
 from torch import Tensor
 
 from .. import plan as p
+from .. import problem
+from ..problem import TUNING_SECONDS, Size
 from ..tuning import Candidate, GpuClock, TuneCache, Tuner, default_path, environment_of, shipped_path
-from .algorithm import Algorithm, Context, Size
+from .algorithm import Algorithm, Context
 from .device import empty_bytes
-
-# Of random codes.
-CODES_DEVIATION = 40
-# Of `tune=True`.
-TUNING_SECONDS = 60.0
 
 
 def key_of(step: p.Step, size: Size, context: Context) -> str:
     """A problem's name: equal for steps that do the same work."""
-    shapes = [value.shape(*size) for value in (*step.inputs, *step.outputs)]
-    shapes += [tuple(t.shape) for t in step.weights() if t.ndim > 1]
-    kind = str(context.dtype).removeprefix("torch.")
-    kind += f" {context.precision}" if context.dtype is torch.float32 else ""
-    return " ".join([step.op, step.detail(), *("x".join(map(str, shape)) for shape in shapes), kind])
+    precision = context.precision if context.dtype is torch.float32 else ""
+    return problem.key_of(step, size, context.dtype, precision)
 
 
 def candidate(step: p.Step, algorithm: Algorithm, size: Size, context: Context) -> Candidate:
     """One algorithm on tensors of its own, for a tuner."""
 
+    def drawn(value: p.Value) -> Tensor:
+        return problem.random_value(value, size, context.dtype, context.device)
+
     def prepare() -> Callable[[], object]:
-        inputs = [_random(value, size, context) for value in step.inputs] or [_image(size, context)]
-        outputs = [_random(value, size, context) for value in step.outputs] if algorithm.in_arena else []
+        inputs = [drawn(value) for value in step.inputs]
+        if not inputs:
+            inputs = [problem.random_image(size, context.dtype, context.device)]
+        outputs = [drawn(value) for value in step.outputs] if algorithm.in_arena else []
         scratch = empty_bytes(algorithm.scratch, context.device) if algorithm.scratch else None
         run = algorithm.prepare()
         return lambda: run(inputs, outputs, scratch, False)
 
     return Candidate(algorithm.name, algorithm.microseconds, prepare)
-
-
-def _random(value: p.Value, size: Size, context: Context) -> Tensor:
-    """Random values, for zeros draw less power and run faster."""
-    shape, dtype = value.shape(*size), value.dtype(context.dtype)
-    if value.stride is None:
-        return torch.rand(shape, dtype=dtype, device=context.device)
-    n, c, h, w = shape
-    values = torch.randn((n, h, w, c), device=context.device)
-    if value.codes is not None:
-        # As codes of activations spread: one step of a normal deviate would make most of int8's zeros.
-        values = (CODES_DEVIATION * values).round().clamp(-127, 127)
-    return values.to(dtype).permute(0, 3, 1, 2)
-
-
-def _image(size: Size, context: Context) -> Tensor:
-    n, h, w = size
-    return torch.randn((n, 3, h, w), device=context.device).to(context.dtype)
 
 
 def compile_ahead(candidates: Sequence[Candidate], device: torch.device, threads: int) -> None:

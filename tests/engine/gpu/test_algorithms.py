@@ -12,11 +12,12 @@ from torch.nn import functional as F
 from shelfkern import nn as published
 from shelfkern.engine import plan as p
 from shelfkern.engine.gpu import cost, library
-from shelfkern.engine.gpu.algorithm import Context, Packed
+from shelfkern.engine.gpu.algorithm import Context
 from shelfkern.engine.gpu.algorithms import algorithms
 from shelfkern.engine.gpu.device import H200, gpu_of
 from shelfkern.engine.gpu.timing import candidate, key_of
 from shelfkern.engine.lower import lower
+from shelfkern.engine.problem import Packed
 from shelfkern.nn.backbone import BasicBlock, Bottleneck
 from shelfkern.nn.blocks import SharedBlock
 from shelfkern.normalisation import Normalisation

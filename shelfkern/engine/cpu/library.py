@@ -1,4 +1,4 @@
-"""The library backend: a plan's steps as PyTorch calls.
+"""The library's ways to run a step: PyTorch's calls, batch norms folded into weights.
 
 Convolutions go to oneDNN with their epilogues where this torch has those (private) calls, and to
 the public ones otherwise. Results live in tensors of torch's own, outside the arena.
@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import ops
-from ..normalisation import Normalisation
-from . import plan as p
-from .image import prepare_image, statistics
-from .kernel import Kernel
+from ... import ops
+from ...normalisation import Normalisation
+from .. import plan as p
+from ..image import prepare_image, statistics
 
 # Rows of full-size scores that the argmax makes at a time.
 STRIP_ROWS = 16
 
-Run = Callable[[Sequence[Tensor], tuple[int, ...]], Tensor]
+# inputs (the images, where a step has none); gives the result.
+LibraryRun = Callable[[Sequence[Tensor]], Tensor]
 
 
 @functools.cache
@@ -89,103 +89,94 @@ def _activate_(x: Tensor, slope: float | None) -> Tensor:
     return F.leaky_relu_(x, slope) if slope else x.relu_()
 
 
+def bfloat16_products() -> bool:
+    """Whether oneDNN multiplies bfloat16 with instructions for it."""
+    found = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return bool(found()) and onednn_reason() is None
+
+
+Convolve = _FusedConv | _PlainConv
+
+
 def make_conv(
-    weight: Tensor, scale: Tensor | None, shift: Tensor | None, stride: int, act: p.Activation
-) -> _FusedConv | _PlainConv:
-    """act(scale * conv(x) + shift + residual), the scale folded into the weights."""
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    stride: int,
+    act: p.Activation,
+    dtype: torch.dtype = torch.float32,
+) -> Convolve:
+    """act(scale * conv(x) + shift + residual) of x of `dtype`, the scale folded into the weights."""
     if scale is not None:
         weight = weight * scale[:, None, None, None]
     kind = _PlainConv if onednn_reason() else _FusedConv
-    return kind(weight, shift, stride, act)
+    return kind(weight.to(dtype), None if shift is None else shift.to(dtype), stride, act)
 
 
-def prepare(step: p.Step, dtype: torch.dtype, normalisation: Normalisation) -> Kernel:
-    """The kernel of one step, computing in float32 and giving `dtype`."""
-    run = _PREPARE[type(step)](step, normalisation)
-    if dtype is torch.float32:
-        return Kernel(run, in_arena=False)
-
-    def run_in_float32(inputs: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
-        # Few CPUs have 16-bit products, and torch's 16-bit convolutions without them are very slow.
-        widened = [x.float() if x.is_floating_point() else x for x in inputs]
-        out = run(widened, shape)
-        return out if step.output.stride is None else out.to(dtype)
-
-    return Kernel(run_in_float32, in_arena=False)
-
-
-def _stem(step: p.Stem, normalisation: Normalisation) -> Run:
-    conv = make_conv(step.weight, step.scale, step.shift, 2, step.act)
+def conv(
+    step: p.Conv, convolve: Convolve, size: tuple[int, int], dtype: torch.dtype, normalisation: Normalisation
+) -> LibraryRun:
+    """A convolution with its epilogue; of images padded to `size`, where it reads them."""
     colours = statistics(normalisation)
 
-    def run(inputs: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
-        image = prepare_image(inputs[0], shape[2] * 4, shape[3] * 4, *colours)
-        return F.max_pool2d(conv(image), 3, 2, 1)
-
-    return run
-
-
-def _conv(step: p.Conv, normalisation: Normalisation) -> Run:
-    conv = make_conv(step.weight, step.scale, step.shift, step.stride, step.act)
-    colours = statistics(normalisation)
-
-    def run(inputs: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
+    def run(inputs: Sequence[Tensor]) -> Tensor:
         x, *others = inputs
         if not step.inputs:
-            x = prepare_image(x, shape[2] * step.stride, shape[3] * step.stride, *colours)
-        out = conv(x, others[0] if step.residual else None)
+            x = prepare_image(x, *size, *colours).to(dtype)
+        out = convolve(x, others[0] if step.residual else None)
         return out.add_(others[-1]) if step.skip else out
 
     return run
 
 
-def _shared_block(step: p.SharedBlockStep, normalisation: Normalisation) -> Run:
-    # One copy of the weights for both convolutions: the scales cannot be folded into it.
-    conv = make_conv(step.weight, None, None, 1, p.Activation(None))
-    scale1, shift1, scale2, shift2 = (
-        t[:, None, None] for t in (step.scale1, step.shift1, step.scale2, step.shift2)
-    )
+def stem(
+    convolve: Convolve, size: tuple[int, int], dtype: torch.dtype, normalisation: Normalisation
+) -> LibraryRun:
+    """Normalisation, convolution with its activation, and pooling."""
+    colours = statistics(normalisation)
 
-    def run(inputs: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
+    def run(inputs: Sequence[Tensor]) -> Tensor:
+        return F.max_pool2d(convolve(prepare_image(inputs[0], *size, *colours).to(dtype)), 3, 2, 1)
+
+    return run
+
+
+def folded_block(step: p.SharedBlockStep, dtype: torch.dtype) -> tuple[Convolve, Convolve]:
+    """Both convolutions of a block, each with filters that its norm is folded into."""
+    first = make_conv(step.weight, step.scale1, step.shift1, 1, step.act, dtype)
+    return first, make_conv(step.weight, step.scale2, step.shift2, 1, p.Activation(0.0), dtype)
+
+
+def shared_block(step: p.SharedBlockStep, first: Convolve, second: Convolve) -> LibraryRun:
+    """Two convolutions of `folded_block`: two copies of the weights, but no pass over what they write."""
+
+    def run(inputs: Sequence[Tensor]) -> Tensor:
         (x,) = inputs
-        h = _activate_(conv(x).mul_(scale1).add_(shift1), step.act.slope)
-        out = conv(h).mul_(scale2).add_(shift2).add_(x).relu_()
+        out = second(first(x), x)
         return out.add_(x) if step.skip else out
 
     return run
 
 
-def _attention_gate(step: p.AttentionGate, normalisation: Normalisation) -> Run:
-    return lambda inputs, shape: ops.attention_gate(
-        inputs[0], step.weight, step.scale, step.shift, backend="reference"
-    )
+def deconv_add(weight: Tensor, bias: Tensor) -> LibraryRun:
+    """A transposed convolution, and the skip in place."""
+    return lambda inputs: F.conv_transpose2d(inputs[0], weight, bias, 2, 1, 1).add_(inputs[1])
 
 
-def _upsample_add(step: p.UpsampleAdd, normalisation: Normalisation) -> Run:
-    return lambda inputs, shape: ops.upsample_add(*inputs, backend="reference")
+def attention_gate(step: p.AttentionGate) -> LibraryRun:
+    """The reference's calls."""
+    parameters = step.weight, step.scale, step.shift
+    return lambda inputs: ops.attention_gate(inputs[0], *parameters, backend="reference")
 
 
-def _deconv_add(step: p.DeconvAdd, normalisation: Normalisation) -> Run:
-    def run(inputs: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
-        x, skip = inputs
-        return F.conv_transpose2d(x, step.weight, step.bias, 2, 1, 1).add_(skip)
-
-    return run
+def upsample_add(inputs: Sequence[Tensor]) -> Tensor:
+    """The reference's calls."""
+    return ops.upsample_add(*inputs, backend="reference")
 
 
-def _max_pool(step: p.MaxPool, normalisation: Normalisation) -> Run:
-    return lambda inputs, shape: F.max_pool2d(inputs[0], 3, 2, 1)
-
-
-_PREPARE: dict[type[p.Step], Callable[..., Run]] = {
-    p.Stem: _stem,
-    p.Conv: _conv,
-    p.SharedBlockStep: _shared_block,
-    p.AttentionGate: _attention_gate,
-    p.UpsampleAdd: _upsample_add,
-    p.DeconvAdd: _deconv_add,
-    p.MaxPool: _max_pool,
-}
+def max_pool(inputs: Sequence[Tensor]) -> Tensor:
+    """3x3 maximum, stride 2."""
+    return F.max_pool2d(inputs[0], 3, 2, 1)
 
 
 def upsample_argmax_native(scores: Tensor, full: tuple[int, int], out: Tensor, align_corners: bool) -> None:

@@ -1,0 +1,288 @@
+"""The ways to run each step on a CPU: our kernels, and the library's calls.
+
+To add one, add it to what its kind of step has in `_OURS` or `_THEIRS`: a name, what it should take, and a
+function that packs the weights and gives what runs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ... import ops
+from ...ops._conv_winograd import can_pay, conv_winograd_native, pack_winograd
+from ...ops.stem import normalised_values
+from .. import plan as p
+from ..arena import like, value_bytes
+from ..problem import Packed, Size
+from . import cost, library
+from .algorithm import Algorithm, Context, Found, Run, no_scratch
+
+Optional = Tensor | None
+# x, scale, shift, residual, skip, out, slope.
+Convolve = Callable[[Tensor, Optional, Optional, Optional, Optional, Tensor, float | None], None]
+# Packs a convolution's weights, and gives it.
+Prepare = Callable[[], Convolve]
+
+
+def algorithms(step: p.Step, size: Size, context: Context, packed: Packed) -> list[Algorithm]:
+    """The ways to run a step for n images padded to h x w, the one that should be fastest first.
+
+    Raises:
+        RuntimeError: none can run; the message gives the reasons.
+    """
+    ours, reasons = _ours(step, size, context, packed)
+    theirs = _THEIRS[type(step)](step, size, context, packed) if context.theirs else []
+    if not ours and not theirs:
+        raise RuntimeError(f"backend is 'native', which cannot run {step.op}: {'; '.join(reasons)}")
+    return sorted([*ours, *theirs], key=lambda algorithm: algorithm.microseconds)
+
+
+def why_not_ours(step: p.Step, context: Context) -> str | None:
+    """Why a step has no kernel of ours here, None if it has."""
+    if type(step) not in _OURS:
+        return f"{step.op} has no native kernel"
+    if isinstance(step, p.Conv) and not step.inputs:
+        return "a convolution of the image without pooling has no native kernel"
+    return context.unavailable(step.op)
+
+
+def _ours(step: p.Step, size: Size, context: Context, packed: Packed) -> Found:
+    why = why_not_ours(step, context)
+    return ([], [why]) if why is not None else (_OURS[type(step)](step, size, context, packed), [])
+
+
+def _convolutions(
+    weight: Tensor, stride: int, padding: int, packed: Packed
+) -> dict[str, tuple[int | None, Prepare]]:
+    """Our ways to convolve by name: the Winograd tile, None for a direct one, and what prepares it."""
+
+    def direct() -> Convolve:
+        filters = packed.get("direct", lambda: ops.pack_conv(weight, stride, padding))
+        return lambda x, *others: ops.conv_bn_act_native(x, filters, *others)
+
+    def winograd(tile: int) -> Prepare:
+        def prepare() -> Convolve:
+            filters = packed.get(f"winograd {tile}", lambda: pack_winograd(weight, tile))
+            return lambda x, *others: conv_winograd_native(x, filters, *others)
+
+        return prepare
+
+    found: dict[str, tuple[int | None, Prepare]] = {"native direct": (None, direct)}
+    if can_pay(weight, stride, padding):
+        found |= {f"native winograd {tile}x{tile}": (tile, winograd(tile)) for tile in (4, 2)}
+    return found
+
+
+def _time(step: p.Conv | p.SharedBlockStep, size: Size, tile: int | None) -> float:
+    return cost.direct(step, size) if tile is None else cost.winograd(step, size, tile)
+
+
+def _our_conv(step: p.Conv, size: Size, context: Context, packed: Packed) -> list[Algorithm]:
+    def bound(prepare: Prepare) -> Run:
+        convolve = prepare()
+
+        def run(inputs: Sequence[Tensor], out: Tensor) -> None:
+            residual = inputs[1] if step.residual else None
+            skip = inputs[-1] if step.skip else None
+            convolve(inputs[0], step.scale, step.shift, residual, skip, out, step.act.slope)
+
+        return no_scratch(run)
+
+    ways = _convolutions(step.weight, step.stride, step.padding, packed)
+    return [
+        Algorithm(name, _time(step, size, tile), functools.partial(bound, prepare))
+        for name, (tile, prepare) in ways.items()
+    ]
+
+
+def _our_shared_block(
+    step: p.SharedBlockStep, size: Size, context: Context, packed: Packed
+) -> list[Algorithm]:
+    def bound(prepare: Prepare) -> Run:
+        convolve = prepare()
+
+        def run(inputs: Sequence[Tensor], outputs: Sequence[Tensor], scratch: Tensor) -> None:
+            (x,), (out,) = inputs, outputs
+            hidden = like(out, scratch)
+            convolve(x, step.scale1, step.shift1, None, None, hidden, step.act.slope)
+            convolve(hidden, step.scale2, step.shift2, x, x if step.skip else None, out, 0.0)
+
+        return run
+
+    scratch = value_bytes(step.hidden, *size, context.dtype)
+    return [
+        Algorithm(name, _time(step, size, tile), functools.partial(bound, prepare), scratch=scratch)
+        for name, (tile, prepare) in _convolutions(step.weight, 1, 1, packed).items()
+    ]
+
+
+def _our_stem(step: p.Stem, size: Size, context: Context, packed: Packed) -> list[Algorithm]:
+    def prepare() -> Run:
+        filters = packed.get("direct", lambda: ops.pack_conv(step.weight, stride=2, padding=3))
+        normalisation = context.normalisation
+        mean, std = torch.tensor([normalisation.mean, normalisation.std], dtype=torch.float64)
+        values = normalised_values(mean, std)
+
+        def run(inputs: Sequence[Tensor], out: Tensor) -> None:
+            image = inputs[0] if inputs[0].dtype is torch.uint8 else inputs[0].float()
+            ops.stem_native(image.contiguous(), filters, step.scale, step.shift, values, out, step.act.slope)
+
+        return no_scratch(run)
+
+    return [Algorithm("native", cost.direct(step, size), prepare)]
+
+
+def _our_gate(step: p.AttentionGate, size: Size, context: Context, packed: Packed) -> list[Algorithm]:
+    def run(inputs: Sequence[Tensor], out: Tensor) -> None:
+        ops.attention_gate_native(inputs[0], step.weight, step.scale, step.shift, out)
+
+    time = cost.moving(step, size, context.dtype.itemsize)
+    return [Algorithm("native", time, lambda: no_scratch(run))]
+
+
+def _our_upsample_add(step: p.UpsampleAdd, size: Size, context: Context, packed: Packed) -> list[Algorithm]:
+    def run(inputs: Sequence[Tensor], out: Tensor) -> None:
+        x, skip, gate = inputs
+        ops.upsample_add_native(x, skip, gate, out)
+
+    time = cost.moving(step, size, context.dtype.itemsize)
+    return [Algorithm("native", time, lambda: no_scratch(run))]
+
+
+def _our_deconv(step: p.DeconvAdd, size: Size, context: Context, packed: Packed) -> list[Algorithm]:
+    def prepare() -> Run:
+        filters = packed.get("direct", lambda: ops.pack_deconv(step.weight))
+
+        def run(inputs: Sequence[Tensor], out: Tensor) -> None:
+            ops.deconv_add_native(inputs[0], filters, step.bias, inputs[1], out)
+
+        return no_scratch(run)
+
+    return [Algorithm("native direct", cost.direct(step, size), prepare)]
+
+
+def _library(
+    name: str,
+    microseconds: float,
+    prepare: Callable[[], library.LibraryRun],
+    dtype: torch.dtype,
+    computing: torch.dtype = torch.float32,
+) -> Algorithm:
+    """A library's way, on tensors of dtype `computing`, giving channels_last ones of `dtype`."""
+
+    def adapted() -> Run:
+        run = prepare()
+
+        def converted(inputs: Sequence[Tensor], outputs: object, scratch: object) -> Tensor:
+            # Raw images stay so, and gates are float32.
+            out = run([x.to(computing) if x.dtype is dtype else x for x in inputs])
+            if out.ndim < 4:
+                return out
+            # A tensor of one pixel may become a contiguous one of more.
+            return out.to(dtype).contiguous(memory_format=torch.channels_last)
+
+        return converted
+
+    return Algorithm(name, microseconds, adapted, in_arena=False)
+
+
+def _computing(context: Context) -> torch.dtype:
+    """Without instructions for bfloat16 torch's convolutions of it are slower than float32's by far."""
+    return context.dtype if library.bfloat16_products() else torch.float32
+
+
+def _folded(step: p.Stem | p.Conv, stride: int, context: Context, packed: Packed) -> library.Convolve:
+    """A step's convolution by the library, its filters made once."""
+    parameters = step.weight, step.scale, step.shift, stride, step.act, _computing(context)
+    return packed.get("folded", lambda: library.make_conv(*parameters))
+
+
+def _onednn(
+    step: p.Step,
+    size: Size,
+    context: Context,
+    prepare: Callable[[], library.LibraryRun],
+    calls: int = 1,
+    passes: int = 0,
+) -> Algorithm:
+    computing = _computing(context)
+    time = cost.onednn(step, size, computing.itemsize, calls, passes)
+    name = "torch" if library.onednn_reason() else "onednn"
+    return _library(name, time, prepare, context.dtype, computing)
+
+
+def _their_conv(step: p.Conv, size: Size, context: Context, packed: Packed) -> list[Algorithm]:
+    def prepare() -> library.LibraryRun:
+        convolve = _folded(step, step.stride, context, packed)
+        return library.conv(step, convolve, size[1:], _computing(context), context.normalisation)
+
+    return [_onednn(step, size, context, prepare, passes=int(step.skip))]
+
+
+def _their_stem(step: p.Stem, size: Size, context: Context, packed: Packed) -> list[Algorithm]:
+    def prepare() -> library.LibraryRun:
+        convolve = _folded(step, 2, context, packed)
+        return library.stem(convolve, size[1:], _computing(context), context.normalisation)
+
+    # The image is normalised and padded, and what is pooled has four times the pixels.
+    return [_onednn(step, size, context, prepare, calls=4, passes=8)]
+
+
+def _their_shared_block(
+    step: p.SharedBlockStep, size: Size, context: Context, packed: Packed
+) -> list[Algorithm]:
+    def prepare() -> library.LibraryRun:
+        first, second = packed.get("folded", lambda: library.folded_block(step, _computing(context)))
+        return library.shared_block(step, first, second)
+
+    return [_onednn(step, size, context, prepare, calls=2, passes=int(step.skip))]
+
+
+def _their_deconv(step: p.DeconvAdd, size: Size, context: Context, packed: Packed) -> list[Algorithm]:
+    computing = _computing(context)
+
+    def prepare() -> library.LibraryRun:
+        weight, bias = packed.get("plain", lambda: (step.weight.to(computing), step.bias.to(computing)))
+        return library.deconv_add(weight, bias)
+
+    time = cost.onednn(step, size, computing.itemsize, passes=1)
+    return [_library("torch", time, prepare, context.dtype, computing)]
+
+
+def _their_gate(step: p.AttentionGate, size: Size, context: Context, packed: Packed) -> list[Algorithm]:
+    time = cost.library_passes(step, size, 4)
+    return [_library("torch", time, lambda: library.attention_gate(step), context.dtype)]
+
+
+def _their_upsample_add(step: p.UpsampleAdd, size: Size, context: Context, packed: Packed) -> list[Algorithm]:
+    return [
+        _library("torch", cost.library_passes(step, size, 3), lambda: library.upsample_add, context.dtype)
+    ]
+
+
+def _their_max_pool(step: p.MaxPool, size: Size, context: Context, packed: Packed) -> list[Algorithm]:
+    return [_library("torch", cost.library_passes(step, size, 1), lambda: library.max_pool, context.dtype)]
+
+
+Make = Callable[..., list[Algorithm]]
+_OURS: dict[type[p.Step], Make] = {
+    p.Stem: _our_stem,
+    p.Conv: _our_conv,
+    p.SharedBlockStep: _our_shared_block,
+    p.AttentionGate: _our_gate,
+    p.UpsampleAdd: _our_upsample_add,
+    p.DeconvAdd: _our_deconv,
+}
+_THEIRS: dict[type[p.Step], Make] = {
+    p.Stem: _their_stem,
+    p.Conv: _their_conv,
+    p.SharedBlockStep: _their_shared_block,
+    p.AttentionGate: _their_gate,
+    p.UpsampleAdd: _their_upsample_add,
+    p.DeconvAdd: _their_deconv,
+    p.MaxPool: _their_max_pool,
+}

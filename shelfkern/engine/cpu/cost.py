@@ -1,0 +1,61 @@
+"""A cost model: what a step should take on one core, in microseconds, to order the ways to run it.
+
+Rates were measured on a Zen 4 with AVX-512 at 3.7 GHz, layer by layer in ShelfNet18-lw and ShelfNet50. Only
+their ratios matter, and they do not depend on the number of threads: without tuning the choice is the same
+for any number, and so are the bits of the results.
+"""
+
+from __future__ import annotations
+
+import math
+
+from ...ops._conv_winograd import pays
+from .. import plan as p
+from ..problem import Size
+
+# Of a call through Python and one parallel loop; torch's dispatcher takes longer.
+CALL, LIBRARY_CALL = 3.0, 10.0
+# Of direct convolutions, ours and oneDNN's in float32: nine tenths of the peak.
+MACS_A_US = 50e3
+# Of oneDNN's with products of bfloat16.
+BFLOAT16_MACS_A_US = 90e3
+# Of kernels that only move data; memory that the library takes anew costs page faults.
+BYTES_A_US, FRESH_BYTES_A_US = 10e3, 4e3
+# Pixels convolved directly in the time of one Winograd tile, and for reading each transformed weight once.
+TILE_PIXELS = {2: 2.6, 4: 5.5}
+
+
+def direct(step: p.Step, size: Size) -> float:
+    """One of our direct kernels."""
+    return CALL + p.step_macs(step, *size) / MACS_A_US
+
+
+def winograd(step: p.Conv | p.SharedBlockStep, size: Size, tile: int) -> float:
+    """Our Winograd kernels, never below a direct one's where `pays` says that it is not worth the digits."""
+    n, _, h, w = step.output.shape(*size)
+    tiles = n * -(-h // tile) * -(-w // tile)
+    saved = TILE_PIXELS[tile] * tiles / max(1, n * h * w)
+    time = CALL + saved * p.step_macs(step, *size) / MACS_A_US
+    return time if pays(step.inputs[0].shape(*size)) else max(time, 1.01 * direct(step, size))
+
+
+def moving(step: p.Step, size: Size, activation_bytes: int) -> float:
+    """One of our kernels that only move data."""
+    return CALL + _moved(step, size, activation_bytes) / BYTES_A_US
+
+
+def onednn(step: p.Step, size: Size, activation_bytes: int, calls: int = 1, passes: int = 0) -> float:
+    """The library's convolutions, and passes over the result."""
+    rate = BFLOAT16_MACS_A_US if activation_bytes == 2 else MACS_A_US
+    written = math.prod(step.output.shape(*size)) * activation_bytes
+    moved = calls * written / FRESH_BYTES_A_US + passes * 2 * written / BYTES_A_US
+    return (calls + passes) * LIBRARY_CALL + p.step_macs(step, *size) / rate + moved
+
+
+def library_passes(step: p.Step, size: Size, passes: int) -> float:
+    """Calls of torch's that each read and write all of it, in float32."""
+    return passes * (LIBRARY_CALL + _moved(step, size, 4) / FRESH_BYTES_A_US)
+
+
+def _moved(step: p.Step, size: Size, activation_bytes: int) -> int:
+    return sum(math.prod(v.shape(*size)) for v in (*step.inputs, *step.outputs)) * activation_bytes

@@ -1,0 +1,196 @@
+"""A plan bound to a CPU: algorithms chosen for each size and number of threads, and memory that is reused."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import threading
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ... import native, ops
+from ...normalisation import Normalisation
+from .. import arena
+from .. import plan as p
+from ..image import image_size, padded
+from ..problem import Packed, Size, key_of
+from ..workspace import WorkspacePool
+from . import library
+from .algorithm import Algorithm, Context, Run
+from .algorithms import algorithms, why_not_ours
+from .timing import Tuners, candidate
+
+log = logging.getLogger(__name__)
+
+Extent = tuple[int, int]
+# Sizes whose algorithms are remembered.
+KEPT_CHOICES = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Workspace:
+    """A forward pass at one size: for each step what runs it, and where.
+
+    Attributes:
+        arena: all activations that our kernels write.
+        runs: what runs each step.
+        outputs: of each step, in the arena; empty where its result is a tensor of the library's.
+        scratch: of each step; empty where it needs none.
+    """
+
+    arena: Tensor
+    runs: list[Run]
+    outputs: list[list[Tensor]]
+    scratch: list[Tensor]
+
+
+class Program:
+    """Algorithms for each step of a plan, and the final resize. May run in several threads.
+
+    Attributes:
+        plan: with the names of the algorithms that run it.
+    """
+
+    def __init__(
+        self,
+        plan: p.Plan,
+        dtype: torch.dtype,
+        backend: str,
+        normalisation: Normalisation,
+        align_corners: bool,
+        tuners: Tuners,
+    ) -> None:
+        self.dtype = dtype
+        self.align_corners = align_corners
+        self.normalisation = normalisation
+        self.context = Context(dtype, normalisation, backend != "library", backend != "native")
+        self.plan = dataclasses.replace(plan, dtype=dtype, algorithms=self.algorithm_names)
+        self._check()
+        self._tuners = tuners
+        self._packed = [Packed() for _ in plan.steps]
+        last_uses = plan.last_uses()
+        self._dead_after = [
+            [value.index for value in set(step.inputs) if last_uses[value] == index]
+            for index, step in enumerate(plan.steps)
+        ]
+        self._choosing = threading.Lock()
+        self._choices = functools.lru_cache(KEPT_CHOICES)(self._choose_all)
+        self.pool: WorkspacePool[tuple[Size, int], Workspace] = WorkspacePool(self._workspace)
+
+    def _check(self) -> None:
+        """Says why the library runs what has kernels of ours, or raises where it may not."""
+        if not self.context.ours:
+            return
+        for step in self.plan.steps:
+            reason = why_not_ours(step, self.context)
+            if reason is None:
+                continue
+            if not self.context.theirs:
+                raise RuntimeError(f"backend is 'native', which cannot run {step.op}: {reason}")
+            _log_once(f"{step.op} runs on the library backend: {reason}")
+
+    def chosen(self, size: Size) -> list[Algorithm]:
+        """The algorithm of each step for n images padded to h x w and the present number of threads."""
+        return self._chosen(size, torch.get_num_threads())
+
+    def _chosen(self, size: Size, threads: int) -> list[Algorithm]:
+        with self._choosing:
+            return self._choices(size, threads)
+
+    def _choose_all(self, size: Size, threads: int) -> list[Algorithm]:
+        return [self._choose(index, size, threads) for index in range(len(self.plan.steps))]
+
+    def _choose(self, index: int, size: Size, threads: int) -> Algorithm:
+        step = self.plan.steps[index]
+        found = algorithms(step, size, self.context, self._packed[index])
+        # Nothing can be told from calls that do nothing.
+        if len(found) == 1 or not size[0]:
+            return found[0]
+        # With packed weights of their own, so that those of the losers go.
+        tried = algorithms(step, size, self.context, Packed())
+        candidates = [candidate(step, algorithm, size, self.context) for algorithm in tried]
+        winner = self._tuners.of(threads).choose(key_of(step, size, self.dtype), candidates)
+        return next(algorithm for algorithm in found if algorithm.name == winner)
+
+    def algorithm_names(self, n: int, h: int, w: int) -> list[str]:
+        """What runs each step for n images padded to h x w, on the present number of threads."""
+        return [algorithm.name for algorithm in self.chosen((n, h, w))]
+
+    def _workspace(self, key: tuple[Size, int]) -> Workspace:
+        size, threads = key
+        chosen = self._chosen(size, threads)
+        placed = [step.outputs if a.in_arena else () for step, a in zip(self.plan.steps, chosen, strict=True)]
+        scratch = {index: algorithm.scratch for index, algorithm in enumerate(chosen)}
+        values = {value for outputs in placed for value in outputs}
+        layout = arena.lay_out(self.plan, values, *size, self.dtype, scratch=scratch)
+        memory = native.empty((layout.size,), torch.uint8)
+
+        def worked_in(index: int) -> Tensor:
+            start = layout.offsets.get(arena.Scratch(index), 0)
+            return memory[start : start + scratch[index]]
+
+        return Workspace(
+            memory,
+            [algorithm.prepare() for algorithm in chosen],
+            [[arena.view(memory, layout, v, *size, self.dtype) for v in outputs] for outputs in placed],
+            [worked_in(index) for index in range(len(chosen))],
+        )
+
+    def scores(self, images: Tensor) -> Tensor:
+        """Scores (N, classes, H, W) of images, contiguous, in the program's dtype."""
+        return self._run(images, self.resize)
+
+    def labels(self, images: Tensor) -> Tensor:
+        """Labels (N, H, W) uint8 of images."""
+        return self._run(images, self.argmax)
+
+    def _run(self, images: Tensor, finish: Callable[[Tensor, Extent, Extent], Tensor]) -> Tensor:
+        n, h, w = image_size(images)
+        full = padded(h), padded(w)
+        with self.pool.borrow(((n, *full), torch.get_num_threads())) as workspace:
+            return finish(self.low_resolution_scores(images, workspace), full, (h, w))
+
+    def low_resolution_scores(self, images: Tensor, workspace: Workspace) -> Tensor:
+        """Scores (N, classes, H / stride, W / stride) of checked images, in the workspace's memory."""
+        values: dict[int, Tensor] = {}
+        for index, (step, run) in enumerate(zip(self.plan.steps, workspace.runs, strict=True)):
+            inputs = [values[value.index] for value in step.inputs] or [images]
+            outputs = workspace.outputs[index]
+            own = run(inputs, outputs, workspace.scratch[index])
+            results = outputs if own is None else [own]
+            values.update(zip((value.index for value in step.outputs), results, strict=True))
+            for dead in self._dead_after[index]:
+                del values[dead]
+        return values[self.plan.scores.index]
+
+    def resize(self, scores: Tensor, full: Extent, size: Extent) -> Tensor:
+        """Scores resized to `full` (padded) pixels and cropped to `size`, contiguous, in `dtype`."""
+        out = native.empty((*scores.shape[:2], *size), self.dtype)
+        if self.context.unavailable("upsample_bilinear") is None:
+            ops.upsample_bilinear_native(scores, full, out, self.align_corners)
+        else:
+            resized = F.interpolate(scores, full, mode="bilinear", align_corners=self.align_corners)
+            out.copy_(resized[:, :, : size[0], : size[1]])
+        return out
+
+    def argmax(self, scores: Tensor, full: Extent, size: Extent) -> Tensor:
+        """Labels (N, H, W) uint8 of `resize`, without making it."""
+        out = native.empty((scores.shape[0], *size), torch.uint8)
+        if self.context.unavailable("upsample_argmax") is None:
+            ops.upsample_argmax_native(scores, full, out, self.align_corners)
+        else:
+            library.upsample_argmax_native(scores, full, out, self.align_corners)
+        return out
+
+
+_logged: set[str] = set()
+
+
+def _log_once(message: str) -> None:
+    if message not in _logged:
+        _logged.add(message)
+        log.info(message)

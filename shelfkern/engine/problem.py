@@ -1,0 +1,72 @@
+"""What both engines need to choose how a step runs: its name, tensors to time it on, its packed weights."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from . import plan as p
+
+# n images padded to h x w.
+Size = tuple[int, int, int]
+T = TypeVar("T")
+
+# Of random codes.
+CODES_DEVIATION = 40
+# Of `tune=True`.
+TUNING_SECONDS = 60.0
+
+
+def key_of(step: p.Step, size: Size, dtype: torch.dtype, precision: str = "") -> str:
+    """A problem's name: equal for steps that do the same work on activations of `dtype`."""
+    shapes = [value.shape(*size) for value in (*step.inputs, *step.outputs)]
+    shapes += [tuple(t.shape) for t in step.weights() if t.ndim > 1]
+    kind = f"{str(dtype).removeprefix('torch.')} {precision}".rstrip()
+    return " ".join([step.op, step.detail(), *("x".join(map(str, shape)) for shape in shapes), kind])
+
+
+def random_value(value: p.Value, size: Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Random values of an activation, for zeros draw less power and run faster."""
+    # Of its own, for nobody expects an inference to use up random numbers.
+    generator = torch.Generator(device).manual_seed(value.index)
+    shape, own = value.shape(*size), value.dtype(dtype)
+    if value.stride is None:
+        return torch.rand(shape, dtype=own, device=device, generator=generator)
+    n, c, h, w = shape
+    values = torch.randn((n, h, w, c), device=device, generator=generator)
+    if value.codes is not None:
+        # As codes of activations spread: one step of a normal deviate would make most of int8's zeros.
+        values = (CODES_DEVIATION * values).round().clamp(-127, 127)
+    return values.to(own).permute(0, 3, 1, 2)
+
+
+def random_image(size: Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Normalised images as they might come."""
+    n, h, w = size
+    generator = torch.Generator(device).manual_seed(0)
+    return torch.randn((n, 3, h, w), device=device, generator=generator).to(dtype)
+
+
+class Packed:
+    """Weights of one step in the forms its algorithms read, each made once.
+
+    settle: waits until what was made is there, whichever stream reads it.
+    """
+
+    def __init__(self, settle: Callable[[], None] | None = None) -> None:
+        self._settle = settle
+        self._lock = threading.Lock()
+        self._made: dict[Hashable, Any] = {}
+
+    def get(self, form: Hashable, make: Callable[[], T]) -> T:
+        """The weights in a form, made where they are not there yet."""
+        with self._lock:
+            if form not in self._made:
+                self._made[form] = make()
+                if self._settle is not None:
+                    self._settle()
+            return self._made[form]

@@ -1,0 +1,119 @@
+import dataclasses
+import random
+
+import pytest
+import torch
+from models import CONFIGS, assert_as_exact_as_eager, build, images
+
+import shelfkern
+from shelfkern import native
+from shelfkern.engine import plan as p
+from shelfkern.engine.cpu import library
+from shelfkern.engine.cpu.algorithm import Context
+from shelfkern.engine.cpu.algorithms import algorithms
+from shelfkern.engine.cpu.program import Program
+from shelfkern.engine.lower import lower
+from shelfkern.engine.problem import Packed
+from shelfkern.normalisation import Normalisation
+from shelfkern.ops._conv_winograd import pays
+
+needs_native = pytest.mark.skipif(native.why_not is not None, reason=f"no native kernels: {native.why_not}")
+SIZES = [(1, 32, 32), (2, 96, 64), (1, 33, 140)]
+
+
+def context(dtype=torch.float32, **changes):
+    return Context(dtype, Normalisation(), **changes)
+
+
+def conv_step(channels, kernel=3, stride=1):
+    x, out = (p.Value(i, channels, 1 if i == 0 else stride) for i in range(2))
+    weight = torch.randn(channels, channels, kernel, kernel)
+    return p.Conv("conv", (x,), out, weight, torch.ones(channels), None, stride, p.Activation(0.0))
+
+
+def names(step, size, where):
+    return [algorithm.name for algorithm in algorithms(step, size, where, Packed())]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_any_mix_of_algorithms_is_as_exact_as_eager(name, dtype, monkeypatch):
+    model, draw, mixed = build(CONFIGS[name]), random.Random(name), set()
+
+    def choose(self, index, size, threads):
+        found = algorithms(self.plan.steps[index], size, self.context, self._packed[index])
+        algorithm = draw.choice(found)
+        mixed.add(algorithm.name)
+        return algorithm
+
+    def poisoned(shape, dtype):
+        tensor = torch.empty(shape, dtype=dtype)
+        return tensor.fill_(255) if dtype is torch.uint8 else tensor.fill_(float("nan"))
+
+    monkeypatch.setattr(Program, "_choose", choose)
+    monkeypatch.setattr(native, "empty", poisoned)
+    inputs = [images(*size) for size in SIZES for _ in range(3)]
+    # A new program each time, so that it is mixed anew.
+    assert_as_exact_as_eager(lambda x: shelfkern.accelerate(model, dtype)(x), model, inputs, dtype)
+    assert len(mixed) > 1 or native.why_not
+
+
+@needs_native
+@pytest.mark.parametrize("extent", [1, 2, 4, 5, 6, 7, 12, 13, 64])
+def test_without_measurements_winograd_runs_where_it_pays(extent):
+    wide, narrow = names(conv_step(32), (1, extent, extent), context()), conv_step(31)
+    assert set(wide) == {"native direct", "native winograd 4x4", "native winograd 2x2", "onednn"} or (
+        library.onednn_reason()
+    )
+    assert wide[0] == ("native winograd 4x4" if pays((1, 32, extent, extent)) else "native direct")
+    for step in (narrow, conv_step(64, 3, 2), conv_step(64, 1)):
+        found = names(step, (1, 64, 64), context())
+        assert found[0] == "native direct" and not any("winograd" in name for name in found)
+
+
+@needs_native
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_backend_has_its_own_algorithms(name):
+    for step in lower(build(CONFIGS[name])).steps:
+        theirs = names(step, (1, 64, 64), context(ours=False))
+        assert theirs and set(theirs) <= {"onednn", "torch"}
+        if not isinstance(step, p.MaxPool) and step.inputs:
+            ours = names(step, (1, 64, 64), context(theirs=False))
+            assert ours and all(name.startswith("native") for name in ours)
+            assert sorted(ours + theirs) == sorted(names(step, (1, 64, 64), context()))
+
+
+def test_a_step_without_kernels_says_why():
+    step = p.MaxPool("pool", (p.Value(0, 8, 4),), p.Value(1, 8, 8))
+    with pytest.raises(RuntimeError, match="backend is 'native', which cannot run max_pool: max_pool has no"):
+        algorithms(step, (1, 64, 64), context(theirs=False), Packed())
+
+
+@needs_native
+def test_weights_are_packed_once_for_all_sizes_and_only_for_what_runs():
+    step, packed = conv_step(32), Packed()
+
+    def made(index, size):
+        algorithms(step, size, context(), packed)[index].prepare()
+        return dict(packed._made)
+
+    assert not packed._made
+    first = made(0, (1, 64, 64))
+    assert set(first) == {"winograd 4"} and made(0, (2, 32, 96)) == first
+    assert set(made(0, (1, 2, 2))) == {"winograd 4", "direct"}
+
+
+@pytest.mark.skipif(library.onednn_reason() is not None, reason="no oneDNN")
+def test_oneddn_multiplies_bfloat16_only_where_the_cpu_does(monkeypatch):
+    step = dataclasses.replace(conv_step(32), shift=torch.randn(32))
+    x = torch.randn(1, 32, 9, 9).to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    truth = torch.relu(torch.conv2d(x.double(), step.weight.double(), step.shift.double(), padding=1))
+    for has in (False, True):
+        monkeypatch.setattr(library, "bfloat16_products", lambda has=has: has)
+        packed = Packed()
+        (found,) = algorithms(step, (1, 9, 9), context(torch.bfloat16, ours=False), packed)
+        out = found.prepare()([x], [], torch.empty(0))
+        assert packed._made["folded"].weight.dtype is (torch.bfloat16 if has else torch.float32)
+        assert out.dtype is torch.bfloat16 and out.is_contiguous(memory_format=torch.channels_last)
+        assert (out - truth).abs().max() <= 2**-7 * truth.abs().max()
