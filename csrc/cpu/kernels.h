@@ -79,7 +79,8 @@ struct Winograd {
     void* out;
     DType dtype;
     int64_t n, h, w, c, out_h, out_w, out_c;
-    int tile;
+    int tile, stride;
+    bool transposed;
     int64_t stride_n, stride_h, stride_w;
     float slope;
     int threads;

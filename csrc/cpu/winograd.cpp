@@ -348,7 +348,11 @@ void run(const Winograd& a) {
 
 template <typename T>
 void run_filter(const Winograd& a) {
-    if (a.tile == 4) {
+    if (a.transposed) {
+        run<FilterTransposed, T>(a);
+    } else if (a.stride == 2) {
+        run<FilterStride2, T>(a);
+    } else if (a.tile == 4) {
         run<Filter4, T>(a);
     } else {
         run<Filter2, T>(a);

@@ -28,32 +28,107 @@ struct Filter2 {
     }
 };
 
+// Points a, -a, b and -b.
+struct Pairs {
+    float a, b;
+
+    inline __attribute__((always_inline)) void input(const vf* x, vf* out) const {
+        const vf va = splat(a), vb = splat(b), a2 = splat(a * a), b2 = splat(b * b);
+        const vf even_a = x[3] - b2 * x[1], odd_a = x[2] - b2 * x[0];
+        const vf even_b = x[3] - a2 * x[1], odd_b = x[2] - a2 * x[0];
+        out[0] = even_a + va * odd_a;
+        out[1] = even_a - va * odd_a;
+        out[2] = even_b + vb * odd_b;
+        out[3] = even_b - vb * odd_b;
+    }
+
+    // Of the points 0, before these, and infinity.
+    inline __attribute__((always_inline)) vf edge(vf x0, vf x2, vf x4) const {
+        return x4 - splat(a * a + b * b) * x2 + splat(a * a * b * b) * x0;
+    }
+
+    // Adds what these points make of four outputs.
+    inline __attribute__((always_inline)) void output(const vf* m, vf (&y)[4]) const {
+        const vf sum_a = m[0] + m[1], sum_b = m[2] + m[3];
+        const vf difference_a = m[0] - m[1], difference_b = m[2] - m[3];
+        y[0] = y[0] + sum_a + sum_b;
+        y[1] = y[1] + splat(a) * difference_a + splat(b) * difference_b;
+        y[2] = y[2] + splat(a * a) * sum_a + splat(b * b) * sum_b;
+        y[3] = y[3] + splat(a * a * a) * difference_a + splat(b * b * b) * difference_b;
+    }
+};
+
 // F(4 x 4, 3 x 3) of stride 1. Points 0, a, -a, b, -b and infinity. The errors of a = 5/8 and b = 3/2 are
 // half of those of the usual 1 and 2, for the same number of operations, and all powers here are exact.
 struct Filter4 {
     static constexpr int kIn = 6, kFrequencies = 6, kShared = 1, kOut = 4, kStep = 4, kPadding = 1;
-    static constexpr float kA = 0.625f, kB = 1.5f;
+    static constexpr Pairs kPairs = {0.625f, 1.5f};
 
     static inline __attribute__((always_inline)) void input(const vf (&x)[6], vf (&out)[6]) {
-        const vf a = splat(kA), b = splat(kB), a2 = splat(kA * kA), b2 = splat(kB * kB);
-        const vf sum = splat(kA * kA + kB * kB), product = splat(kA * kA * kB * kB);
-        const vf even_a = x[4] - b2 * x[2], odd_a = x[3] - b2 * x[1];
-        const vf even_b = x[4] - a2 * x[2], odd_b = x[3] - a2 * x[1];
-        out[0] = x[4] - sum * x[2] + product * x[0];
-        out[1] = even_a + a * odd_a;
-        out[2] = even_a - a * odd_a;
-        out[3] = even_b + b * odd_b;
-        out[4] = even_b - b * odd_b;
-        out[5] = x[5] - sum * x[3] + product * x[1];
+        out[0] = kPairs.edge(x[0], x[2], x[4]);
+        kPairs.input(x + 1, out + 1);
+        out[5] = kPairs.edge(x[1], x[3], x[5]);
     }
 
     static inline __attribute__((always_inline)) void output(const vf (&m)[6], vf (&y)[4]) {
-        const vf sum_a = m[1] + m[2], sum_b = m[3] + m[4];
-        const vf difference_a = m[1] - m[2], difference_b = m[3] - m[4];
-        y[0] = m[0] + sum_a + sum_b;
-        y[1] = splat(kA) * difference_a + splat(kB) * difference_b;
-        y[2] = splat(kA * kA) * sum_a + splat(kB * kB) * sum_b;
-        y[3] = m[5] + splat(kA * kA * kA) * difference_a + splat(kB * kB * kB) * difference_b;
+        y[0] = m[0];
+        y[1] = y[2] = vf{};
+        y[3] = m[5];
+        kPairs.output(m + 1, y);
+    }
+};
+
+// F(4, 2): four sums of two taps by five products. Points a, -a, b, -b and infinity. The errors of a = 3/8
+// and b = 5/4 are half of those of 0, 1, -1 and 2.
+struct TwoTaps {
+    static constexpr Pairs kPairs = {0.375f, 1.25f};
+
+    static inline __attribute__((always_inline)) void input(const vf (&x)[5], vf* out) {
+        kPairs.input(x, out);
+        out[4] = kPairs.edge(x[0], x[2], x[4]);
+    }
+
+    // Adds the four sums.
+    static inline __attribute__((always_inline)) void output(const vf* m, vf (&y)[4]) {
+        y[3] += m[4];
+        kPairs.output(m, y);
+    }
+};
+
+// 4 x 4 outputs of stride 2, 3 x 3. The middle tap meets every second input, once, without a transform; the
+// other two meet those between.
+struct FilterStride2 {
+    static constexpr int kIn = 9, kFrequencies = 9, kShared = 4, kOut = 4, kStep = 8, kPadding = 1;
+
+    static inline __attribute__((always_inline)) void input(const vf (&x)[9], vf (&out)[9]) {
+        const vf between[5] = {x[0], x[2], x[4], x[6], x[8]};
+        for (int i = 0; i < 4; ++i) out[i] = x[2 * i + 1];
+        TwoTaps::input(between, out + 4);
+    }
+
+    static inline __attribute__((always_inline)) void output(const vf (&m)[9], vf (&y)[4]) {
+        for (int i = 0; i < 4; ++i) y[i] = m[i];
+        TwoTaps::output(m + 4, y);
+    }
+};
+
+// 8 x 8 outputs of the transposed convolution of stride 2, 3 x 3, padding 1 and output padding 1. Even
+// outputs see the middle tap, odd ones the other two.
+struct FilterTransposed {
+    static constexpr int kIn = 5, kFrequencies = 9, kShared = 4, kOut = 8, kStep = 4, kPadding = 0;
+
+    static inline __attribute__((always_inline)) void input(const vf (&x)[5], vf (&out)[9]) {
+        for (int i = 0; i < 4; ++i) out[i] = x[i];
+        TwoTaps::input(x, out + 4);
+    }
+
+    static inline __attribute__((always_inline)) void output(const vf (&m)[9], vf (&y)[8]) {
+        vf odd[4] = {};
+        TwoTaps::output(m + 4, odd);
+        for (int i = 0; i < 4; ++i) {
+            y[2 * i] = m[i];
+            y[2 * i + 1] = odd[i];
+        }
     }
 };
 

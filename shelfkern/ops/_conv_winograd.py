@@ -1,8 +1,13 @@
-"""3x3 convolutions of stride 1 and padding 1 by Winograd's minimal filtering, on the CPU.
+"""3x3 convolutions by Winograd's minimal filtering, on the CPU.
 
 Lavin & Gray, "Fast Algorithms for Convolutional Neural Networks" (arXiv 1509.09308). F(m x m, 3 x 3) makes
-m x m outputs from the m + 2 x m + 2 inputs under them by (m + 2)^2 products for each pair of channels,
-where a direct convolution takes 9 m^2: 2.25 times fewer for m = 2, 4 times fewer for m = 4.
+m x m outputs of stride 1 from the m + 2 x m + 2 inputs under them by (m + 2)^2 products for each pair of
+channels, where a direct convolution takes 9 m^2: 2.25 times fewer for m = 2, 4 times fewer for m = 4.
+
+Of a convolution of stride 2 the middle tap meets every second input and the other two those between. In one
+dimension 4 outputs take 4 products of the one and, by F(4, 2), 5 of the others, where 12 are direct: 1.78
+times fewer in two. A transposed convolution of stride 2 is the same with its even and odd outputs. All 4
+products of the middle tap have one weight, so that transformed weights are 4 times as many, as of F(4 x 4).
 """
 
 from __future__ import annotations
@@ -20,11 +25,12 @@ from . import _common as common
 from .conv_bn_act import PANEL
 
 # Where polynomials are evaluated, beside infinity; as csrc/cpu/winograd.h. The usual 1 and 2 in place of
-# 5/8 and 3/2 make twice the error.
+# 5/8 and 3/2 make twice the error, and so do 0, 1, -1 and 2 in place of those of two taps.
 POINTS = {
     2: (Fraction(0), Fraction(1), Fraction(-1)),
     4: (Fraction(0), Fraction(5, 8), Fraction(-5, 8), Fraction(3, 2), Fraction(-3, 2)),
 }
+POINTS_OF_TWO_TAPS = (Fraction(3, 8), Fraction(-3, 8), Fraction(5, 4), Fraction(-5, 4))
 
 # With fewer the transforms take a good part of the time, and what is gained is not worth the digits.
 LEAST_CHANNELS = 32
@@ -35,54 +41,77 @@ class PackedWinograd:
     """Weights of a 3x3 convolution, transformed for the native kernel.
 
     Attributes:
-        data: float32 (panels, (tile + 2)^2, in_channels, 16): panels of 16 output channels, zeros beyond the
-            last; the rows of the transformed kernels, then their columns.
+        data: float32 (panels, frequencies, in_channels, 16): panels of 16 output channels, zeros beyond the
+            last; the rows of the transformed kernels, then their columns, (tile + 2)^2 in all.
         out_channels, in_channels: of the convolution.
-        tile: m of F(m x m, 3 x 3): 2 or 4.
+        tile: outputs of a tile in each dimension, 2 or 4; inputs if transposed.
+        stride: 1 or 2.
+        transposed: the convolution is a transposed one, of padding 1 and output padding 1.
     """
 
     data: Tensor
     out_channels: int
     in_channels: int
     tile: int
+    stride: int
+    transposed: bool
 
 
-def weight_transform(tile: int) -> Tensor:
-    """G, float64 (tile + 2, 3): powers of each point, over the product of its distances to the others.
-
-    Raises:
-        ValueError: tile is neither 2 nor 4.
-    """
-    if tile not in POINTS:
-        raise ValueError(f"conv_winograd: tile is {tile}, it may be 2 or 4")
-    points = POINTS[tile]
+def _evaluations(points: Sequence[Fraction], taps: int) -> Tensor:
+    """G of some taps: powers of each point, over the product of its distances to the others, and infinity."""
     rows = []
     for point in points:
         distances = Fraction(1)
         for other in points:
             distances *= point - other if other != point else 1
-        rows.append([float(point**power / distances) for power in range(3)])
-    return torch.tensor([*rows, [0.0, 0.0, 1.0]], dtype=torch.float64)
+        rows.append([float(point**power / distances) for power in range(taps)])
+    infinity = [0.0] * (taps - 1) + [1.0]
+    return torch.tensor([*rows, infinity], dtype=torch.float64)
 
 
-def pack_winograd(w: Tensor, tile: int = 4) -> PackedWinograd:
-    """Transforms weights (K, C, 3, 3) for the native kernel: G w Gt in float64, rounded once.
+def weight_transform(tile: int, stride: int = 1, transposed: bool = False) -> Tensor:
+    """G, float64 (tile + 2, 3): of stride 2 the middle tap, then the evaluations of the other two.
 
     Raises:
-        ValueError: w is not (K, C, 3, 3), or tile is neither 2 nor 4.
+        ValueError: there is no such algorithm.
+    """
+    if stride == 1 and not transposed and tile in POINTS:
+        return _evaluations(POINTS[tile], 3)
+    if stride != 2 or tile != 4:
+        raise ValueError(
+            f"conv_winograd: tile, stride and transposed are {tile}, {stride} and {transposed}, "
+            "they may be 2 or 4, 1 and False; or 4, 2 and either"
+        )
+    g = torch.zeros(6, 3, dtype=torch.float64)
+    g[0, 1] = 1
+    # The input after an odd output of a transposed convolution meets the first tap.
+    g[1:, [2, 0] if transposed else [0, 2]] = _evaluations(POINTS_OF_TWO_TAPS, 2)
+    return g
+
+
+def pack_winograd(w: Tensor, tile: int = 4, stride: int = 1, transposed: bool = False) -> PackedWinograd:
+    """Transforms weights (K, C, 3, 3), (C, K, 3, 3) if transposed, for the native kernel.
+
+    G w Gt is float64, rounded once.
+
+    Raises:
+        ValueError: w is not of 3x3 kernels, or there is no such algorithm.
     """
     if w.ndim != 4 or w.shape[2:] != (3, 3):
-        raise ValueError(f"conv_winograd: w is {tuple(w.shape)}, it must be (K, C, 3, 3)")
+        order = "(C, K, 3, 3)" if transposed else "(K, C, 3, 3)"
+        raise ValueError(f"conv_winograd: w is {tuple(w.shape)}, it must be {order}")
+    if transposed:
+        w = w.transpose(0, 1)
     k, c = w.shape[:2]
-    g = weight_transform(tile)
+    g = weight_transform(tile, stride, transposed)
     transform = torch.kron(g, g)
     panels = -(-k // PANEL)
-    data = torch.empty(panels, (tile + 2) ** 2, c, PANEL, dtype=torch.float32, device="cpu")
+    data = torch.empty(panels, len(transform), c, PANEL, dtype=torch.float32, device="cpu")
     # A panel at a time: all of a large layer in float64 would be eight times the result's size.
     for panel, kernels in enumerate(w.detach().cpu().split(PANEL)):
         transformed = transform @ kernels.double().flatten(2).permute(2, 1, 0).flatten(1)
         data[panel] = F.pad(transformed.unflatten(1, (c, -1)), (0, PANEL - len(kernels)))
-    return PackedWinograd(data, k, c, tile)
+    return PackedWinograd(data, k, c, tile, stride, transposed)
 
 
 def can_pay(w: Tensor, stride: int, padding: int) -> bool:
@@ -115,17 +144,18 @@ def conv_winograd_native(
 
     Arithmetic is float32. Against float64, as root mean squares, the error of F(4x4) is at most 4.5 times
     that of eager torch's direct convolution in float32, 7 times with one channel; that of F(2x2) 1.7 and
-    2.2 times.
+    2.2 times; of stride 2, 2.2 and 4 times; of a transposed one, whose taps eager sums apart, 3.2 and 4.5
+    times.
 
-    What is not finite in x spoils the outputs of every tile whose window holds it, tiles being tile x tile
-    pixels counted from the top left, and windows a pixel larger on all sides; nothing beyond. An infinity
-    may become NaN.
+    What is not finite in x spoils the outputs of every tile whose window holds it, nothing beyond. Tiles are
+    tile x tile outputs counted from the top left, 8 x 8 if transposed, and a window is what their taps meet,
+    of a transposed one the 5 x 5 inputs from the first. An infinity may become NaN.
 
     Args:
-        x: (N, C, H, W) in NHWC storage, float32 or bfloat16.
+        x: (N, C, H, W) in NHWC storage, float32 or bfloat16; padding is 1.
         scale, shift: float32 (K,), or None.
-        residual, skip, out: (N, K, H, W) of x's dtype, with one stride of channels, 1, and the same other
-            strides; they need not be dense.
+        residual, skip, out: (N, K, H', W') of x's dtype, with one stride of channels, 1, and the same other
+            strides; they need not be dense. H' is ceil(H / stride), if transposed 2 H; so is W'.
         slope: of the activation: 0 relu, up to 1 leaky relu, None nothing.
     """
     n, c, h, w = x.shape
@@ -142,6 +172,8 @@ def conv_winograd_native(
         native.DTYPE_CODES[x.dtype],
         n, h, w, c, out_h, out_w, k,
         packed.tile,
+        packed.stride,
+        packed.transposed,
         stride_n, stride_h, stride_w,
         common.native_slope(slope),
         torch.get_num_threads(),
