@@ -43,6 +43,7 @@ def time_interleaved(
     rounds: int = 15,
     warmup: int = 2,
     clock: Callable[[], float] = time.perf_counter,
+    ahead: Callable[[], object] | None = None,
 ) -> dict[str, Timing]:
     """Times every variant once a round, in an order that rotates, so that disturbances meet all alike.
 
@@ -51,6 +52,7 @@ def time_interleaved(
         rounds: timed rounds, at least 1.
         warmup: rounds before them that are not counted.
         clock: gives seconds.
+        ahead: called before every call, and not timed.
 
     Raises:
         ValueError: rounds is less than 1, or there are no variants.
@@ -64,6 +66,8 @@ def time_interleaved(
     for index in range(-warmup, rounds):
         start = index % len(names)
         for name in names[start:] + names[:start]:
+            if ahead is not None:
+                ahead()
             begin = clock()
             variants[name]()
             elapsed = clock() - begin

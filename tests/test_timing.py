@@ -42,6 +42,18 @@ def test_the_order_rotates() -> None:
     assert "".join(clock.calls) == "abcbcacababc"
 
 
+def test_what_is_called_ahead_is_not_timed() -> None:
+    now, ahead = [0.0], []
+
+    def later() -> None:
+        ahead.append(now[0])
+        now[0] += 5.0
+
+    timings = time_interleaved({"a": lambda: None, "b": lambda: None}, 3, clock=lambda: now[0], ahead=later)
+    assert timings["a"].seconds == timings["b"].seconds == (0.0, 0.0, 0.0)
+    assert len(ahead) == 2 * (3 + 2)
+
+
 @pytest.mark.parametrize("warmup", [0, 1, 2, 5])
 def test_warmup_rounds_run_and_are_not_counted(warmup: int) -> None:
     clock = Clock()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -33,10 +34,18 @@ def fused_conv(
     folded = folded.to(w.dtype).contiguous(memory_format=torch.channels_last)
     bias = None if shift is None else shift.to(w.dtype)
     if library == "oneDNN":
-        return make_conv(folded, None, bias, stride, Activation(slope))
+        return onednn(folded, bias, stride, slope)
     # cuDNN fuses relu alone.
     make = cudnn_fused if library == "cuDNN fused" and slope == 0 else cudnn
     return make(folded, bias, stride, slope)
+
+
+def onednn(w: Tensor, bias: Tensor | None, stride: int, slope: float | None) -> Conv:
+    @functools.cache
+    def laid_out_for(shape: tuple[int, ...]) -> Conv:
+        return make_conv(w, None, bias, stride, Activation(slope), shape, w.dtype)
+
+    return lambda x, residual=None: laid_out_for(tuple(x.shape))(x, residual)
 
 
 def cudnn(w: Tensor, bias: Tensor | None, stride: int, slope: float | None) -> Conv:

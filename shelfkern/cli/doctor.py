@@ -46,24 +46,26 @@ def facts() -> list[tuple[str, str]]:
             "cuda kernels",
             f"compiled for {cuda_build}" if cuda_build else "not compiled: no nvcc when installed",
         ),
-        ("layers timed", tuning_file()),
+        ("layers timed on the cpu", tuning_file("cpu")),
+        ("layers timed on the gpu", tuning_file("cuda")),
         ("native kernels", f"compiled by {module.compiler}" if module else str(native.why_not)),
         ("library convolutions", onednn_reason() or "oneDNN with fused epilogues"),
     ]
 
 
-def tuning_file() -> str:
-    """Where the GPU's tuner keeps what it measured, and whether a table ships for this GPU."""
-    if not torch.cuda.is_available():
+def tuning_file(device: str) -> str:
+    """Where the tuner keeps what it measured on a device, and whether a table ships for it."""
+    if device == "cuda" and not torch.cuda.is_available():
         return "-"
-    environment = environment_of(torch.device("cuda"))
+    environment = environment_of(torch.device(device))
     path, shipped = default_path(environment), shipped_path(environment)
     kept = (
         "nowhere: there is no home folder"
         if path is None
         else f"{path}{'' if path.exists() else ' (none yet)'}"
     )
-    return kept + (f"; shipped: {shipped.name}" if shipped.exists() else "; no table ships for this GPU")
+    name = "GPU" if device == "cuda" else "CPU"
+    return kept + (f"; shipped: {shipped.name}" if shipped.exists() else f"; no table ships for this {name}")
 
 
 def kernels_table(results: list[selftest.Result]) -> Table:

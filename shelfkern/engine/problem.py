@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable
+import weakref
+from collections.abc import Callable, Hashable, MutableMapping
 from typing import Any, TypeVar
 
 import torch
@@ -54,6 +55,8 @@ def random_image(size: Size, dtype: torch.dtype, device: torch.device) -> Tensor
 class Packed:
     """Weights of one step in the forms its algorithms read, each made once.
 
+    Those of a form that only some sizes read are kept for as long as somebody holds them.
+
     settle: waits until what was made is there, whichever stream reads it.
     """
 
@@ -61,12 +64,21 @@ class Packed:
         self._settle = settle
         self._lock = threading.Lock()
         self._made: dict[Hashable, Any] = {}
+        self._held: weakref.WeakValueDictionary[Hashable, Any] = weakref.WeakValueDictionary()
 
     def get(self, form: Hashable, make: Callable[[], T]) -> T:
         """The weights in a form, made where they are not there yet."""
+        return self._get(self._made, form, make)
+
+    def while_held(self, form: Hashable, make: Callable[[], T]) -> T:
+        """As `get`, but forgotten when nobody holds what was given."""
+        return self._get(self._held, form, make)
+
+    def _get(self, made: MutableMapping[Hashable, Any], form: Hashable, make: Callable[[], T]) -> T:
         with self._lock:
-            if form not in self._made:
-                self._made[form] = make()
+            found = made.get(form)
+            if found is None:
+                found = made[form] = make()
                 if self._settle is not None:
                     self._settle()
-            return self._made[form]
+            return found

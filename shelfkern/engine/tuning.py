@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib
 import json
@@ -37,17 +38,20 @@ except ImportError:  # not on Windows
 
 FORMAT = 1  # of the files
 TABLES = Path(__file__).parent / "tables"
+CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 # Times this close are equal.
 TIE = 1.01
 # Seconds that a save waits for another process to end its own.
 LOCK_SECONDS = 10.0
 # Timed rounds, and seconds of a candidate's in all.
-MIN_ROUNDS, MAX_ROUNDS = 3, 50
+MIN_ROUNDS, MAX_ROUNDS = 5, 50
 GPU_SECONDS, CPU_SECONDS = 0.02, 0.1
 # Calls in a graph, and seconds that they may take.
 GRAPH_CALLS, GRAPH_SECONDS = 10, 2e-3
 # Of L2, written ahead of a cold call: more than evicts all, so that the host has launched it in time.
 FLUSH = 4
+# Of a CPU's caches: where the system does not tell, and where it is too much to write at every call.
+LIKELY_CACHE, MOST_CACHE = 32 << 20, 64 << 20
 # Characters of an error that are told.
 REASON_LENGTH = 300
 
@@ -91,7 +95,7 @@ class Clock(Protocol):
     """Times calls."""
 
     def measure(self, calls: Mapping[str, Call], cold: bool) -> dict[str, float]:
-        """Median seconds of each call, timed in turn; if cold, with nothing of its data in a GPU's L2."""
+        """Median seconds of each call, timed in turn; if cold, with nothing of its data in the caches."""
 
 
 def environment_of(device: torch.device) -> dict[str, str]:
@@ -190,12 +194,12 @@ class TuneCache:
         self._shipped = {} if shipped is None else self._read(shipped, ["device"])
         self._entries = {} if path is None else self._read(path)
 
-    def get(self, key: str, names: Collection[str]) -> Measured | None:
-        """What is known of a problem; None if nothing, or if the winner is not among `names`."""
+    def get(self, key: str, names: Collection[str] | None = None) -> Measured | None:
+        """What is known of a problem; None if nothing, or if the winner is not among `names`, where given."""
         with self._lock:
             for entries in (self._entries, self._shipped):
                 measured = entries.get(key)
-                if measured is not None and measured.winner in names:
+                if measured is not None and (names is None or measured.winner in names):
                     return measured
         return None
 
@@ -352,7 +356,7 @@ class Tuner:
         Args:
             key: names the problem, the same in every process.
             candidates: at least one.
-            cold: whether they are timed with nothing in a GPU's L2. Such results are kept apart.
+            cold: whether they are timed with nothing in the caches. Such results are kept apart.
 
         Raises:
             ValueError: there are no candidates, or two of one name.
@@ -367,6 +371,11 @@ class Tuner:
         key = _stored(key, cold)
         ordered = sorted(candidates, key=lambda candidate: candidate.microseconds)
         return self._known(key, names) or self._timed(key, ordered, cold) or ordered[0].name
+
+    def measured(self, key: str, cold: bool = False) -> Mapping[str, float]:
+        """Microseconds by name of a problem's candidates that were timed; nothing where none was."""
+        found = self.cache.get(_stored(key, cold))
+        return {} if found is None else found.microseconds
 
     def expected(self, key: str, candidates: Sequence[Candidate], cold: bool = False) -> list[Candidate]:
         """The candidates that `choose` of the same arguments would run, or give: to be compiled ahead."""
@@ -476,16 +485,36 @@ def _rounds(seconds: float, one: float) -> int:
 
 
 class CpuClock:
-    """Times calls on the CPU; `cold` changes nothing."""
+    """Times calls on the CPU. Cold, as much memory as the caches hold is written ahead of each call."""
 
     def measure(self, calls: Mapping[str, Call], cold: bool) -> dict[str, float]:
         """Median seconds of each call, timed in turn."""
         if not calls:
             return {}
-        first = time_interleaved(calls, rounds=1, warmup=1)
-        one = sum(timing.median for timing in first.values())
-        timings = time_interleaved(calls, _rounds(len(calls) * CPU_SECONDS, one), warmup=0)
+        ahead = None
+        if cold:
+            # Zeros written at once might go around the caches; what is read and written goes through them.
+            memory = torch.zeros(_cache_bytes() // 4)
+            ahead = lambda: memory.add_(1)  # noqa: E731
+        begin = time.perf_counter()
+        time_interleaved(calls, rounds=1, warmup=1, ahead=ahead)
+        one = (time.perf_counter() - begin) / 2
+        timings = time_interleaved(calls, _rounds(len(calls) * CPU_SECONDS, one), warmup=0, ahead=ahead)
         return {name: timing.median for name, timing in timings.items()}
+
+
+@functools.cache
+def _cache_bytes() -> int:
+    """Of all levels together that a core of this CPU sees, where the system tells."""
+    found = 0
+    for folder in CACHES.glob("index*"):
+        try:
+            size = re.fullmatch(r"(\d+)K", (folder / "size").read_text().strip())
+            kind = (folder / "type").read_text().strip()
+        except OSError:
+            continue
+        found += int(size[1]) << 10 if size and kind != "Instruction" else 0
+    return min(found, MOST_CACHE) or LIKELY_CACHE
 
 
 @dataclasses.dataclass(frozen=True)

@@ -736,12 +736,54 @@ def test_the_cpu_clock_gives_medians_of_calls_in_turn(monkeypatch) -> None:
     monkeypatch.setattr(
         tuning, "time_interleaved", lambda *a, **k: fake(*a, **k, clock=lambda: now)
     )  # fmt: skip
-    seconds = CpuClock().measure({name: call(name) for name in took}, cold=True)
+    seconds = CpuClock().measure({name: call(name) for name in took}, cold=False)
     assert seconds == pytest.approx(took)
     timed = order[4:]
     assert len(timed) == 2 * tuning.MAX_ROUNDS
     assert timed[:4] in (["a", "b", "b", "a"], ["b", "a", "a", "b"])
     assert CpuClock().measure({}, cold=False) == {}
+
+
+def test_the_cpu_clock_passes_through_the_caches_ahead_of_every_cold_call(monkeypatch) -> None:
+    made, events = [], []
+
+    class Memory:
+        def add_(self, one: int) -> None:
+            events.append("evicts")
+
+    monkeypatch.setattr(torch, "zeros", lambda count: made.append(count) or Memory())
+    clock = CpuClock()
+    clock.measure({name: lambda name=name: events.append(name) for name in "ab"}, cold=True)
+    assert made == [tuning._cache_bytes() // 4] and 4 * made[0] <= tuning.MOST_CACHE
+    assert events[::2] == ["evicts"] * (len(events) // 2) and set(events[1::2]) == {"a", "b"}
+
+
+def test_the_caches_are_those_of_a_core(monkeypatch, tmp_path) -> None:
+    files = {"index0": ("32K", "Data"), "index1": ("64K", "Instruction"), "index2": ("2048K", "Unified")}
+    for name, (size, kind) in files.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "size").write_text(size + "\n")
+        (tmp_path / name / "type").write_text(kind + "\n")
+    (tmp_path / "index3").mkdir()
+    monkeypatch.setattr(tuning, "CACHES", tmp_path)
+    assert tuning._cache_bytes.__wrapped__() == 2080 << 10
+    (tmp_path / "index2" / "size").write_text("999999K")
+    assert tuning._cache_bytes.__wrapped__() == tuning.MOST_CACHE
+    monkeypatch.setattr(tuning, "CACHES", tmp_path / "none")
+    assert tuning._cache_bytes.__wrapped__() == tuning.LIKELY_CACHE
+
+
+def test_what_was_measured_can_be_asked_for() -> None:
+    cache = TuneCache(None, ENVIRONMENT)
+    cache.put("p cold", A)
+    assert tuner(None, cache).measured("p", cold=True) == A.microseconds
+    assert tuner(None, cache).measured("p") == {}
+
+
+def test_a_tie_may_be_wider(tmp_path) -> None:
+    for tie, winner in ((1.01, "b"), (1.06, "a")):
+        problem = Problem(a=(1.0, 104.9), b=(2.0, 100.0))
+        assert tuner(FakeClock(), tie=tie).choose("p", problem.candidates) == winner
 
 
 def test_the_cpu_clock_is_bounded() -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ... import ops
+from ... import native, ops
 from ...ops._conv_winograd import can_pay, conv_winograd_native, pack_winograd
 from ...ops.stem import normalised_values
 from .. import plan as p
@@ -195,10 +195,26 @@ def _computing(context: Context) -> torch.dtype:
     return context.dtype if library.bfloat16_products() else torch.float32
 
 
-def _folded(step: p.Stem | p.Conv, stride: int, context: Context, packed: Packed) -> library.Convolve:
-    """A step's convolution by the library, its filters made once."""
-    parameters = step.weight, step.scale, step.shift, stride, step.act, _computing(context)
-    return packed.get("folded", lambda: library.make_conv(*parameters))
+def _image_shape(size: Size) -> library.Shape:
+    n, h, w = size
+    return n, 3, h, w
+
+
+def _folded(
+    weight: Tensor,
+    scale: Optional,
+    shift: Optional,
+    stride: int,
+    act: p.Activation,
+    shape: library.Shape,
+    context: Context,
+    packed: Packed,
+) -> library.Convolve:
+    """The library's convolution, its filters laid out for x of `shape` and `scale` folded into them."""
+    # A block's two differ by their scales. oneDNN's layouts may depend on the number of threads too.
+    form = (shape, torch.get_num_threads(), native.address(scale))
+    parameters = weight, scale, shift, stride, act, shape, _computing(context)
+    return packed.while_held(form, lambda: library.make_conv(*parameters))
 
 
 def _onednn(
@@ -217,7 +233,9 @@ def _onednn(
 
 def _their_conv(step: p.Conv, size: Size, context: Context, packed: Packed) -> list[Algorithm]:
     def prepare() -> library.LibraryRun:
-        convolve = _folded(step, step.stride, context, packed)
+        shape = step.inputs[0].shape(*size) if step.inputs else _image_shape(size)
+        parameters = step.weight, step.scale, step.shift, step.stride, step.act, shape
+        convolve = _folded(*parameters, context, packed)
         return library.conv(step, convolve, size[1:], _computing(context), context.normalisation)
 
     return [_onednn(step, size, context, prepare, passes=int(step.skip))]
@@ -225,7 +243,8 @@ def _their_conv(step: p.Conv, size: Size, context: Context, packed: Packed) -> l
 
 def _their_stem(step: p.Stem, size: Size, context: Context, packed: Packed) -> list[Algorithm]:
     def prepare() -> library.LibraryRun:
-        convolve = _folded(step, 2, context, packed)
+        parameters = step.weight, step.scale, step.shift, 2, step.act, _image_shape(size)
+        convolve = _folded(*parameters, context, packed)
         return library.stem(convolve, size[1:], _computing(context), context.normalisation)
 
     # The image is normalised and padded, and what is pooled has four times the pixels.
@@ -236,7 +255,10 @@ def _their_shared_block(
     step: p.SharedBlockStep, size: Size, context: Context, packed: Packed
 ) -> list[Algorithm]:
     def prepare() -> library.LibraryRun:
-        first, second = packed.get("folded", lambda: library.folded_block(step, _computing(context)))
+        shape = step.inputs[0].shape(*size)
+        norm1, norm2 = (step.scale1, step.shift1), (step.scale2, step.shift2)
+        first = _folded(step.weight, *norm1, 1, step.act, shape, context, packed)
+        second = _folded(step.weight, *norm2, 1, p.Activation(0.0), shape, context, packed)
         return library.shared_block(step, first, second)
 
     return [_onednn(step, size, context, prepare, calls=2, passes=int(step.skip))]

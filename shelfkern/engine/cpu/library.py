@@ -21,6 +21,7 @@ from ..image import prepare_image, statistics
 # Rows of full-size scores that the argmax makes at a time.
 STRIP_ROWS = 16
 
+Shape = tuple[int, ...]
 # inputs (the images, where a step has none); gives the result.
 LibraryRun = Callable[[Sequence[Tensor]], Tensor]
 
@@ -36,18 +37,27 @@ def onednn_reason() -> str | None:
     try:
         x = torch.ones(1, 8, 4, 4).contiguous(memory_format=torch.channels_last)
         weight = torch.ones(8, 8, 1, 1)
-        result = _FusedConv(weight, torch.ones(8), 1, p.Activation(0.0))(x, x)
+        result = _FusedConv(weight, torch.ones(8), 1, p.Activation(0.0), tuple(x.shape))(x, x)
     except (RuntimeError, TypeError) as error:
         return f"mkldnn::_convolution_pointwise failed: {str(error).splitlines()[0]}"
     return None if bool((result == 10).all()) else "mkldnn::_convolution_pointwise gave a wrong result"
 
 
 class _FusedConv:
-    """act(conv(x) + bias + residual) in one oneDNN primitive."""
+    """act(conv(x) + bias + residual) in one oneDNN primitive.
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, stride: int, act: p.Activation) -> None:
+    Weights are laid out for x of `shape`. For another oneDNN may want another layout, and makes it anew at
+    each call, which takes up to forty times as long as the convolution.
+    """
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, stride: int, act: p.Activation, shape: Shape
+    ) -> None:
         self.geometry = ([weight.shape[2] // 2] * 2, [stride] * 2, [1, 1], 1)
-        self.weight = torch.ops.mkldnn._reorder_convolution_weight(weight.contiguous(), *self.geometry)
+        # Without images there is nothing to lay out for.
+        layout = [max(1, shape[0]), *shape[1:]]
+        reorder = torch.ops.mkldnn._reorder_convolution_weight
+        self.weight = reorder(weight.contiguous(), *self.geometry, layout)
         self.bias = bias
         self.slope = act.slope
 
@@ -73,7 +83,9 @@ class _FusedConv:
 class _PlainConv:
     """act(conv(x) + bias + residual) with public calls."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, stride: int, act: p.Activation) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, stride: int, act: p.Activation, shape: Shape
+    ) -> None:
         self.weight, self.bias, self.stride, self.slope = weight, bias, stride, act.slope
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -104,13 +116,14 @@ def make_conv(
     shift: Tensor | None,
     stride: int,
     act: p.Activation,
+    shape: Shape,
     dtype: torch.dtype = torch.float32,
 ) -> Convolve:
-    """act(scale * conv(x) + shift + residual) of x of `dtype`, the scale folded into the weights."""
+    """act(scale * conv(x) + shift + residual), the scale folded in, for x of `shape` and `dtype`."""
     if scale is not None:
         weight = weight * scale[:, None, None, None]
     kind = _PlainConv if onednn_reason() else _FusedConv
-    return kind(weight.to(dtype), None if shift is None else shift.to(dtype), stride, act)
+    return kind(weight.to(dtype), None if shift is None else shift.to(dtype), stride, act, shape)
 
 
 def conv(
@@ -139,12 +152,6 @@ def stem(
         return F.max_pool2d(convolve(prepare_image(inputs[0], *size, *colours).to(dtype)), 3, 2, 1)
 
     return run
-
-
-def folded_block(step: p.SharedBlockStep, dtype: torch.dtype) -> tuple[Convolve, Convolve]:
-    """Both convolutions of a block, each with filters that its norm is folded into."""
-    first = make_conv(step.weight, step.scale1, step.shift1, 1, step.act, dtype)
-    return first, make_conv(step.weight, step.scale2, step.shift2, 1, p.Activation(0.0), dtype)
 
 
 def shared_block(step: p.SharedBlockStep, first: Convolve, second: Convolve) -> LibraryRun:

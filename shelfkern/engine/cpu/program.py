@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,12 +17,13 @@ from ...normalisation import Normalisation
 from .. import arena
 from .. import plan as p
 from ..image import image_size, padded
-from ..problem import Packed, Size, key_of
+from ..problem import Packed, Size, random_image
 from ..workspace import WorkspacePool
 from . import library
 from .algorithm import Algorithm, Context, Run
 from .algorithms import algorithms, why_not_ours
-from .timing import Tuners, candidate
+from .choice import Names, choose, named
+from .timing import CPU, Tuners
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ class Program:
             for index, step in enumerate(plan.steps)
         ]
         self._choosing = threading.Lock()
-        self._choices = functools.lru_cache(KEPT_CHOICES)(self._choose_all)
+        self._choices = functools.lru_cache(KEPT_CHOICES)(self._choose)
         self.pool: WorkspacePool[tuple[Size, int], Workspace] = WorkspacePool(self._workspace)
 
     def _check(self) -> None:
@@ -101,20 +102,20 @@ class Program:
         with self._choosing:
             return self._choices(size, threads)
 
-    def _choose_all(self, size: Size, threads: int) -> list[Algorithm]:
-        return [self._choose(index, size, threads) for index in range(len(self.plan.steps))]
+    def _choose(self, size: Size, threads: int) -> list[Algorithm]:
+        tuner = self._tuners.of(threads)
+        names = choose(self.plan, size, self.context, tuner, lambda names: self._trial(names, size))
+        return self._named(names, size, self._packed)
 
-    def _choose(self, index: int, size: Size, threads: int) -> Algorithm:
-        step = self.plan.steps[index]
-        found = algorithms(step, size, self.context, self._packed[index])
-        # Nothing can be told from calls that do nothing.
-        if len(found) == 1 or not size[0]:
-            return found[0]
-        # With packed weights of their own, so that those of the losers go.
-        tried = algorithms(step, size, self.context, Packed())
-        candidates = [candidate(step, algorithm, size, self.context) for algorithm in tried]
-        winner = self._tuners.of(threads).choose(key_of(step, size, self.dtype), candidates)
-        return next(algorithm for algorithm in found if algorithm.name == winner)
+    def _named(self, names: Names, size: Size, packed: Sequence[Packed]) -> list[Algorithm]:
+        steps = zip(self.plan.steps, names, packed, strict=True)
+        return [named(algorithms(step, size, self.context, own), name) for step, name, own in steps]
+
+    def _trial(self, names: Names, size: Size) -> Callable[[], Tensor]:
+        """A forward pass on random images, with weights and memory of its own."""
+        chosen = self._named(names, size, [Packed() for _ in names])
+        workspace, images = self._workspace_of(chosen, size), random_image(size, torch.float32, CPU)
+        return lambda: self.low_resolution_scores(images, workspace)
 
     def algorithm_names(self, n: int, h: int, w: int) -> list[str]:
         """What runs each step for n images padded to h x w, on the present number of threads."""
@@ -122,7 +123,9 @@ class Program:
 
     def _workspace(self, key: tuple[Size, int]) -> Workspace:
         size, threads = key
-        chosen = self._chosen(size, threads)
+        return self._workspace_of(self._chosen(size, threads), size)
+
+    def _workspace_of(self, chosen: Sequence[Algorithm], size: Size) -> Workspace:
         placed = [step.outputs if a.in_arena else () for step, a in zip(self.plan.steps, chosen, strict=True)]
         scratch = {index: algorithm.scratch for index, algorithm in enumerate(chosen)}
         values = {value for outputs in placed for value in outputs}

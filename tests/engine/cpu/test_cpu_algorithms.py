@@ -8,10 +8,9 @@ from models import CONFIGS, assert_as_exact_as_eager, build, images
 import shelfkern
 from shelfkern import native
 from shelfkern.engine import plan as p
-from shelfkern.engine.cpu import library
+from shelfkern.engine.cpu import library, program
 from shelfkern.engine.cpu.algorithm import Context
 from shelfkern.engine.cpu.algorithms import algorithms
-from shelfkern.engine.cpu.program import Program
 from shelfkern.engine.lower import lower
 from shelfkern.engine.problem import Packed
 from shelfkern.normalisation import Normalisation
@@ -41,17 +40,16 @@ def names(step, size, where):
 def test_any_mix_of_algorithms_is_as_exact_as_eager(name, dtype, monkeypatch):
     model, draw, mixed = build(CONFIGS[name]), random.Random(name), set()
 
-    def choose(self, index, size, threads):
-        found = algorithms(self.plan.steps[index], size, self.context, self._packed[index])
-        algorithm = draw.choice(found)
-        mixed.add(algorithm.name)
-        return algorithm
+    def choose(plan, size, where, tuner, pass_of):
+        drawn = [draw.choice(names(step, size, where)) for step in plan.steps]
+        mixed.update(drawn)
+        return drawn
 
     def poisoned(shape, dtype):
         tensor = torch.empty(shape, dtype=dtype)
         return tensor.fill_(255) if dtype is torch.uint8 else tensor.fill_(float("nan"))
 
-    monkeypatch.setattr(Program, "_choose", choose)
+    monkeypatch.setattr(program, "choose", choose)
     monkeypatch.setattr(native, "empty", poisoned)
     inputs = [images(*size) for size in SIZES for _ in range(3)]
     # A new program each time, so that it is mixed anew.
@@ -113,7 +111,25 @@ def test_oneddn_multiplies_bfloat16_only_where_the_cpu_does(monkeypatch):
         monkeypatch.setattr(library, "bfloat16_products", lambda has=has: has)
         packed = Packed()
         (found,) = algorithms(step, (1, 9, 9), context(torch.bfloat16, ours=False), packed)
-        out = found.prepare()([x], [], torch.empty(0))
-        assert packed._made["folded"].weight.dtype is (torch.bfloat16 if has else torch.float32)
+        run = found.prepare()
+        out = run([x], [], torch.empty(0))
+        (convolve,) = packed._held.values()
+        assert convolve.weight.dtype is (torch.bfloat16 if has else torch.float32)
         assert out.dtype is torch.bfloat16 and out.is_contiguous(memory_format=torch.channels_last)
         assert (out - truth).abs().max() <= 2**-7 * truth.abs().max()
+
+
+@pytest.mark.skipif(library.onednn_reason() is not None, reason="no oneDNN")
+def test_layouts_for_a_size_go_with_what_runs_it():
+    step, packed = conv_step(32), Packed()
+
+    def run(extent):
+        (found,) = algorithms(step, (1, extent, extent), context(ours=False), packed)
+        return found.prepare()
+
+    runs = [run(9), run(9), run(16)]
+    assert len(packed._held) == 2 and not packed._made
+    del runs[0]
+    assert len(packed._held) == 2
+    runs.clear()
+    assert not packed._held

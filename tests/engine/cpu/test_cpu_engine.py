@@ -36,7 +36,11 @@ class Clock:
         self.timed += calls
         for call in calls.values():
             call()
-        return {name: self._place(name) for name in calls}
+        # Layers are timed with nothing in the caches, passes as they run.
+        return {name: self._place(name) if cold else self._pass(name) for name in calls}
+
+    def _pass(self, name):
+        return 1.0
 
     def _place(self, name):
         return next((i + 1.0 for i, begin in enumerate(self.order) if name.startswith(begin)), 100.0)
@@ -78,6 +82,18 @@ def test_what_is_fastest_runs_and_is_known_to_the_next(finds, cache):
     assert algorithm_names(again) == algorithm_names(fast)
     # Another size was not measured.
     assert "native direct" in algorithm_names(again, 1, 320, 320) and len(clock.timed) == count
+
+
+@needs_native
+@needs_onednn
+@torch.no_grad()
+def test_what_is_fastest_by_itself_but_not_in_a_pass_does_not_run(finds):
+    model, clock = build(CONFIGS["attention"]), finds("onednn", "torch")
+    passes = []
+    clock._pass = lambda name: passes.append(name) or 10.0 - len(passes)
+    fast = shelfkern.accelerate(model, tune=True)
+    assert_as_exact_as_eager(fast, model, [images(1, 64, 64)], torch.float32)
+    assert len(passes) == 2 and all(name.startswith("native") for name in algorithm_names(fast))
 
 
 @needs_native

@@ -1,0 +1,96 @@
+"""The algorithms of a whole plan at one size: the fastest of each layer, and then the fastest pass."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+from .. import plan as p
+from ..problem import Packed, Size, key_of
+from ..tuning import Call, Candidate, Tuner
+from .algorithm import Algorithm, Context
+from .algorithms import algorithms
+from .timing import TIE, candidate
+
+# Names of the algorithms of all steps.
+Names = tuple[str, ...]
+
+
+def choose(
+    plan: p.Plan, size: Size, context: Context, tuner: Tuner, pass_of: Callable[[Names], Call]
+) -> Names:
+    """Names of the algorithms to take for n images padded to h x w.
+
+    Layers are timed one by one, with nothing in the caches. That does not show what a result outside the
+    arena costs in a network, fresh pages and activations pushed out of the caches: so passes are timed too,
+    of the fastest algorithms, of the fastest that write into the arena, and of those that were predicted.
+
+    Args:
+        pass_of: a forward pass of named algorithms, on weights and memory that go with it.
+    """
+    layers = [_Layer(step, size, context, tuner) for step in plan.steps]
+    predicted = tuple(layer.names[0] for layer in layers)
+    if not size[0]:
+        return predicted
+    fastest = tuple(layer.fastest() for layer in layers)
+    if not any(layer.measured for layer in layers):
+        return fastest
+    in_arena = tuple(layer.fastest_in_arena() for layer in layers)
+    ways = list(dict.fromkeys((in_arena, fastest, predicted)))
+    if len(ways) == 1:
+        return ways[0]
+    candidates = [
+        Candidate(_digest(names), _sum(layers, names), lambda names=names: pass_of(names))  # type: ignore[misc]
+        for names in ways
+    ]
+    winner = tuner.choose(f"forward {_digest([layer.key for layer in layers])}", candidates)
+    return next(names for names in ways if _digest(names) == winner)
+
+
+class _Layer:
+    """A step at one size: its algorithms, and what is known of them."""
+
+    def __init__(self, step: p.Step, size: Size, context: Context, tuner: Tuner) -> None:
+        # With packed weights of their own, so that those of the losers go.
+        self._found = algorithms(step, size, context, Packed())
+        self._candidates = [candidate(step, algorithm, size, context) for algorithm in self._found]
+        self._tuner = tuner
+        self.key = key_of(step, size, context.dtype)
+        self.names = [algorithm.name for algorithm in self._found]
+
+    @property
+    def measured(self) -> Mapping[str, float]:
+        """Microseconds by name of what was timed."""
+        return self._tuner.measured(self.key, cold=True)
+
+    def fastest(self) -> str:
+        """The tuner's choice, which may time them."""
+        if len(self._found) == 1:
+            return self.names[0]
+        return self._tuner.choose(self.key, self._candidates, cold=True)
+
+    def fastest_in_arena(self) -> str:
+        """The best measured of those that write into the arena; of all, where none does."""
+        names = [algorithm.name for algorithm in self._found if algorithm.in_arena] or self.names
+        times = {name: self.measured[name] for name in names if name in self.measured}
+        limit = TIE * min(times.values(), default=math.inf)
+        return next((name for name in names if times.get(name, math.inf) <= limit), names[0])
+
+    def microseconds(self, name: str) -> float:
+        """What an algorithm takes: measured, or predicted."""
+        predicted = next(a.microseconds for a in self._found if a.name == name)
+        return self.measured.get(name, predicted)
+
+
+def _sum(layers: Sequence[_Layer], names: Names) -> float:
+    return sum(layer.microseconds(name) for layer, name in zip(layers, names, strict=True))
+
+
+def _digest(names: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+
+
+def named(found: Sequence[Algorithm], name: str) -> Algorithm:
+    """The algorithm of a name."""
+    return next(algorithm for algorithm in found if algorithm.name == name)
