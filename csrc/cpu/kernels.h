@@ -67,7 +67,8 @@ struct Conv {
     int threads;
 };
 
-// The same for 3x3 kernels of stride 1 and padding 1, by Winograd's F(tile x tile, 3x3), tile 2 or 4.
+// The same for 3x3 kernels of padding 1 by Winograd's minimal filtering: of stride 1 with tiles of 2 or 4, of
+// stride 2 with tiles of 4, or the transposed convolution of stride 2 and output padding 1 with tiles of 4.
 //
 // Weights: per panel of 16 output channels, (tile + 2)^2 frequencies x c x 16 float32
 // (ops/_conv_winograd.py transforms them).

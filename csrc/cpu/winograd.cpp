@@ -1,4 +1,4 @@
-// 3x3 convolutions of stride 1 and padding 1 with fewer multiplications.
+// 3x3 convolutions of padding 1, and transposed ones of stride 2, with fewer multiplications.
 //
 // A task is a block of tiles and a range of output channels. It transforms the block's input once, into
 // V, and for each group of weight panels multiplies, frequency after frequency, into M, which the output

@@ -286,15 +286,22 @@ def calls(monkeypatch):
 
 
 def test_what_can_pay():
-    assert can_pay(torch.zeros(32, 32, 3, 3), 1, 1)
+    assert can_pay(torch.zeros(32, 32, 3, 3), 1, 1) and can_pay(torch.zeros(64, 64, 3, 3), 2, 1)
     for shape, stride, padding in (
-        ((32, 32, 3, 3), 2, 1), ((32, 32, 3, 3), 1, 0), ((32, 31, 3, 3), 1, 1), ((31, 32, 3, 3), 1, 1),
-        ((32, 32, 1, 1), 1, 1), ((32, 32, 3, 1), 1, 1),
+        ((32, 32, 3, 3), 1, 0), ((32, 31, 3, 3), 1, 1), ((31, 32, 3, 3), 1, 1), ((32, 32, 1, 1), 1, 1),
+        ((32, 32, 3, 1), 1, 1), ((64, 64, 3, 3), 2, 0), ((64, 64, 3, 3), 3, 1), ((63, 64, 3, 3), 2, 1),
+        ((64, 63, 3, 3), 2, 1), ((64, 64, 1, 1), 2, 1),
     ):  # fmt: skip
         assert not can_pay(torch.zeros(shape), stride, padding)
     assert pays((1, 4, 8, 8)) and pays((2, 4, 4, 4)) and pays((1, 4, 2, 64))
     for n, h, w in ((1, 4, 4), (1, 5, 5), (1, 1, 640), (0, 8, 8)):
         assert not pays((n, 4, h, w))
+    assert pays((1, 4, 8, 8), 2) and pays((4, 4, 4, 4), 2) and pays((1, 4, 3, 64), 2)
+    for n, h, w in ((1, 4, 8), (1, 2, 640), (1, 10, 10), (0, 8, 8)):
+        assert not pays((n, 4, h, w), 2)
+    assert pays((1, 4, 4, 4), 2, True) and pays((1, 4, 3, 64), 2, True)
+    for n, h, w in ((1, 3, 4), (1, 5, 5), (0, 8, 8)):
+        assert not pays((n, 4, h, w), 2, True)
 
 
 def chosen(step, size):
@@ -330,7 +337,7 @@ def test_the_engine_transforms_the_weights_of_a_shared_block_once(skip, calls, m
     x, weight, *norms = arguments(1, 40, 12, 12, 40)
     norms = [*norms[:2], random(40, seed=7), random(40, seed=8)]
     packed = []
-    monkeypatch.setattr(algorithms, "pack_winograd", lambda w, m: packed.append(w) or pack_winograd(w, m))
+    monkeypatch.setattr(algorithms, "pack_winograd", lambda w, *a: packed.append(w) or pack_winograd(w, *a))
     values = [p.Value(i, 40, 1) for i in range(3)]
     step = p.SharedBlockStep(
         "block", values[:1], values[1], weight, *norms, p.Activation(0.01), values[2], skip

@@ -66,14 +66,15 @@ def _convolutions(
 
     def winograd(tile: int) -> Prepare:
         def prepare() -> Convolve:
-            filters = packed.get(f"winograd {tile}", lambda: pack_winograd(weight, tile))
+            filters = packed.get(f"winograd {tile}", lambda: pack_winograd(weight, tile, stride))
             return lambda x, *others: conv_winograd_native(x, filters, *others)
 
         return prepare
 
     found: dict[str, tuple[int | None, Prepare]] = {"native direct": (None, direct)}
     if can_pay(weight, stride, padding):
-        found |= {f"native winograd {tile}x{tile}": (tile, winograd(tile)) for tile in (4, 2)}
+        tiles = (4, 2) if stride == 1 else (4,)
+        found |= {f"native winograd {tile}x{tile}": (tile, winograd(tile)) for tile in tiles}
     return found
 
 
@@ -154,7 +155,7 @@ def _our_upsample_add(step: p.UpsampleAdd, size: Size, context: Context, packed:
 
 
 def _our_deconv(step: p.DeconvAdd, size: Size, context: Context, packed: Packed) -> list[Algorithm]:
-    def prepare() -> Run:
+    def direct() -> Run:
         filters = packed.get("direct", lambda: ops.pack_deconv(step.weight))
 
         def run(inputs: Sequence[Tensor], out: Tensor) -> None:
@@ -162,7 +163,19 @@ def _our_deconv(step: p.DeconvAdd, size: Size, context: Context, packed: Packed)
 
         return no_scratch(run)
 
-    return [Algorithm("native direct", cost.direct(step, size), prepare)]
+    def winograd() -> Run:
+        filters = packed.get("winograd 4", lambda: pack_winograd(step.weight, 4, 2, transposed=True))
+
+        def run(inputs: Sequence[Tensor], out: Tensor) -> None:
+            x, skip = inputs
+            conv_winograd_native(x, filters, None, step.bias, None, skip, out, None)
+
+        return no_scratch(run)
+
+    found = [Algorithm("native direct", cost.direct(step, size), direct)]
+    if can_pay(step.weight, stride=2, padding=1):
+        found.append(Algorithm("native winograd 4x4", cost.winograd(step, size, 4), winograd))
+    return found
 
 
 def _library(

@@ -21,8 +21,9 @@ MACS_A_US = 50e3
 BFLOAT16_MACS_A_US = 90e3
 # Of kernels that only move data; memory that the library takes anew costs page faults.
 BYTES_A_US, FRESH_BYTES_A_US = 10e3, 4e3
-# Pixels convolved directly in the time of one Winograd tile, and for reading each transformed weight once.
-TILE_PIXELS = {2: 2.6, 4: 5.5}
+# Outputs, of a transposed convolution inputs, convolved directly in the time of one Winograd tile, by the
+# stride and the tile.
+TILE_PIXELS = {(1, 2): 2.6, (1, 4): 5.5, (2, 4): 11.5}
 
 
 def direct(step: p.Step, size: Size) -> float:
@@ -30,13 +31,16 @@ def direct(step: p.Step, size: Size) -> float:
     return CALL + p.step_macs(step, *size) / MACS_A_US
 
 
-def winograd(step: p.Conv | p.SharedBlockStep, size: Size, tile: int) -> float:
+def winograd(step: p.Conv | p.SharedBlockStep | p.DeconvAdd, size: Size, tile: int) -> float:
     """Our Winograd kernels, never below a direct one's where `pays` says that it is not worth the digits."""
-    n, _, h, w = step.output.shape(*size)
+    transposed = isinstance(step, p.DeconvAdd)
+    stride = 2 if transposed else step.stride if isinstance(step, p.Conv) else 1
+    shape = (step.inputs[0] if transposed else step.output).shape(*size)
+    n, _, h, w = shape
     tiles = n * -(-h // tile) * -(-w // tile)
-    saved = TILE_PIXELS[tile] * tiles / max(1, n * h * w)
+    saved = TILE_PIXELS[stride, tile] * tiles / max(1, n * h * w)
     time = CALL + saved * p.step_macs(step, *size) / MACS_A_US
-    return time if pays(step.inputs[0].shape(*size)) else max(time, 1.01 * direct(step, size))
+    return time if pays(shape, stride, transposed) else max(time, 1.01 * direct(step, size))
 
 
 def moving(step: p.Step, size: Size, activation_bytes: int) -> float:

@@ -65,9 +65,22 @@ def test_without_measurements_winograd_runs_where_it_pays(extent):
         library.onednn_reason()
     )
     assert wide[0] == ("native winograd 4x4" if pays((1, 32, extent, extent)) else "native direct")
-    for step in (narrow, conv_step(64, 3, 2), conv_step(64, 1)):
+    for step in (narrow, conv_step(63, 3, 2), conv_step(64, 1)):
         found = names(step, (1, 64, 64), context())
         assert found[0] == "native direct" and not any("winograd" in name for name in found)
+
+
+@needs_native
+@pytest.mark.parametrize("extent", [1, 3, 4, 5, 8, 10, 12, 64])
+def test_without_measurements_filters_of_stride_2_run_where_they_pay(extent):
+    down = conv_step(64, 3, 2)
+    low, high = p.Value(0, 64, 2), p.Value(1, 64, 1)
+    up = p.DeconvAdd("up", (low, high), p.Value(2, 64, 1), torch.randn(64, 64, 3, 3), torch.ones(64))
+    for step, transposed in ((down, False), (up, True)):
+        found = names(step, (1, 2 * extent, 2 * extent), context(theirs=False))
+        assert set(found) == {"native direct", "native winograd 4x4"}
+        filtered = found[0] == "native winograd 4x4"
+        assert filtered == pays((1, 64, extent, extent), 2, transposed)
 
 
 @needs_native
