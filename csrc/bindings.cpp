@@ -7,6 +7,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <map>
 #include <string>
 #include <vector>
 
@@ -63,19 +64,21 @@ void upsample_softmax_sum(Address scores, Address out, int dtype, int64_t n, int
 }
 
 void conv_bn_act(Address x, Address weight, Address scale, Address shift, Address residual, Address skip,
-                 Address out, int dtype, int64_t n, int64_t h, int64_t w, int64_t c, int64_t out_h,
-                 int64_t out_w, int64_t out_c, int64_t kernel_h, int64_t kernel_w, int64_t stride,
-                 int64_t pad_h, int64_t pad_w, int64_t chunk, int64_t stride_n, int64_t stride_h,
-                 int64_t stride_w, float slope, int threads) {
+                 Address out, int dtype, int product, int64_t n, int64_t h, int64_t w, int64_t c,
+                 int64_t out_h, int64_t out_w, int64_t out_c, int64_t kernel_h, int64_t kernel_w,
+                 int64_t stride, int64_t pad_h, int64_t pad_w, int64_t chunk, int64_t stride_n,
+                 int64_t stride_h, int64_t stride_w, float slope, int threads, Address offset, Address codes,
+                 float codes_scale) {
     const py::gil_scoped_release unlocked;
     kernels().conv_bn_act({pointer(x),
-                           pointer<float>(weight),
+                           pointer(weight),
                            pointer<float>(scale),
                            pointer<float>(shift),
                            pointer(residual),
                            pointer(skip),
                            pointer(out),
                            static_cast<DType>(dtype),
+                           static_cast<Product>(product),
                            n,
                            h,
                            w,
@@ -93,7 +96,39 @@ void conv_bn_act(Address x, Address weight, Address scale, Address shift, Addres
                            stride_h,
                            stride_w,
                            slope,
-                           threads});
+                           threads,
+                           pointer<int32_t>(offset),
+                           pointer<int8_t>(codes),
+                           codes_scale});
+}
+
+void quantize(Address x, Address codes, int dtype, int64_t count, float codes_scale, int threads) {
+    const py::gil_scoped_release unlocked;
+    kernels().quantize(
+        {pointer(x), pointer<int8_t>(codes), static_cast<DType>(dtype), count, codes_scale, threads});
+}
+
+Product product_of(const std::string& kind) {
+    static const std::map<std::string, Product> products = {
+        {"float32", Product::floats}, {"bfloat16", Product::pairs}, {"int8", Product::quads}};
+    const auto found = products.find(kind);
+    if (found == products.end()) {
+        throw py::value_error("kind is '" + kind + "', it may be float32, bfloat16 or int8");
+    }
+    return found->second;
+}
+
+bool has_product(const std::string& kind) { return kernels().has[static_cast<int>(product_of(kind))]; }
+
+double peak(const std::string& kind, int threads, int64_t milliseconds) {
+    if (!has_product(kind)) {
+        throw py::value_error("kind is '" + kind + "', for which " + kernels().isa + " has no instructions");
+    }
+    if (threads < 1) {
+        throw py::value_error("threads is " + std::to_string(threads) + ", it must be at least 1");
+    }
+    const py::gil_scoped_release unlocked;
+    return kernels().peak({product_of(kind), threads, milliseconds});
 }
 
 void stem(Address image, Address values, Address weight, Address scale, Address shift, Address out,
@@ -169,6 +204,9 @@ PYBIND11_MODULE(_native, m) {
     m.def("upsample_argmax", &resize<&Kernels::upsample_argmax>);
     m.def("upsample_softmax_sum", &upsample_softmax_sum);
     m.def("conv_bn_act", &conv_bn_act);
+    m.def("quantize", &quantize);
+    m.def("has_product", &has_product);
+    m.def("peak", &peak);
     m.def("stem", &stem);
     m.def("winograd", &winograd);
 #if defined(SHELFKERN_WITH_CUDA)

@@ -18,6 +18,8 @@ from torch import Tensor
 
 # As the enums in csrc/cpu/kernels.h and csrc/cuda.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2, torch.float16: 3}
+# What convolutions multiply on a CPU: as `Product` in csrc/cpu/kernels.h.
+PRODUCT_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
 NO_COMPILER = "shelfkern was installed without a C++ compiler; install one and reinstall"
 NO_EMULATOR = "shelfkern was installed without the emulator; set SHELFKERN_EMULATION=1 and reinstall"
@@ -103,6 +105,11 @@ def disabled_reason(op: str, backend: str) -> str | None:
 def disable(op: str, because: str, backend: str = "native") -> None:
     """Switches an op's kernel off in this process."""
     disabled[backend, op] = because
+
+
+def has_product(dtype: torch.dtype) -> bool:
+    """Whether this CPU has instructions for products of bfloat16 or int8; of float32 all have."""
+    return module is not None and module.has_product(str(dtype).removeprefix("torch."))
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -173,6 +173,31 @@ def test_isas():
 
 
 @needs_native
+def test_products_and_their_peaks():
+    module = native.module
+    before = module.isa()
+    assert native.has_product(torch.float32)
+    with pytest.raises(ValueError, match=r"^kind is 'float64', it may be float32, bfloat16 or int8$"):
+        module.peak("float64", 1, 1)
+    with pytest.raises(ValueError, match=r"^threads is 0, it must be at least 1$"):
+        module.peak("float32", 0, 1)
+    try:
+        for isa in module.isas():
+            module.force_isa(isa)
+            assert native.has_product(torch.int8) == (isa in ("avx512_vnni", "avx512_bf16"))
+            assert native.has_product(torch.bfloat16) == (isa == "avx512_bf16")
+            for kind in ("float32", "bfloat16", "int8"):
+                if module.has_product(kind):
+                    assert module.peak(kind, 2, 1) > 0
+                else:
+                    message = rf"^kind is '{kind}', for which {isa} has no instructions$"
+                    with pytest.raises(ValueError, match=message):
+                        module.peak(kind, 1, 1)
+    finally:
+        module.force_isa(before)
+
+
+@needs_native
 def test_kernels_run_on_the_threads_of_torch_or_on_their_own():
     scores = torch.randn(2, 19, 33, 41, generator=torch.Generator().manual_seed(0))
     expected = ops.upsample_argmax_reference(scores, (264, 328), (264, 328), True)

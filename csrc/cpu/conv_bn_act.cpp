@@ -1,3 +1,5 @@
+#include <type_traits>
+
 #include "../common/parallel.h"
 #include "conv_direct.h"
 
@@ -13,36 +15,64 @@ int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-template <typename T>
-void copy_channels(const T* from, float* to, int64_t count) {
+// Elements to words, the last one filled up with zeros. Inputs of products of codes are codes + 128.
+void pack_channels(const float* from, Floats::Word* to, int64_t count) {
+    std::memcpy(to, from, count * sizeof(float));
+}
+
+void pack_channels(const bf16* from, Floats::Word* to, int64_t count) {
     int64_t i = 0;
     for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
     for (; i < count; ++i) to[i] = load_one(from + i);
 }
 
-void clear(float* to, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) to[i] = 0;
+void pack_channels(const bf16* from, Bfloats::Word* to, int64_t count) {
+    std::memcpy(to, from, count / 2 * sizeof(*to));
+    if (count % 2) to[count / 2] = from[count - 1].bits;
+}
+
+constexpr uint32_t kZeroCodes = 0x80808080;
+
+void pack_channels(const int8_t* from, Codes::Word* to, int64_t count) {
+    int64_t i = 0;
+    for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
+        const vu words = load_vector<vu>(from + i) ^ kZeroCodes;
+        std::memcpy(to + i / 4, &words, sizeof(words));
+    }
+    for (; i < count; i += 4) {
+        uint32_t word = 0;
+        std::memcpy(&word, from + i, min(4, count - i));
+        to[i / 4] = word ^ kZeroCodes;
+    }
+}
+
+template <typename P>
+void clear(typename P::Word* to, int64_t count) {
+    const typename P::Word zero = std::is_same<P, Codes>::value ? kZeroCodes : 0;
+    for (int64_t i = 0; i < count; ++i) to[i] = zero;
 }
 
 // Rows from `first_row` and columns from -pad_w of one image, zeros outside it.
-template <typename T>
-void pack_strip(const Conv& a, const Shape& s, const T* image, int64_t first_row, int64_t rows, float* to) {
+template <typename P, typename X>
+void pack_strip(const Conv& a, const Shape& s, const X* image, int64_t first_row, int64_t rows,
+                typename P::Word* to) {
     const int64_t columns = s.columns();
     const int64_t left = min(a.pad_w, columns);
     const int64_t inside = max(0, min(columns - left, a.w));
     for (int64_t i = 0; i < s.chunks(); ++i) {
-        const int64_t width = s.chunk_width(i);
+        const int64_t width = s.chunk_width(i), first = i * s.chunk * P::kElements;
+        const int64_t channels = min(width * P::kElements, a.c - first);
         for (int64_t r = 0; r < rows; ++r, to += columns * width) {
             const int64_t y = first_row + r;
             if (y < 0 || y >= a.h) {
-                clear(to, columns * width);
+                clear<P>(to, columns * width);
                 continue;
             }
-            const T* from = image + y * a.w * a.c + i * s.chunk;
-            clear(to, left * width);
+            const X* from = image + y * a.w * a.c + first;
+            clear<P>(to, left * width);
             for (int64_t x = 0; x < inside; ++x)
-                copy_channels(from + x * a.c, to + (left + x) * width, width);
-            clear(to + (left + inside) * width, (columns - left - inside) * width);
+                pack_channels(from + x * a.c, to + (left + x) * width, channels);
+            clear<P>(to + (left + inside) * width, (columns - left - inside) * width);
         }
     }
 }
@@ -60,7 +90,7 @@ Cut cut(const Conv& a, const Shape& s) {
     const int64_t row_bytes = (s.columns() * min(s.chunk, s.c) + sums) * 4;
     const int64_t fitting = max(1, (kStripBytes / row_bytes - s.kernel_h) / s.stride + 1);
     const int64_t tasks = a.threads == 1 ? 1 : 4 * a.threads;
-    const int64_t weights = panels * s.panel_floats(), input = a.h * a.w * a.c;
+    const int64_t weights = panels * s.panel_words(), input = a.h * a.w * s.c;
     Cut best{};
     int64_t least = 0;
     for (int64_t groups = 1; groups <= divide_up(panels, kMaxPanels); ++groups) {
@@ -75,37 +105,47 @@ Cut cut(const Conv& a, const Shape& s) {
     return best;
 }
 
-// A 1x1 convolution reads a float32 input where it is.
+// A 1x1 convolution reads an input whose pixels are whole words where it is.
+template <typename P, typename X>
 bool used_in_place(const Conv& a, const Shape& s) {
-    return a.dtype == DType::f32 && s.kernel_h * s.kernel_w == 1 && a.pad_h == 0 && a.pad_w == 0 &&
-           (a.out_h - 1) * a.stride < a.h && (a.out_w - 1) * a.stride < a.w;
+    if (std::is_same<P, Codes>::value || sizeof(X) * P::kElements != 4 || a.c % P::kElements) return false;
+    return s.kernel_h * s.kernel_w == 1 && a.pad_h == 0 && a.pad_w == 0 && (a.out_h - 1) * a.stride < a.h &&
+           (a.out_w - 1) * a.stride < a.w;
 }
 
-template <typename T>
+// The strip of one task as the product's words.
+template <typename P, typename X>
+Input<P> input_of(const Conv& a, const Shape& s, int64_t n, int64_t y, int64_t out_rows) {
+    using Word = typename P::Word;
+    const X* image = static_cast<const X*>(a.x) + n * a.h * a.w * a.c;
+    if (used_in_place<P, X>(a, s)) {
+        return {reinterpret_cast<const Word*>(image) + y * a.stride * a.w * s.c, a.w * s.c, s.c};
+    }
+    const int64_t rows = s.input_rows(out_rows);
+    Word* packed = static_cast<Word*>(thread_scratch(0, rows * s.columns() * s.c * 4));
+    pack_strip<P>(a, s, image, y * a.stride - a.pad_h, rows, packed);
+    return {packed, 0, 0};
+}
+
+template <typename P, typename X, typename T>
 void run(const Conv& a) {
     if (a.n * a.out_h * a.out_w == 0) return;
-    Shape s{a.c, a.chunk, a.kernel_h, a.kernel_w, a.stride, a.out_w, a.out_c};
+    Shape s{divide_up(a.c, P::kElements), a.chunk, a.kernel_h, a.kernel_w, a.stride, a.out_w, a.out_c};
     const Cut c = cut(a, s);
-    const bool in_place = used_in_place(a, s);
     parallel_for(a.threads, a.n * c.strips * c.groups, [&](int64_t task) {
         const int64_t group = task % c.groups, strip = task / c.groups % c.strips;
         const int64_t n = task / c.groups / c.strips;
         const int64_t y = strip * c.rows, out_rows = min(c.rows, a.out_h - y);
         if (out_rows <= 0) return;
-        const T* image = static_cast<const T*>(a.x) + n * a.h * a.w * a.c;
-        Input input;
-        if (in_place) {
-            input = {reinterpret_cast<const float*>(image) + y * a.stride * a.w * a.c, a.w * a.c, a.c};
-        } else {
-            const int64_t rows = s.input_rows(out_rows);
-            float* packed = static_cast<float*>(thread_scratch(0, rows * s.columns() * a.c * 4));
-            pack_strip(a, s, image, y * a.stride - a.pad_h, rows, packed);
-            input = {packed, 0, 0};
-        }
-        float* sums = static_cast<float*>(thread_scratch(1, out_rows * a.out_w * kMaxPanels * kPanel * 4));
+        const Input<P> input = input_of<P, X>(a, s, n, y, out_rows);
+        auto* sums =
+            static_cast<typename P::Scalar*>(thread_scratch(1, out_rows * a.out_w * kMaxPanels * kPanel * 4));
         const int64_t at = n * a.stride_n + y * a.stride_h;
         Output<T> o;
-        o.out = static_cast<T*>(a.out) + at;
+        o.out = a.out ? static_cast<T*>(a.out) + at : nullptr;
+        o.codes = a.codes ? a.codes + at : nullptr;
+        o.codes_scale = a.codes_scale;
+        o.offset = a.offset;
         o.residual = a.residual ? static_cast<const T*>(a.residual) + at : nullptr;
         o.skip = a.skip ? static_cast<const T*>(a.skip) + at : nullptr;
         o.scale = a.scale;
@@ -114,17 +154,20 @@ void run(const Conv& a) {
         o.pixel = a.stride_w;
         o.slope = a.slope;
         convolve_strip(s, input, out_rows, group * c.panels / c.groups, (group + 1) * c.panels / c.groups,
-                       a.weight, sums, o);
+                       static_cast<const typename P::Word*>(a.weight), sums, o);
     });
 }
 
 }  // namespace
 
 void conv_bn_act(const Conv& args) {
-    if (args.dtype == DType::f32) {
-        run<float>(args);
-    } else {
-        run<bf16>(args);
+    switch (args.product) {
+        case Product::floats:
+            return args.dtype == DType::f32 ? run<Floats, float, float>(args) : run<Floats, bf16, bf16>(args);
+        case Product::pairs:
+            return run<Bfloats, bf16, bf16>(args);
+        case Product::quads:
+            return run<Codes, int8_t, float>(args);
     }
 }
 

@@ -1,15 +1,16 @@
 // Direct convolution on packed strips, the core of conv_bn_act and stem.
 //
-// A strip of input rows is copied once into thread scratch with its zero borders, as float32, a chunk
-// of channels at a time: [chunk][row][column][channel]. In it the kernel_w taps of one kernel row are
-// kernel_w * chunk consecutive floats, so a convolution is kernel_h dot products of that run for every
-// pixel, and an output tile is a small matrix product: pixels x panels of 16 channels, kept in
-// registers. Sums pass from chunk to chunk through scratch, so that one chunk of weights stays in
-// cache while the strip's pixels go by.
+// A strip of input rows is copied once into thread scratch with its zero borders, as words of one float32,
+// two bfloat16 or four codes (product.h), a chunk of channels at a time: [chunk][row][column][word]. In it
+// the kernel_w taps of one kernel row are kernel_w * chunk consecutive words, so a convolution is kernel_h
+// dot products of that run for every pixel, and an output tile is a small matrix product: pixels x panels
+// of 16 channels, kept in registers. Sums pass from chunk to chunk through scratch, so that one chunk of
+// weights stays in cache while the strip's pixels go by.
 #pragma once
 
+#include "codes.h"
 #include "kernels.h"
-#include "vec.h"
+#include "product.h"
 
 namespace shelfkern {
 namespace SHELFKERN_ISA {
@@ -31,48 +32,51 @@ constexpr int tile_pixels(int) { return 12 / kPanelVectors; }
 #endif
 
 // One chunk of a strip, and where its sums go.
-struct Tile {
-    const float* input;    // first pixel, first tap
-    int64_t input_row;     // floats between kernel rows
-    int64_t input_pixel;   // floats between neighbouring output pixels
-    const float* weight;   // per panel kernel_h x run x 16
-    int64_t weight_panel;  // floats between panels
+template <typename P>
+struct TileOf {
+    const typename P::Word* input;   // first pixel, first tap
+    int64_t input_row;               // words between kernel rows
+    int64_t input_pixel;             // words between neighbouring output pixels
+    const typename P::Word* weight;  // per panel kernel_h x run x 16
+    int64_t weight_panel;            // words between panels
     int64_t kernel_h, run;
-    float* sums;       // pixels x panels x 16, carried between chunks
-    bool first, last;  // chunk
+    typename P::Scalar* sums;  // pixels x panels x 16, carried between chunks
+    bool first, last;          // chunk
 };
+using Tile = TileOf<Floats>;
 
-template <int kPixels, int kPanels>
+template <int kPixels, int kPanels, typename Sum = vf>
 struct Sums {
-    vf v[kPixels][kPanels * kPanelVectors];
+    Sum v[kPixels][kPanels * kPanelVectors];
 };
 
-template <int kPixels, int kPanels>
-static inline __attribute__((always_inline)) void accumulate(const Tile& tile, Sums<kPixels, kPanels>& out) {
+template <typename P, int kPixels, int kPanels>
+static inline __attribute__((always_inline)) void accumulate(const TileOf<P>& tile,
+                                                             Sums<kPixels, kPanels, typename P::Sum>& out) {
     constexpr int kVectors = kPanels * kPanelVectors;
-    Sums<kPixels, kPanels> sums;
+    Sums<kPixels, kPanels, typename P::Sum> sums;
 #pragma GCC unroll 32
     for (int p = 0; p < kPixels; ++p) {
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) {
-            sums.v[p][v] = vf{};
+            sums.v[p][v] = typename P::Sum{};
         }
     }
-    const float* weight = tile.weight;
+    const typename P::Word* weight = tile.weight;
     const int64_t pixel = tile.input_pixel;
     for (int64_t r = 0; r < tile.kernel_h; ++r) {
-        const float* input = tile.input + r * tile.input_row;
+        const typename P::Word* input = tile.input + r * tile.input_row;
         for (int64_t k = 0; k < tile.run; ++k, ++input, weight += kPanel) {
-            vf w[kVectors];
+            typename P::Weights w[kVectors];
 #pragma GCC unroll 4
             for (int v = 0; v < kVectors; ++v) {
                 w[v] = load(weight + v / kPanelVectors * tile.weight_panel + v % kPanelVectors * kLanes);
             }
 #pragma GCC unroll 32
             for (int p = 0; p < kPixels; ++p) {
-                const vf x = splat(input[p * pixel]);
+                const typename P::Word x = input[p * pixel];
 #pragma GCC unroll 4
-                for (int v = 0; v < kVectors; ++v) sums.v[p][v] += x * w[v];
+                for (int v = 0; v < kVectors; ++v) sums.v[p][v] = P::add(sums.v[p][v], x, w[v]);
             }
         }
     }
@@ -81,16 +85,16 @@ static inline __attribute__((always_inline)) void accumulate(const Tile& tile, S
 
 // Adds the sums of the chunks before. Each chunk is summed from zero: one running sum of thousands of
 // products would lose several times more to rounding than sums of blocks.
-template <int kPixels, int kPanels>
-static inline void add_carried(const Tile& tile, Sums<kPixels, kPanels>& sums) {
+template <typename P, int kPixels, int kPanels>
+static inline void add_carried(const TileOf<P>& tile, Sums<kPixels, kPanels, typename P::Sum>& sums) {
     constexpr int kVectors = kPanels * kPanelVectors;
     for (int p = 0; p < kPixels; ++p) {
         for (int v = 0; v < kVectors; ++v) sums.v[p][v] += load(tile.sums + (p * kVectors + v) * kLanes);
     }
 }
 
-template <int kPixels, int kPanels>
-static inline void spill(const Tile& tile, const Sums<kPixels, kPanels>& sums) {
+template <typename P, int kPixels, int kPanels>
+static inline void spill(const TileOf<P>& tile, const Sums<kPixels, kPanels, typename P::Sum>& sums) {
     constexpr int kVectors = kPanels * kPanelVectors;
     for (int p = 0; p < kPixels; ++p) {
         for (int v = 0; v < kVectors; ++v) store(tile.sums + (p * kVectors + v) * kLanes, sums.v[p][v]);
@@ -102,10 +106,13 @@ template <typename T>
 struct Epilogue {
     const float *scale, *shift;
     const T *residual, *skip;  // of the first pixel, or null
-    T* out;
-    int64_t pixel;  // elements between pixels in out, residual and skip
+    T* out;                    // or null
+    int64_t pixel;             // elements between pixels in out, codes, residual and skip
     int channels;
     float slope;
+    int8_t* codes = nullptr;  // of the first pixel, or null
+    float codes_scale = 0;
+    const int32_t* offset = nullptr;  // taken from sums of codes
 };
 
 static inline vf load_some(const float* p, int count) {
@@ -132,20 +139,24 @@ static inline vf load_up_to(const T* p, int count) {
     return count == kLanes ? load(p) : load_some(p, count);
 }
 
-template <int kPixels, int kPanels, typename T>
-static inline void finish(const Sums<kPixels, kPanels>& sums, const Epilogue<T>& e) {
-    for (int v = 0; v < kPanels * kPanelVectors; ++v) {
+// The epilogue of sums [pixel][vector], for any tile: compiled once, not for each shape of a tile.
+template <typename T>
+static __attribute__((noinline)) void finish_sums(const float* sums, int pixels, int vectors,
+                                                  const Epilogue<T>& e) {
+    for (int v = 0; v < vectors; ++v) {
         const int first = v * kLanes;
         const int count = e.channels - first < kLanes ? e.channels - first : kLanes;
         if (count <= 0) break;
         const vf scale = e.scale ? load_up_to(e.scale + first, count) : splat(1);
         const vf shift = e.shift ? load_up_to(e.shift + first, count) : vf{};
-        for (int p = 0; p < kPixels; ++p) {
+        for (int p = 0; p < pixels; ++p) {
             const int64_t at = p * e.pixel + first;
-            vf y = sums.v[p][v] * scale + shift;
+            vf y = load(sums + (p * vectors + v) * kLanes) * scale + shift;
             if (e.residual) y += load_up_to(e.residual + at, count);
             y = activate(y, e.slope);
             if (e.skip) y += load_up_to(e.skip + at, count);
+            if (e.codes) store_codes(e.codes + at, y * splat(e.codes_scale), count);
+            if (!e.out) continue;
             if (count == kLanes) {
                 store(e.out + at, y);
             } else {
@@ -156,8 +167,26 @@ static inline void finish(const Sums<kPixels, kPanels>& sums, const Epilogue<T>&
 }
 
 template <int kPixels, int kPanels, typename T>
-static void run_tile(const Tile& tile, const Epilogue<T>& epilogue) {
-    Sums<kPixels, kPanels> sums;
+static inline void finish(const Sums<kPixels, kPanels>& sums, const Epilogue<T>& e) {
+    finish_sums(reinterpret_cast<const float*>(sums.v), kPixels, kPanels * kPanelVectors, e);
+}
+
+// Sums of codes as floats. Inputs are codes + 128, so 128 times the weights' sum is taken off.
+template <int kPixels, int kPanels, typename T>
+static inline void finish(const Sums<kPixels, kPanels, vi>& sums, const Epilogue<T>& e) {
+    Sums<kPixels, kPanels> floats;
+    for (int v = 0; v < kPanels * kPanelVectors; ++v) {
+        const vi offset = load(e.offset + v * kLanes);
+        for (int p = 0; p < kPixels; ++p) {
+            floats.v[p][v] = __builtin_convertvector(sums.v[p][v] - offset, vf);
+        }
+    }
+    finish(floats, e);
+}
+
+template <int kPixels, int kPanels, typename P, typename T>
+static void run_tile(const TileOf<P>& tile, const Epilogue<T>& epilogue) {
+    Sums<kPixels, kPanels, typename P::Sum> sums;
     accumulate(tile, sums);
     if (!tile.first) add_carried(tile, sums);
     if (tile.last) {
@@ -168,21 +197,21 @@ static void run_tile(const Tile& tile, const Epilogue<T>& epilogue) {
 }
 
 // Calls run_tile<pixels, kPanels> for a count of pixels known at run time.
-template <typename T, int kPanels, int kPixels = tile_pixels(kPanels)>
-static inline void run_tile_of(int pixels, const Tile& tile, const Epilogue<T>& epilogue) {
+template <int kPanels, typename P, typename T, int kPixels = tile_pixels(kPanels)>
+static inline void run_tile_of(int pixels, const TileOf<P>& tile, const Epilogue<T>& epilogue) {
     if constexpr (kPixels > 0) {
         if (pixels == kPixels) return run_tile<kPixels, kPanels>(tile, epilogue);
-        run_tile_of<T, kPanels, kPixels - 1>(pixels, tile, epilogue);
+        run_tile_of<kPanels, P, T, kPixels - 1>(pixels, tile, epilogue);
     }
 }
 
-// A convolution's geometry.
+// A convolution's geometry; `c` and `chunk` are words of a pixel.
 struct Shape {
     int64_t c, chunk, kernel_h, kernel_w, stride, out_w, out_c;
 
     int64_t chunks() const { return (c + chunk - 1) / chunk; }
     int64_t chunk_width(int64_t i) const { return i + 1 < chunks() ? chunk : c - i * chunk; }
-    int64_t panel_floats() const { return kernel_h * kernel_w * c * kPanel; }
+    int64_t panel_words() const { return kernel_h * kernel_w * c * kPanel; }
     int64_t columns() const { return (out_w - 1) * stride + kernel_w; }
     int64_t input_rows(int64_t out_rows) const { return (out_rows - 1) * stride + kernel_h; }
 };
@@ -195,19 +224,23 @@ struct Output {
     const float *scale, *shift;
     int64_t row, pixel;
     float slope;
+    int8_t* codes = nullptr;
+    float codes_scale = 0;
+    const int32_t* offset = nullptr;
 };
 
 // A packed strip, or with strides an input used in place, its chunks side by side in every pixel.
+template <typename P>
 struct Input {
-    const float* data;
-    int64_t row, column;  // floats; 0 for a packed strip, where they follow from the chunk's width
+    const typename P::Word* data;
+    int64_t row, column;  // words; 0 for a packed strip, where they follow from the chunk's width
 };
 
 // One chunk of `out_rows` output rows, for kPanels panels from output channel `oc`.
-template <int kPanels, typename T>
-static void convolve_chunk(const Shape& s, Tile tile, int64_t column, int64_t out_rows, int64_t oc,
-                           float* sums, const Output<T>& o) {
-    const float* chunk = tile.input;
+template <int kPanels, typename P, typename T>
+static void convolve_chunk(const Shape& s, TileOf<P> tile, int64_t column, int64_t out_rows, int64_t oc,
+                           typename P::Scalar* sums, const Output<T>& o) {
+    const typename P::Word* chunk = tile.input;
     const int64_t tiles = (s.out_w + tile_pixels(kPanels) - 1) / tile_pixels(kPanels);
     tile.input_pixel = s.stride * column;
     Epilogue<T> e;
@@ -216,6 +249,8 @@ static void convolve_chunk(const Shape& s, Tile tile, int64_t column, int64_t ou
     e.pixel = o.pixel;
     e.channels = static_cast<int>(s.out_c - oc < kPanels * kPanel ? s.out_c - oc : kPanels * kPanel);
     e.slope = o.slope;
+    e.codes_scale = o.codes_scale;
+    e.offset = o.offset ? o.offset + oc : nullptr;
     for (int64_t y = 0; y < out_rows; ++y) {
         for (int64_t t = 0; t < tiles; ++t) {
             // Tiles of nearly equal size: a narrow last one would waste most of the registers.
@@ -225,32 +260,35 @@ static void convolve_chunk(const Shape& s, Tile tile, int64_t column, int64_t ou
             tile.sums = sums + (y * s.out_w + x) * kPanels * kPanel;
             e.residual = o.residual ? o.residual + at : nullptr;
             e.skip = o.skip ? o.skip + at : nullptr;
-            e.out = o.out + at;
-            run_tile_of<T, kPanels>(static_cast<int>(next - x), tile, e);
+            e.out = o.out ? o.out + at : nullptr;
+            e.codes = o.codes ? o.codes + at : nullptr;
+            run_tile_of<kPanels>(static_cast<int>(next - x), tile, e);
         }
     }
 }
 
 // Calls convolve_chunk<panels> for a count of panels known at run time.
-template <typename T, int kPanels = kMaxPanels>
-static inline void convolve_chunk_of(int64_t panels, const Shape& s, const Tile& tile, int64_t column,
-                                     int64_t out_rows, int64_t oc, float* sums, const Output<T>& o) {
+template <typename P, typename T, int kPanels = kMaxPanels>
+static inline void convolve_chunk_of(int64_t panels, const Shape& s, const TileOf<P>& tile, int64_t column,
+                                     int64_t out_rows, int64_t oc, typename P::Scalar* sums,
+                                     const Output<T>& o) {
     if constexpr (kPanels > 0) {
         if (panels == kPanels) return convolve_chunk<kPanels>(s, tile, column, out_rows, oc, sums, o);
-        convolve_chunk_of<T, kPanels - 1>(panels, s, tile, column, out_rows, oc, sums, o);
+        convolve_chunk_of<P, T, kPanels - 1>(panels, s, tile, column, out_rows, oc, sums, o);
     }
 }
 
 // All pixels of `out_rows` output rows, for `panels` weight panels, at most kMaxPanels, from `first`.
-template <typename T>
-static void convolve_panels(const Shape& s, const Input& input, int64_t out_rows, int64_t first,
-                            int64_t panels, const float* weight, float* sums, const Output<T>& o) {
+template <typename P, typename T>
+static void convolve_panels(const Shape& s, const Input<P>& input, int64_t out_rows, int64_t first,
+                            int64_t panels, const typename P::Word* weight, typename P::Scalar* sums,
+                            const Output<T>& o) {
     const int64_t columns = s.columns(), rows = s.input_rows(out_rows);
-    Tile tile;
-    tile.weight_panel = s.panel_floats();
+    TileOf<P> tile;
+    tile.weight_panel = s.panel_words();
     tile.weight = weight + first * tile.weight_panel;
     tile.kernel_h = s.kernel_h;
-    const float* chunk = input.data;
+    const typename P::Word* chunk = input.data;
     for (int64_t i = 0; i < s.chunks(); ++i) {
         const int64_t width = s.chunk_width(i);
         const int64_t column = input.column ? input.column : width;
@@ -259,16 +297,17 @@ static void convolve_panels(const Shape& s, const Input& input, int64_t out_rows
         tile.run = s.kernel_w * width;
         tile.first = i == 0;
         tile.last = i + 1 == s.chunks();
-        convolve_chunk_of<T>(panels, s, tile, column, out_rows, first * kPanel, sums, o);
+        convolve_chunk_of<P>(panels, s, tile, column, out_rows, first * kPanel, sums, o);
         tile.weight += tile.kernel_h * tile.run * kPanel;
         chunk += input.column ? width : rows * columns * width;
     }
 }
 
 // The same for the weight panels [begin, end), in groups of nearly equal size.
-template <typename T>
-static void convolve_strip(const Shape& s, const Input& input, int64_t out_rows, int64_t begin, int64_t end,
-                           const float* weight, float* sums, const Output<T>& o) {
+template <typename P, typename T>
+static void convolve_strip(const Shape& s, const Input<P>& input, int64_t out_rows, int64_t begin,
+                           int64_t end, const typename P::Word* weight, typename P::Scalar* sums,
+                           const Output<T>& o) {
     const int64_t groups = (end - begin + kMaxPanels - 1) / kMaxPanels;
     for (int64_t g = 0; g < groups; ++g) {
         const int64_t first = begin + (end - begin) * g / groups,

@@ -15,13 +15,19 @@ extern const Kernels table;
 namespace avx512 {
 extern const Kernels table;
 }
+namespace avx512_vnni {
+extern const Kernels table;
+}
+namespace avx512_bf16 {
+extern const Kernels table;
+}
 #endif
 
 namespace {
 
 struct Runnable {
-    const Kernels* tables[4] = {};
-    const char* names[4] = {};
+    const Kernels* tables[6] = {};
+    const char* names[6] = {};
     int count = 0;
 
     void add(const Kernels& table) {
@@ -36,6 +42,10 @@ struct Runnable {
         const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
                                 __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                                 __builtin_cpu_supports("avx512vl");
+        const bool has_vnni = has_avx512 && __builtin_cpu_supports("avx512vnni");
+        const bool has_bf16 = has_vnni && __builtin_cpu_supports("avx512bf16");
+        if (has_bf16) add(avx512_bf16::table);
+        if (has_vnni) add(avx512_vnni::table);
         if (has_avx512) add(avx512::table);
         if (has_avx2) add(avx2::table);
 #endif

@@ -9,6 +9,9 @@ namespace shelfkern {
 
 enum class DType : int { f32 = 0, bf16 = 1, u8 = 2 };
 
+// What a word of 32 bits holds where it is multiplied: one float32, two bfloat16, or four codes of 8 bits.
+enum class Product : int { floats = 0, pairs = 1, quads = 2 };
+
 // skip + gate[n, c] * nearest_x2(x). x: n h w c; skip, out: n 2h 2w c; gate: n c float32 or null.
 struct UpsampleAdd {
     const void *x, *skip;
@@ -50,21 +53,25 @@ struct SoftmaxSum {
 
 // out = act(scale * conv(x, weight) + shift + residual) + skip.
 //
-// x: n h w c. out, residual and skip share strides (in elements), so that a transposed convolution's
-// parities can write interleaved pixels. Weights: per panel of 16 output channels and chunk of input
-// channels, kernel_h x kernel_w x chunk x 16 float32 (ops/conv_bn_act.py packs them).
+// x: n h w c of dtype, for quads int8. out, codes, residual and skip share strides (in elements), so that a
+// transposed convolution's parities can write interleaved pixels. Weights: per panel of 16 output channels
+// and chunk of input channels, kernel_h x kernel_w x chunk x 16 words of product
+// (ops/conv_bn_act.py packs them).
 struct Conv {
-    const void* x;
-    const float* weight;
+    const void *x, *weight;
     const float *scale, *shift;   // per output channel; null: 1 and 0
     const void *residual, *skip;  // or null
-    void* out;
+    void* out;                    // or null, where there are codes
     DType dtype;
+    Product product;
     int64_t n, h, w, c, out_h, out_w, out_c;
-    int64_t kernel_h, kernel_w, stride, pad_h, pad_w, chunk;
+    int64_t kernel_h, kernel_w, stride, pad_h, pad_w, chunk;  // chunk: words
     int64_t stride_n, stride_h, stride_w;
     float slope;  // of the activation: 0 relu, 1 none
     int threads;
+    const int32_t* offset = nullptr;  // for quads: 128 times the sum of each output channel's weights
+    int8_t* codes = nullptr;          // or null: out * codes_scale as codes
+    float codes_scale = 0;
 };
 
 // The same for 3x3 kernels of padding 1 by Winograd's minimal filtering: of stride 1 with tiles of 2 or 4, of
@@ -101,8 +108,26 @@ struct Stem {
     int threads;
 };
 
+// codes = x * codes_scale, the nearest, ties to even, within [-128, 127]; NaN becomes 0.
+struct Quantize {
+    const void* x;
+    int8_t* codes;
+    DType dtype;
+    int64_t count;
+    float codes_scale;
+    int threads;
+};
+
+// Operations a second of products alone, on as many threads.
+struct Peak {
+    Product product;
+    int threads;
+    int64_t milliseconds;
+};
+
 struct Kernels {
     const char* isa;
+    bool has[3];  // whether there are instructions for each product
     void (*upsample_add)(const UpsampleAdd&);
     void (*attention_gate)(const AttentionGate&);
     void (*upsample_bilinear)(const Resize&);
@@ -111,6 +136,8 @@ struct Kernels {
     void (*conv_bn_act)(const Conv&);
     void (*stem)(const Stem&);
     void (*winograd)(const Winograd&);
+    void (*quantize)(const Quantize&);
+    double (*peak)(const Peak&);
 };
 
 // The best table that this CPU can run, or the one that `force_isa` chose.

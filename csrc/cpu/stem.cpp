@@ -85,7 +85,7 @@ void run(const Stem& a) {
         float* features = static_cast<float*>(thread_scratch(1, (bottom - top) * conv_w * a.out_c * 4));
         Output<float> o{features, nullptr, nullptr, a.scale, a.shift, conv_w * a.out_c, a.out_c, a.slope};
         const int64_t panels = (a.out_c + kPanel - 1) / kPanel;
-        convolve_strip(s, Input{image, 0, 0}, bottom - top, 0, panels, a.weight, nullptr, o);
+        convolve_strip(s, Input<Floats>{image, 0, 0}, bottom - top, 0, panels, a.weight, nullptr, o);
         for (int64_t y = begin; y < end; ++y) {
             T* out = static_cast<T*>(a.out) + (n * out_h + y) * out_w * a.out_c;
             const int64_t y0 = (y ? 2 * y - 1 : 0) - top;

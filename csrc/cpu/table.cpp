@@ -5,6 +5,12 @@
 #define SHELFKERN_NAME(name) SHELFKERN_QUOTE(name)
 
 namespace shelfkern {
+#if defined(SHELFKERN_BASE)
+namespace SHELFKERN_BASE {
+extern const Kernels table;
+}
+#endif
+
 namespace SHELFKERN_ISA {
 
 void upsample_add(const UpsampleAdd&);
@@ -15,11 +21,47 @@ void upsample_softmax_sum(const SoftmaxSum&);
 void conv_bn_act(const Conv&);
 void stem(const Stem&);
 void winograd(const Winograd&);
+void quantize(const Quantize&);
+double peak(const Peak&);
+
+#if defined(__AVX512BF16__)
+constexpr bool kHasPairs = true;
+#else
+constexpr bool kHasPairs = false;
+#endif
+#if defined(__AVX512VNNI__)
+constexpr bool kHasQuads = true;
+#else
+constexpr bool kHasQuads = false;
+#endif
 
 extern const Kernels table;
-const Kernels table = {
-    SHELFKERN_NAME(SHELFKERN_ISA), upsample_add, attention_gate, upsample_bilinear, upsample_argmax,
-    upsample_softmax_sum,          conv_bn_act,  stem,           winograd};
+#if defined(SHELFKERN_BASE)
+// Only what dot products serve is compiled again.
+const Kernels table = [] {
+    Kernels kernels = SHELFKERN_BASE::table;
+    kernels.isa = SHELFKERN_NAME(SHELFKERN_ISA);
+    kernels.has[1] = kHasPairs;
+    kernels.has[2] = kHasQuads;
+    kernels.conv_bn_act = conv_bn_act;
+    kernels.stem = stem;
+    kernels.peak = peak;
+    return kernels;
+}();
+#else
+const Kernels table = {SHELFKERN_NAME(SHELFKERN_ISA),
+                       {true, kHasPairs, kHasQuads},
+                       upsample_add,
+                       attention_gate,
+                       upsample_bilinear,
+                       upsample_argmax,
+                       upsample_softmax_sum,
+                       conv_bn_act,
+                       stem,
+                       winograd,
+                       quantize,
+                       peak};
+#endif
 
 }  // namespace SHELFKERN_ISA
 }  // namespace shelfkern

@@ -19,6 +19,7 @@ constexpr int kLanes = 4;
 typedef float vf __attribute__((vector_size(4 * kLanes)));
 typedef int32_t vi __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t vu __attribute__((vector_size(4 * kLanes)));
+typedef int16_t vs __attribute__((vector_size(4 * kLanes)));  // two in the place of one float
 typedef uint16_t vh __attribute__((vector_size(2 * kLanes)));
 typedef uint8_t vb __attribute__((vector_size(kLanes)));
 
@@ -43,8 +44,13 @@ static inline vf splat(float s) {
 #endif
 }
 
+static inline vu splat_word(uint32_t w) { return vu{} + w; }
+
 static inline vf load(const float* p) { return load_vector<vf>(p); }
+static inline vi load(const int32_t* p) { return load_vector<vi>(p); }
+static inline vu load(const uint32_t* p) { return load_vector<vu>(p); }
 static inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof(v)); }
+static inline void store(int32_t* p, vi v) { std::memcpy(p, &v, sizeof(v)); }
 
 static inline vf load(const bf16* p) {
     const vu bits = __builtin_convertvector(load_vector<vh>(p), vu) << 16;

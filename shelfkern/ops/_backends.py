@@ -23,7 +23,7 @@ KERNELS = {
     "attention_gate": ("native", "cuda", "emulated"),
     "conv_bn_act": ("native", "triton"),
     "deconv_add": ("native", "triton"),
-    "quantize": ("triton",),
+    "quantize": ("native", "triton"),
     "shared_block": ("native", "cuda", "triton", "emulated"),
     "stem": ("native", "cuda", "emulated"),
     "upsample_add": ("native", "cuda", "triton", "emulated"),

@@ -28,14 +28,17 @@ SUM_BLOCK_M, SUM_BLOCK_N = 16, 64
 
 @dataclasses.dataclass(frozen=True)
 class PackedConv:
-    """A convolution's weights as the native kernels read them.
+    """A convolution's weights as the native kernels read them, in words of 32 bits.
 
     Attributes:
-        data: float32, per panel of 16 output channels and chunk of input channels:
-            kernel_h x kernel_w x chunk x 16, zeros beyond the last output channel.
+        data: per panel of 16 output channels and chunk of input channels: kernel_h x kernel_w x chunk x 16
+            words, zeros beyond the last output channel. A word is one float32, two bfloat16 or four int8 of
+            neighbouring input channels, zeros beyond the last.
         out_channels, in_channels, kernel: of the convolution.
         stride, padding: of both sides, at the top and left; what lies beyond the input is zero.
-        chunk: input channels in a chunk; the last may have fewer.
+        chunk: words in a chunk; the last may have fewer.
+        offset: of int8, int32 per output channel: 128 times the sum of its weights, for the kernel multiplies
+            codes + 128.
     """
 
     data: Tensor
@@ -45,21 +48,36 @@ class PackedConv:
     stride: int
     padding: int
     chunk: int
+    offset: Tensor | None = None
 
 
-def pack_conv(w: Tensor, stride: int = 1, padding: int = 0, terms: int = MAX_TERMS) -> PackedConv:
-    """Packs weights (K, C, kernel_h, kernel_w) for the native kernels, which sum `terms` products at once."""
+def pack_conv(
+    w: Tensor, stride: int = 1, padding: int = 0, terms: int = MAX_TERMS, dtype: torch.dtype = torch.float32
+) -> PackedConv:
+    """Packs weights (K, C, kernel_h, kernel_w) for the native kernels, which sum `terms` words at once.
+
+    dtype: of the products: float32, bfloat16 for activations of bfloat16, or int8 for codes by codes, of
+        which w is an int8 tensor.
+    """
     k, c, kernel_h, kernel_w = w.shape
-    chunks = -(-c // max(1, terms // (kernel_h * kernel_w)))
-    chunk = -(-c // chunks)
-    panels = -(-k // PANEL)
-    padded = F.pad(common.float32(w), (0, 0, 0, 0, 0, 0, 0, panels * PANEL - k))
+    per_word = 4 // dtype.itemsize
+    words, panels = -(-c // per_word), -(-k // PANEL)
+    chunks = -(-words // max(1, terms // (kernel_h * kernel_w)))
+    chunk = -(-words // chunks)
+    padded = F.pad(w.detach().to(dtype), (0, 0, 0, 0, 0, words * per_word - c, 0, panels * PANEL - k))
     parts = [
-        part.reshape(panels, PANEL, part.shape[1], kernel_h, kernel_w).permute(0, 3, 4, 2, 1).flatten(1)
-        for part in padded.split(chunk, dim=1)
+        part.reshape(panels, PANEL, -1, per_word, kernel_h, kernel_w).permute(0, 4, 5, 2, 1, 3).flatten(1)
+        for part in padded.split(chunk * per_word, dim=1)
     ]
     data = torch.cat(parts, dim=1).contiguous()
-    return PackedConv(data, k, c, (kernel_h, kernel_w), stride, padding, chunk)
+    offset = 128 * padded.sum((1, 2, 3), dtype=torch.int32) if dtype is torch.int8 else None
+    return PackedConv(data, k, c, (kernel_h, kernel_w), stride, padding, chunk, offset)
+
+
+def product_dtype(weights: torch.dtype, activations: torch.dtype) -> torch.dtype:
+    """What the native kernels multiply: bfloat16 where both are and the CPU has instructions for it."""
+    both = weights is activations is torch.bfloat16
+    return torch.bfloat16 if both and native.has_product(torch.bfloat16) else torch.float32
 
 
 def conv_bn_act_reference(
@@ -121,17 +139,28 @@ def conv_bn_act_native(
     shift: Tensor | None,
     residual: Tensor | None,
     skip: Tensor | None,
-    out: Tensor,
+    out: Tensor | None,
     slope: float | None,
+    codes: Tensor | None = None,
+    codes_step: float = 1.0,
 ) -> None:
-    """The native kernel into `out`, unchecked: x in NHWC storage, parameters float32.
+    """The native kernel into `out` and `codes`, unchecked: x in NHWC storage, parameters float32.
 
-    out, residual and skip have one stride of channels, 1, and the same other strides; they need not be
-    dense.
+    out, codes, residual and skip have one stride of channels, 1, and the same other strides; they need not
+    be dense.
+
+    Args:
+        x: of out's dtype, float32 or bfloat16; or codes, int8, where packed is of int8.
+        scale, shift: per output channel; of codes the scale holds the steps of x and of the weights.
+        residual, skip, out: of x's dtype, where x is codes float32; out may be None where there are codes.
+        codes: int8: the result divided by `codes_step`, rounded to the nearest, ties to even, within
+            [-127, 127]; or None.
     """
+    result = codes if out is None else out
+    assert result is not None
     n, c, h, w = x.shape
-    _, k, out_h, out_w = out.shape
-    stride_n, _, stride_h, stride_w = out.stride()
+    _, k, out_h, out_w = result.shape
+    stride_n, _, stride_h, stride_w = result.stride()
     native.module.conv_bn_act(
         x.data_ptr(),
         packed.data.data_ptr(),
@@ -139,8 +168,9 @@ def conv_bn_act_native(
         native.address(shift),
         native.address(residual),
         native.address(skip),
-        out.data_ptr(),
-        native.DTYPE_CODES[x.dtype],
+        native.address(out),
+        native.DTYPE_CODES[torch.float32 if x.dtype is torch.int8 else x.dtype],
+        native.PRODUCT_CODES[packed.data.dtype],
         n, h, w, c, out_h, out_w, k,
         *packed.kernel,
         packed.stride,
@@ -150,6 +180,9 @@ def conv_bn_act_native(
         stride_n, stride_h, stride_w,
         common.native_slope(slope),
         torch.get_num_threads(),
+        native.address(packed.offset),
+        native.address(codes),
+        1 / codes_step,
     )  # fmt: skip
 
 
@@ -385,7 +418,7 @@ def _op(
         conv_bn_act_triton(common.channels_innermost(x), weight, *after, kernel, stride, padding, slope)
     else:
         residual, skip = (None if t is None else common.channels_last(t) for t in (residual, skip))
-        packed = pack_conv(w, stride, padding)
+        packed = pack_conv(w, stride, padding, dtype=product_dtype(w.dtype, x.dtype))
         conv_bn_act_native(common.channels_last(x), packed, scale, shift, residual, skip, out, slope)
     return out
 

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from .. import native
 from . import _backends as backends
 from . import _common as common
 from . import _conv_triton as conv
@@ -55,11 +56,25 @@ def quantize_weight(w: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def can_run(x: Tensor, dtype: torch.dtype = torch.int8) -> backends.Reasons:
     """Why each kernel cannot take x; None for those that can."""
     why = backends.reasons(OP, x)
+    if why["native"] is None and dtype is not torch.int8:
+        why["native"] = f"dtype is {dtype}, the native kernel makes int8"
     needed = conv.CODE_CAPABILITIES.get(dtype, (8, 0))
     if why["triton"] is None and x.is_cuda and torch.cuda.get_device_capability(x.device) < needed:
         found = "{}.{}".format(*torch.cuda.get_device_capability(x.device))
         why["triton"] = f"x is on a GPU of compute capability {found}, codes of {dtype} need 8.9"
     return why
+
+
+def quantize_native(x: Tensor, step: float, codes: Tensor) -> None:
+    """The native kernel into `codes`, int8, unchecked: both in one dense order of their elements."""
+    native.module.quantize(
+        x.data_ptr(),
+        codes.data_ptr(),
+        native.DTYPE_CODES[x.dtype],
+        x.numel(),
+        1 / step,
+        torch.get_num_threads(),
+    )
 
 
 @jit
@@ -104,7 +119,10 @@ def _codes_like(x: Tensor, dtype: torch.dtype) -> Tensor:
 @backends.custom_op(OP)
 def _op(x: Tensor, step: float, dtype: torch.dtype, backend: str) -> Tensor:
     codes = _codes_like(x, dtype)
-    quantize_triton(common.channels_innermost(x), step, codes)
+    if backend == "native":
+        quantize_native(common.channels_last(x), step, codes)
+    else:
+        quantize_triton(common.channels_innermost(x), step, codes)
     return codes
 
 

@@ -28,7 +28,9 @@ def test_scores_equal_the_model(name, dtype, backend):
         backend = "auto"
     model = build(CONFIGS[name])
     fast = shelfkern.accelerate(model, dtype=dtype, backend=backend)
-    assert_as_exact_as_eager(fast, model, [images(*size) for size in SIZES], dtype)
+    # Two of each size: one picture of a few pixels at the deepest level may outweigh all others.
+    inputs = [images(*size, seed) for size in SIZES for seed in (0, 1)]
+    assert_as_exact_as_eager(fast, model, inputs, dtype)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -60,6 +60,12 @@ WIDE = [
 ]
 EVERY = ("scale", "shift", "residual", "skip")
 SLOPES = [0.0, 0.01, None]
+# Of the activations, and of what the native kernels multiply, whatever instructions there are for it.
+DTYPES_AND_PRODUCTS = [
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+]
 
 
 def inputs(n, c, h, w, k, kernel, stride, padding, dtype=torch.float32):
@@ -203,20 +209,22 @@ def test_bfloat16_is_rounded_once(shape):
     n=st.integers(1, 2), c=st.one_of(st.integers(1, 35), st.sampled_from([128, 129, 257])),
     h=st.integers(1, 9), w=st.integers(1, 30), k=st.integers(1, 70),
     kernel=st.sampled_from([(1, 1), (3, 3), (7, 7), (1, 2), (2, 1)]), stride=st.integers(1, 3),
-    padding=st.integers(0, 3), parts=st.sets(st.sampled_from(EVERY)), dtype=st.sampled_from(DTYPES),
-    slope=st.sampled_from([0.0, 0.25, None]), count=st.sampled_from([1, 2, 5]),
+    padding=st.integers(0, 3), parts=st.sets(st.sampled_from(EVERY)),
+    dtypes=st.sampled_from(DTYPES_AND_PRODUCTS), slope=st.sampled_from([0.0, 0.25, None]),
+    count=st.sampled_from([1, 2, 5]),
 )  # fmt: skip
 @settings(max_examples=25, deadline=None)
 def test_every_isa_writes_all_of_the_output(
-    n, c, h, w, k, kernel, stride, padding, parts, dtype, slope, count
+    n, c, h, w, k, kernel, stride, padding, parts, dtypes, slope, count
 ):
+    dtype, product = dtypes
     assume(h + 2 * padding >= kernel[0] and w + 2 * padding >= kernel[1])
     args = only(whole(inputs(n, c, h, w, k, kernel, stride, padding, dtype)), parts)
     expected = conv_bn_act_reference(*double(args), stride, padding, slope).to(dtype)
     x, weight, scale, shift, residual, skip = args
     scale, shift = (None if t is None else t.float() for t in (scale, shift))
     residual, skip = (None if t is None else framed(t, 9.0)[1] for t in (residual, skip))
-    packed, x = pack_conv(weight, stride, padding), fenced(x)[1]
+    packed, x = pack_conv(weight, stride, padding, dtype=product), fenced(x)[1]
 
     def run(isa):
         storage, out = framed(poisoned(expected.shape, dtype), float("nan"))
@@ -233,6 +241,42 @@ def test_every_isa_writes_all_of_the_output(
 def test_every_isa_is_as_exact(shape, dtype):
     args, options = inputs(*shape, dtype), dict(padding=shape[7])
     each_isa(lambda isa: check(ops.conv_bn_act(*args, **options, backend="native"), args, **options))
+
+
+@needs_native
+def test_words_of_packed_weights():
+    weight = random(18, 5, 3, 2)
+    floats = pack_conv(weight, terms=12)
+    assert (floats.chunk, floats.data.shape) == (2, (2, 5 * 6 * 16)) and floats.offset is None
+    pairs, codes = pack_conv(weight, terms=12, dtype=torch.bfloat16), whole([weight])[0].to(torch.int8)
+    quads = pack_conv(codes, terms=12, dtype=torch.int8)
+    assert (pairs.chunk, quads.chunk) == (2, 2)
+    for packed, source in ((pairs, weight.bfloat16()), (quads, codes)):
+        words = packed.data.view(2, -1, 4 // packed.data.itemsize)
+        for k, c, r, s in ((0, 0, 0, 0), (17, 4, 2, 1), (3, 3, 1, 0), (15, 4, 0, 1)):
+            word, element = divmod(c, words.shape[2])
+            chunk, within = divmod(word, 2)
+            width = min(2, -(-5 // words.shape[2]) - 2 * chunk)
+            at = ((2 * chunk * 6 + (2 * r + s) * width) + within) * 16 + k % 16
+            assert words[k // 16, at, element] == source[k, c, r, s]
+        assert not words.view(2, -1, 16, words.shape[2])[1, :, 2:].any()
+    assert torch.equal(quads.offset[:18], 128 * codes.sum((1, 2, 3)).int()) and len(quads.offset) == 32
+
+
+@needs_native
+@pytest.mark.parametrize("shape", [*LONG, (1, 33, 6, 50, 40, (3, 3), 1, 1)])
+def test_products_of_bfloat16_on_every_isa_are_as_exact(shape):
+    args, options = inputs(*shape, torch.bfloat16), dict(padding=shape[7])
+    x, weight, scale, shift, residual, skip = args
+    packed = pack_conv(weight, padding=shape[7], dtype=torch.bfloat16)
+    scale, shift, residual, skip = scale.float(), shift.float(), nhwc(residual), nhwc(skip)
+
+    def run(isa):
+        out = nhwc(poisoned(residual.shape, torch.bfloat16))
+        conv_bn_act_native(nhwc(x), packed, scale, shift, residual, skip, out, 0.0)
+        check(out, args, **options)
+
+    each_isa(run)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

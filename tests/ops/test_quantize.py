@@ -8,12 +8,24 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from parity import CUDA_DTYPES, far_apart, layouts, moved, needs_triton, nhwc, random
+from parity import (
+    CUDA_DTYPES,
+    DTYPES,
+    each_isa,
+    far_apart,
+    layouts,
+    moved,
+    needs_native,
+    needs_triton,
+    nhwc,
+    random,
+)
+from test_conv_bn_act import with_threads
 from torch import nn
 
 from shelfkern import native, ops
 from shelfkern.ops import _triton
-from shelfkern.ops.quantize import can_run, quantize_triton
+from shelfkern.ops.quantize import can_run, quantize_native, quantize_triton
 
 CODES = [torch.int8, torch.float8_e4m3fn]
 FLOAT8 = torch.float8_e4m3fn
@@ -222,7 +234,7 @@ def test_loses_no_gradient():
         (dict(step=INF), ValueError, "step is inf"),
         (dict(dtype=torch.uint8), ValueError,
          "dtype is torch.uint8, it may be torch.int8 or torch.float8_e4m3fn"),
-        (dict(backend="native"), RuntimeError, "which cannot run: quantize has no such kernel"),
+        (dict(backend="cuda"), RuntimeError, "which cannot run: quantize has no such kernel"),
     ],
 )  # fmt: skip
 def test_refusals(change, error, message):
@@ -276,3 +288,50 @@ def test_weights_that_have_no_codes():
         w[1, 2] = value
         with pytest.raises(ValueError, match=r"^quantize_weight: w holds what is not finite, every weight"):
             ops.quantize_weight(w, torch.int8)
+
+
+@needs_native
+@given(
+    n=st.integers(0, 3), c=st.integers(1, 140), h=st.integers(1, 9), w=st.integers(1, 9),
+    source=st.sampled_from(DTYPES), power=st.integers(-6, 3),
+)  # fmt: skip
+@settings(max_examples=25, deadline=None)
+def test_native_on_every_isa(n, c, h, w, source, power):
+    x, step = nhwc(random(n, c, h, w, dtype=source)), 2.0**power
+    expected = ops.quantize_reference(x, step)
+
+    def run(isa):
+        storage = torch.full((x.numel() + 64,), 33, dtype=torch.int8)
+        codes = storage[32:-32].view(n, h, w, c).permute(0, 3, 1, 2)
+        quantize_native(x, step, codes)
+        assert torch.equal(codes, expected), isa
+        assert (storage[:32] == 33).all() and (storage[-32:] == 33).all()
+
+    each_isa(run)
+
+
+@needs_native
+def test_native_many_elements_on_every_thread():
+    x = 40 * random(1, 21, 70, 90)
+    for threads in (1, 3):
+        found = with_threads(threads, lambda: ops.quantize(x, 0.5, backend="native"))
+        assert torch.equal(found, ops.quantize_reference(x, 0.5))
+
+
+@needs_native
+@pytest.mark.parametrize("source", DTYPES)
+def test_native_what_is_not_finite(source):
+    x = random(1, 20, 3, 5, dtype=source)
+    x[0, 3, 1, 1], x[0, 4, 1, 1], x[0, 19, 2, 4] = NAN, INF, -INF
+
+    def run(isa):
+        result = ops.quantize(x, 0.01, backend="native")
+        assert (result[0, 3, 1, 1], result[0, 4, 1, 1], result[0, 19, 2, 4]) == (0, 127, -128)
+
+    each_isa(run)
+
+
+@needs_native
+def test_native_makes_no_float8():
+    with pytest.raises(RuntimeError, match=r"dtype is torch\.float8_e4m3fn, the native kernel makes int8"):
+        ops.quantize(torch.zeros(1, 1, 1, 1), 1.0, FLOAT8, backend="native")

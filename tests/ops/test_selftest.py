@@ -16,6 +16,7 @@ OUTPUTS = {
     "attention_gate": ("attention_gate", 4),
     "conv_bn_act": ("conv_bn_act", 6),
     "deconv_add": ("conv_bn_act", 6),
+    "quantize": ("quantize", 1),
     "shared_block": ("conv_bn_act", 6),
     "stem": ("stem", 5),
     "upsample_add": ("upsample_add", 3),
@@ -23,6 +24,7 @@ OUTPUTS = {
     "upsample_bilinear": ("upsample_bilinear", 1),
     "upsample_softmax_sum": ("upsample_softmax_sum", 1),
 }
+OF_BYTES = ("quantize", "upsample_argmax")
 NATIVE = [op for op, kernels in ops.KERNELS.items() if "native" in kernels]
 
 
@@ -42,7 +44,7 @@ def spoil(monkeypatch, op, value=None):
 
     def wrong(*args):
         right(*args)
-        if op == "upsample_argmax":
+        if op in OF_BYTES:
             label = ctypes.c_uint8.from_address(args[position])
             label.value = (label.value + 1) % 19
         else:
@@ -94,7 +96,7 @@ def test_a_wrong_kernel_is_found_and_switched_off(op, monkeypatch):
     assert torch.equal(call(op, "auto"), call(op, None))
 
 
-@pytest.mark.parametrize("op", [op for op in NATIVE if op != "upsample_argmax"])
+@pytest.mark.parametrize("op", [op for op in NATIVE if op not in OF_BYTES])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_kernel_that_writes_no_number_is_found(op, value, monkeypatch):
     spoil(monkeypatch, op, value)

@@ -1,0 +1,72 @@
+// The machine's limit: products of registers, with nothing to load or store.
+#include <chrono>
+#include <vector>
+
+#include "../common/parallel.h"
+#include "kernels.h"
+#include "product.h"
+
+namespace shelfkern {
+namespace SHELFKERN_ISA {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+// Independent sums, enough to hide a product's latency; they and the factors are all registers.
+#if defined(__AVX512F__)
+constexpr int kSums = 24;
+#define SHELFKERN_REGISTER "+v"
+#else
+constexpr int kSums = 12;
+#define SHELFKERN_REGISTER "+x"
+#endif
+constexpr int64_t kRepeats = 20000;
+
+// Operations of one call.
+template <typename P>
+double multiply() {
+    using Sum = typename P::Sum;
+    Sum sums[kSums] = {};
+    typename P::Weights w{};
+    asm volatile("" : SHELFKERN_REGISTER(w));
+    for (int64_t i = 0; i < kRepeats; ++i) {
+#pragma GCC unroll 24
+        for (int s = 0; s < kSums; ++s) {
+            sums[s] = P::add(sums[s], 1, w);
+            asm volatile("" : SHELFKERN_REGISTER(sums[s]));  // or the compiler would see that all are equal
+        }
+    }
+    return 2.0 * kRepeats * kSums * kLanes * P::kElements;
+}
+
+template <typename P>
+double rate(const Peak& a) {
+    const Clock::time_point begin = Clock::now(), end = begin + std::chrono::milliseconds(a.milliseconds);
+    std::vector<double> done(a.threads);
+    parallel_for(a.threads, a.threads, [&](int64_t task) {
+        do {
+            done[task] += multiply<P>();
+        } while (Clock::now() < end);
+    });
+    const std::chrono::duration<double> seconds = Clock::now() - begin;
+    double operations = 0;
+    for (double one : done) operations += one;
+    return operations / seconds.count();
+}
+
+}  // namespace
+
+double peak(const Peak& args) {
+    switch (args.product) {
+        case Product::floats:
+            return rate<Floats>(args);
+        case Product::pairs:
+            return rate<Bfloats>(args);
+        case Product::quads:
+            return rate<Codes>(args);
+    }
+    return 0;
+}
+
+}  // namespace SHELFKERN_ISA
+}  // namespace shelfkern

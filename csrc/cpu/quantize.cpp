@@ -1,0 +1,38 @@
+#include "../common/parallel.h"
+#include "codes.h"
+#include "kernels.h"
+
+namespace shelfkern {
+namespace SHELFKERN_ISA {
+namespace {
+
+// Elements of one task: enough to be worth a thread's while.
+constexpr int64_t kTask = 32 * 1024;
+
+template <typename T>
+void run(const Quantize& a) {
+    const T* x = static_cast<const T*>(a.x);
+    const vf scale = splat(a.codes_scale);
+    parallel_for(a.threads, (a.count + kTask - 1) / kTask, [&](int64_t task) {
+        int64_t i = task * kTask;
+        const int64_t end = i + kTask < a.count ? i + kTask : a.count;
+        for (; i + kLanes <= end; i += kLanes) store_codes(a.codes + i, load(x + i) * scale, kLanes);
+        if (i == end) return;
+        vf rest = {};
+        for (int64_t j = i; j < end; ++j) rest[j - i] = load_one(x + j);
+        store_codes(a.codes + i, rest * scale, static_cast<int>(end - i));
+    });
+}
+
+}  // namespace
+
+void quantize(const Quantize& args) {
+    if (args.dtype == DType::f32) {
+        run<float>(args);
+    } else {
+        run<bf16>(args);
+    }
+}
+
+}  // namespace SHELFKERN_ISA
+}  // namespace shelfkern
