@@ -1,6 +1,7 @@
 # make demo   segments a photo with the weights that ship and says how fast
 # make test   everything that this machine can test
-# make bench  models beside their peers; writes benchmarks/results and the README's table
+# make bench  a few networks beside their peers, in minutes; prints them and leaves them in build/bench
+# make bench-cpu  all networks on a CPU; writes benchmarks/results, the README's table and docs/cpu.md
 # make bench-ops  ops beside their peers, at a few of the networks' shapes; ARGS='-m ""' takes all
 # make lint   ruff, mypy, clang-format
 #
@@ -14,7 +15,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test bench bench-ops lint format clean
+.PHONY: demo test bench bench-cpu bench-ops lint format clean
 
 demo: .venv/.demo
 	$(BIN)/python demo/run.py $(IMAGE)
@@ -24,7 +25,10 @@ test: .venv/.test
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest $(ARGS)
 
 bench: .venv/.bench
-	$(BIN)/python benchmarks/models.py $(ARGS)
+	$(BIN)/python benchmarks/models.py --quick --case-seconds 3 --out build/bench/models_cpu.jsonl $(ARGS)
+
+bench-cpu: .venv/.bench
+	$(BIN)/python benchmarks/models.py --breakdown --memory $(ARGS)
 	$(BIN)/python benchmarks/table.py
 	$(BIN)/python benchmarks/plot.py
 

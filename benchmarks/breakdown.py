@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
+import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from cases import Case
+from arithmetic import step_flop
+from cases import Case, range_images
 from clocks import Ceilings
 from measure import Times
+from peers.ours import CPU_TUNING_SECONDS
 from rows import Row, about_case
 
 import shelfkern
+from shelfkern.engine.accelerate import FastShelfNet
+from shelfkern.engine.image import image_size, padded
 from shelfkern.engine.plan import Step, step_bytes, step_macs
 from shelfkern.nn import ShelfNet
 from shelfkern.timing import Timing
 
 MICRO = 1e6
+# Passes on a CPU, after one that is not counted.
+CPU_ROUNDS = 20
 
 
 class Layer(Protocol):
@@ -39,16 +48,70 @@ def break_down(
     case: Case, model: ShelfNet, images: torch.Tensor, tune: bool, clock: Clock, ceilings: Ceilings
 ) -> list[Row]:
     """A row for each layer of our forward pass to scores, and one for the whole with its final resize."""
+    if case.device == "cpu":
+        calibration = {"calibration": range_images(case.size)} if case.dtype == "int8" else {}
+        fast = shelfkern.accelerate(model, case.torch_dtype, tune=tune and CPU_TUNING_SECONDS, **calibration)
+        layers, times, together = cpu_layers(fast, images)
+        return table_rows(case, layers, times, together, ceilings)
     fast = shelfkern.accelerate(model, case.torch_dtype, case.device, tune=tune)
     whole = fast.bind(images)
-    layers = fast.bound_steps(images)
-    return rows(case, layers, whole, clock, ceilings)
+    return rows(case, fast.bound_steps(images), whole, clock, ceilings)
+
+
+@dataclasses.dataclass(frozen=True)
+class CpuLayer:
+    """A step of a forward pass on a CPU.
+
+    Attributes:
+        shape: of its result.
+    """
+
+    step: Step
+    algorithm: Any
+    shape: tuple[int, ...]
+
+
+def cpu_layers(
+    fast: FastShelfNet, images: torch.Tensor, rounds: int = CPU_ROUNDS
+) -> tuple[list[CpuLayer], list[Timing], float]:
+    """Layers of a forward pass on a CPU, their times, and the median of the whole with its resize, seconds.
+
+    The layers of a pass are timed as they follow each other, with what they read in the caches as then.
+
+    fast: not used afterwards, for its steps stop their own time.
+    """
+    program = fast._program()
+    batch, height, width = image_size(images)
+    full = (padded(height), padded(width))
+    size = (batch, *full)
+    with program.pool.borrow((size, torch.get_num_threads())) as workspace:
+        seconds: list[list[float]] = [[] for _ in workspace.runs]
+        workspace.runs[:] = [_timed(run, times) for run, times in zip(workspace.runs, seconds, strict=True)]
+        whole = []
+        for _ in range(1 + rounds):
+            begin = time.perf_counter()
+            program.resize(program.low_resolution_scores(images, workspace), full, (height, width))
+            whole.append(time.perf_counter() - begin)
+    chosen = zip(program.plan.steps, program.chosen(size), strict=True)
+    layers = [CpuLayer(step, algorithm, step.output.shape(*size)) for step, algorithm in chosen]
+    # The first pass takes up memory.
+    return layers, [Timing(tuple(times[1:])) for times in seconds], statistics.median(whole[1:])
+
+
+def _timed(run: Callable[..., Any], times: list[float]) -> Callable[..., Any]:
+    def call(*arguments: Any) -> Any:
+        begin = time.perf_counter()
+        out = run(*arguments)
+        times.append(time.perf_counter() - begin)
+        return out
+
+    return call
 
 
 def rows(
     case: Case, layers: Sequence[Layer], whole: Callable[[], object], clock: Clock, ceilings: Ceilings
 ) -> list[Row]:
-    """The rows, from the layers and a call of all of them.
+    """The rows on a GPU, from the layers and a call of all of them.
 
     Each layer's calls are alone in a graph, with their inputs in L2, one after the other; in the whole
     some run side by side. So the sum is not the whole.
@@ -56,9 +119,20 @@ def rows(
     times = clock.in_graphs({str(index): layer.run for index, layer in enumerate(layers)})
     # A graph already, which cannot be recorded into another.
     together = clock.measure({"whole": whole})["whole"].call.median
+    return table_rows(case, layers, [times[str(index)] for index in range(len(layers))], together, ceilings)
+
+
+def table_rows(
+    case: Case,
+    layers: Sequence[Layer | CpuLayer],
+    times: Sequence[Timing],
+    together: float,
+    ceilings: Ceilings,
+) -> list[Row]:
+    """The rows, from the layers' times and that of the whole, seconds."""
     found = [
-        _row(case, index, layer, times[str(index)], ceilings) | {"share": None}
-        for index, layer in enumerate(layers)
+        _row(case, index, layer, timing, ceilings) | {"share": None}
+        for index, (layer, timing) in enumerate(zip(layers, times, strict=True))
     ]
     total = sum(row["median_us"] for row in found)
     for row in found:
@@ -66,11 +140,13 @@ def rows(
     return [*found, _sum(case, found, total, together)]
 
 
-def _row(case: Case, index: int, layer: Layer, timing: Timing, ceilings: Ceilings) -> Row:
-    step, dtype = layer.step, case.torch_dtype
-    height, width = (32 * -(-extent // 32) for extent in case.size)
-    size = (case.batch, height, width)
-    flop, nbytes = 2 * step_macs(step, *size), step_bytes(step, dtype, *size)
+def _row(case: Case, index: int, layer: Layer | CpuLayer, timing: Timing, ceilings: Ceilings) -> Row:
+    step, size = layer.step, (case.batch, *case.padded)
+    # What is not codes of 8 bits stays floating: 16 bits on a GPU, float32 on a CPU.
+    floating = case.torch_dtype if case.torch_dtype.is_floating_point else torch.float32
+    dtype = step.weights_dtype(floating)
+    direct, nbytes = 2 * step_macs(step, *size), step_bytes(step, floating, *size)
+    flop = step_flop(step, layer.algorithm.name, case.batch, case.padded)
     floor = ceilings.seconds(flop, nbytes, dtype)
     return about_case(case) | {
         "layer": index,
@@ -79,12 +155,13 @@ def _row(case: Case, index: int, layer: Layer, timing: Timing, ceilings: Ceiling
         "module": step.name,
         "shape": list(layer.shape),
         "algorithm": layer.algorithm.name,
-        "launches": layer.algorithm.launches,
+        "launches": getattr(layer.algorithm, "launches", None),
         "predicted_us": _round(layer.algorithm.microseconds),
         "median_us": _round(timing.median * MICRO),
         "p10_us": _round(timing.quantile(0.1) * MICRO),
         "p90_us": _round(timing.quantile(0.9) * MICRO),
         "flop": flop,
+        "direct_flop": direct,
         "bytes": nbytes,
         "floor_us": _round(floor * MICRO),
         "bound_by": "flop" if flop / ceilings.flop_per_s[ceilings.arithmetic(dtype)] == floor else "bytes",
@@ -95,8 +172,10 @@ def _row(case: Case, index: int, layer: Layer, timing: Timing, ceilings: Ceiling
 def _sum(case: Case, found: list[Row], total: float, together: float) -> Row:
     totals = {
         key: _round(sum(row[key] for row in found))
-        for key in ("launches", "predicted_us", "flop", "bytes", "floor_us")
+        for key in ("predicted_us", "flop", "direct_flop", "bytes", "floor_us")
     }
+    launches = [row["launches"] for row in found]
+    totals["launches"] = None if None in launches else sum(launches)
     return (
         about_case(case)
         | totals
@@ -116,9 +195,8 @@ def table(rows: Sequence[Row]) -> list[str]:
     lines = [f"{'us':>8} {'floor':>8} {'of it':>6}  op, shape, algorithm (launches), module"]
     for row in sorted(layers, key=lambda row: -row["median_us"]):
         shape = "x".join(map(str, row["shape"]))
-        names = (
-            f"{row['op']} {row['detail']}, {shape}, {row['algorithm']} ({row['launches']}), {row['module']}"
-        )
+        launches = "" if row["launches"] is None else f" ({row['launches']})"
+        names = f"{row['op']} {row['detail']}, {shape}, {row['algorithm']}{launches}, {row['module']}"
         lines.append(f"{row['median_us']:8.2f} {row['floor_us']:8.2f} {row['fraction']:6.0%}  {names}")
     summary = f"{len(layers)} layers take {whole['layers_us']:.1f} us one by one"
     summary += (

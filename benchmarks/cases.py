@@ -19,16 +19,24 @@ Size = tuple[int, int]
 
 # Each in order of importance, for a budget may end before the rest.
 MODELS = ("shelfnet18_lw", "shelfnet50", "shelfnet34_lw", "shelfnet101")
-SIZES: dict[str, tuple[Size, ...]] = {
-    "cpu": ((512, 512), (512, 1024)),
-    "cuda": ((512, 512), (1024, 2048)),
-}
+# The weights that ship, trained on CamVid: of the networks here the only one whose labels mean something.
+SHIPPED = "camvid"
+SIZES: tuple[Size, ...] = ((512, 512), (1024, 2048))
+# On a CPU networks have sizes of their own: the shipped one that of its frames.
+CPU_NETWORKS: tuple[tuple[str, Size], ...] = (
+    ("shelfnet18_lw", (512, 1024)),
+    ("shelfnet18_lw", (512, 512)),
+    ("shelfnet50", (512, 512)),
+    (SHIPPED, (360, 480)),
+)
 BATCHES = {"cpu": (1,), "cuda": (1, 32, 8)}
-DTYPES = {"cpu": ("float32",), "cuda": ("float16", "bfloat16")}
+DTYPES = {"cpu": ("float32", "bfloat16", "int8"), "cuda": ("float16", "bfloat16")}
 # The paper times these, in float32, at 512x512.
 PAPER_MODELS = ("shelfnet50", "shelfnet101")
 # Of the pictures that batch norms take their statistics from: count and extent.
 CALIBRATION = (4, 128)
+# Images that variants of 8 bits find their ranges on.
+RANGE_IMAGES = 8
 # Of a residual block's last batch norm.
 RESIDUAL_SCALE = 0.2
 
@@ -44,6 +52,7 @@ class Case:
         dtype: of activations, by name.
         labels: whether labels are wanted, otherwise full-size scores.
         device: "cpu" or "cuda".
+        threads: of a CPU; None as many as torch has.
     """
 
     model: str
@@ -52,11 +61,23 @@ class Case:
     dtype: str
     labels: bool
     device: str
+    threads: int | None = None
 
     @property
     def torch_dtype(self) -> torch.dtype:
         """Of activations."""
         return getattr(torch, self.dtype)
+
+    @property
+    def float_dtype(self) -> torch.dtype:
+        """Of images and scores: float32 where activations are codes of 8 bits."""
+        return self.torch_dtype if self.torch_dtype.is_floating_point else torch.float32
+
+    @property
+    def padded(self) -> Size:
+        """Height and width inside the network."""
+        height, width = (32 * -(-extent // 32) for extent in self.size)
+        return height, width
 
     @property
     def raw(self) -> bool:
@@ -73,12 +94,16 @@ class Case:
 
     def __str__(self) -> str:
         height, width = self.size
-        return f"{self.model} {height}x{width} batch {self.batch} {self.dtype} {self.output}"
+        found = f"{self.model} {height}x{width} batch {self.batch} {self.dtype} {self.output}"
+        return found if self.threads is None else f"{found} threads {self.threads}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Matrix:
-    """Which cases a run measures; what is empty is the device's own choice."""
+    """Which cases a run measures; what is empty is the device's own choice.
+
+    threads: of a CPU, by default as many as torch has, then one.
+    """
 
     device: str
     models: tuple[str, ...] = ()
@@ -86,25 +111,43 @@ class Matrix:
     batches: tuple[int, ...] = ()
     dtypes: tuple[str, ...] = ()
     quick: bool = False
+    threads: tuple[int, ...] = ()
 
     def cases(self) -> list[Case]:
         """All of them, the most important first."""
         quick = slice(1) if self.quick else slice(None)
-        names = self.models or (MODELS[:2] if self.quick else MODELS)
-        if self.device == "cpu" and not self.models:
-            names = MODELS[:1]
         axes = (
+            self._threads(),
             self.dtypes or DTYPES[self.device][quick],
             self.batches or BATCHES[self.device][quick],
-            self.sizes or SIZES[self.device][quick],
-            names,
+            self._networks(),
             (False, True),
         )
         found = [
-            Case(model, size, batch, dtype, labels, self.device)
-            for dtype, batch, size, model, labels in itertools.product(*axes)
+            Case(model, size, batch, dtype, labels, self.device, threads)
+            for threads, dtype, batch, (model, size), labels in itertools.product(*axes)
         ]
         return self._with_paper(found)
+
+    def _threads(self) -> tuple[int | None, ...]:
+        if self.device != "cpu":
+            return (None,)
+        every = tuple(dict.fromkeys((torch.get_num_threads(), 1)))
+        return self.threads or every[: 1 if self.quick else None]
+
+    def _networks(self) -> list[tuple[str, Size]]:
+        """Models and sizes: on a GPU all pairs; on a CPU those of its own that fit, or those asked for."""
+        if self.device == "cpu" and not (self.models and self.sizes):
+            own = [
+                (model, size)
+                for model, size in CPU_NETWORKS[: 2 if self.quick else None]
+                if model in (self.models or (model,)) and size in (self.sizes or (size,))
+            ]
+            if own:
+                return own
+        sizes = self.sizes or SIZES[: 1 if self.quick or self.device == "cpu" else None]
+        names = self.models or (MODELS[:1] if self.device == "cpu" else MODELS[: 2 if self.quick else None])
+        return [(model, size) for size in sizes for model in names]
 
     def _with_paper(self, cases: list[Case]) -> list[Case]:
         """The paper's own cases, once the first size is done in the first dtype."""
@@ -119,11 +162,13 @@ class Matrix:
 @functools.cache
 @torch.no_grad()
 def build(name: str) -> ShelfNet:
-    """A published model on the CPU in float32, randomly initialised, its batch norms calibrated.
+    """A model on the CPU in float32: the shipped one, or a published one, randomly initialised.
 
-    Time does not depend on the values, but without statistics activations grow from block to block, beyond
-    what float16 holds.
+    Time does not depend on the values, but without statistics of batch norms activations grow from block to
+    block, beyond what float16 holds: a random model's are calibrated.
     """
+    if name == SHIPPED:
+        return models.from_weights(name)
     torch.manual_seed(0)
     return calibrate(getattr(models, name)())
 
@@ -146,9 +191,9 @@ def calibrate(model: ShelfNet) -> ShelfNet:
     return model.eval()
 
 
-def pictures(batch: int, size: Size, device: str) -> Tensor:
+def pictures(batch: int, size: Size, device: str, seed: int = 0) -> Tensor:
     """uint8 (N, H, W, 3), coarse shapes with fine noise, the same at every run."""
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator(device).manual_seed(seed)
     height, width = size
     extents = (batch, 3, -(-height // 32), -(-width // 32))
     coarse = F.interpolate(torch.rand(extents, generator=generator, device=device), size, mode="bilinear")
@@ -165,4 +210,9 @@ def normalised(images: Tensor, model: ShelfNet) -> Tensor:
 def images_of(case: Case, model: ShelfNet) -> Tensor:
     """What every variant of a case gets, on its device."""
     raw = pictures(case.batch, case.size, case.device)
-    return raw if case.raw else normalised(raw, model).to(case.torch_dtype)
+    return raw if case.raw else normalised(raw, model).to(case.float_dtype)
+
+
+def range_images(size: Size) -> Tensor:
+    """uint8 (N, H, W, 3) on the CPU: what variants of 8 bits find their ranges on, unlike what is timed."""
+    return pictures(RANGE_IMAGES, size, "cpu", seed=1)

@@ -13,13 +13,17 @@ from torch import Tensor
 from shelfkern.nn import ShelfNet
 
 # Root-mean-square error of scores over their deviation: about twice what eager torch makes in 16 bits on a
-# CPU. On a GPU float32 is TF32, which has float16's precision.
-MAX_ERROR = {"float32": 2e-5, "tf32": 0.01, "float16": 0.01, "bfloat16": 0.07}
+# CPU. On a GPU float32 is TF32, which has float16's precision. In 8 bits twice the most that ONNX Runtime and
+# OpenVINO make of the networks here: 0.03 of the shipped one, 0.08 of a random ShelfNet50.
+MAX_ERROR = {"float32": 2e-5, "tf32": 0.01, "float16": 0.01, "bfloat16": 0.07, "int8": 0.16}
 # No score may be further off than so many times that.
 LARGEST = 10
 # Share of labels that may differ from float32's, beyond those of eager torch in the same dtype. Of these a
 # quarter more, since eager's own share changes by as much between memory formats in small images.
 MAX_DIFFERENT, EAGERS = 0.001, 1.25
+# The same in 8 bits, which eager torch has not: twice the most that ONNX Runtime and OpenVINO make, 0.02 of
+# the shipped network on noisy shapes, 0.07 of a random ShelfNet50, whose scores are close to each other.
+MAX_DIFFERENT_INT8 = 0.14
 
 
 class Wrong(Exception):
@@ -39,7 +43,9 @@ class Judge:
         with exact_float32():
             found = [_finished(_scores(network, image, torch.float32), case) for image in images.split(1)]
         self._truth = found
-        if case.labels:
+        if case.labels and case.dtype == "int8":
+            self.limit = MAX_DIFFERENT_INT8
+        elif case.labels:
             with without_search():
                 self.limit = MAX_DIFFERENT + EAGERS * self._eager_difference(network, images, case)
         else:

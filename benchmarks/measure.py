@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from cases import Case
 from clocks import GRAPH_CALLS, Ceilings, Stopwatch, measure_ceilings
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -34,6 +35,17 @@ class Times:
 
     call: Timing
     wall: Timing
+
+
+@contextlib.contextmanager
+def threads_of(case: Case) -> Iterator[None]:
+    """Within it torch has a case's threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(case.threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Meter:

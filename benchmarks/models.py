@@ -1,8 +1,11 @@
-"""Whole networks on this machine, beside their peers: `make bench` runs it.
+"""Whole networks on this machine, beside their peers: `make bench` and `make bench-cpu` run it.
 
 Every variant is checked against eager torch in float32 first and not timed if it is wrong. Variants of one
-case run interleaved in one process. Rows go to benchmarks/results as JSON lines; `table.py` makes the
-README's table from them and `plot.py` draws them.
+case run interleaved in one process, on as many threads as the case says. On a CPU each variant's memory is
+that of a process of its own (`resident.py`).
+
+Rows go to benchmarks/results as JSON lines; `table.py` makes tables of them for the README and docs/cpu.md,
+and `plot.py` draws them.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import dataclasses
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import click
@@ -22,12 +26,14 @@ from torch import Tensor
 sys.path.append(str(Path(__file__).parent / "ops"))
 
 import breakdown
+import resident
 import rows
-from cases import MODELS, Case, Matrix, build, images_of
+from cases import MODELS, SHIPPED, Case, Matrix, build, images_of
 from clocks import Ceilings
 from judge import Judge, Wrong
-from measure import Deadline, Footprint, Meter, OutOfTime, free, time_limit
+from measure import Deadline, Footprint, Meter, OutOfTime, free, threads_of, time_limit
 from peers import Peer, Run, chosen, of_device
+from peers.ours import Call
 from results import about
 
 from shelfkern.nn import ShelfNet
@@ -50,13 +56,20 @@ class ContextLost(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """A run: who takes part, with which clocks, until when."""
+    """A run: who takes part, with which clocks, until when.
+
+    Attributes:
+        ceilings: for each number of threads that a case has.
+        tune: whether ours may time its algorithms first.
+        memory: whether each variant's memory on a CPU is measured, where a case has all threads.
+    """
 
     peers: list[Peer]
     meter: Meter
-    ceilings: Ceilings
+    ceilings: Mapping[int | None, Ceilings]
     deadline: Deadline
     tune: bool = True
+    memory: bool = False
 
     def case(self, case: Case, broken: set[str]) -> list[rows.Row]:
         """Rows of all variants of a case.
@@ -77,7 +90,7 @@ class Bench:
                 runs[peer.name] = run
             if self.meter.context_lost():
                 lost = dataclasses.replace(outcomes[peer.name], reason=LOST)
-                raise ContextLost([rows.row(case, peer, lost, None, self.ceilings)])
+                raise ContextLost([rows.row(case, peer, lost, None, self.ceilings[case.threads])])
         try:
             self._time(runs, outcomes)
         except RuntimeError as error:
@@ -85,8 +98,33 @@ class Bench:
                 raise ContextLost([rows.skipped(case, LOST)]) from error
             raise
         found = [peer for peer in self.peers if peer.name in outcomes]
+        # Before processes of their own, this one's copies go.
+        runs.clear()
+        free()
+        for peer in found:
+            if self._memory_wanted(case) and outcomes[peer.name].times is not None:
+                memory = self._resident(peer, model, images, case)
+                outcomes[peer.name] = dataclasses.replace(outcomes[peer.name], memory=memory)
         ours = next((outcomes[peer.name].times for peer in found if peer.ours), None)
-        return [rows.row(case, peer, outcomes[peer.name], ours, self.ceilings) for peer in found]
+        every = [
+            rows.row(case, peer, outcomes[peer.name], ours, self.ceilings[case.threads]) for peer in found
+        ]
+        return rows.with_fastest_peer(every)
+
+    def _memory_wanted(self, case: Case) -> bool:
+        most = max((threads or 0 for threads in self.ceilings), default=0)
+        return self.memory and case.device == "cpu" and case.threads in (None, most)
+
+    def _resident(self, peer: Peer, model: ShelfNet, images: Tensor, case: Case) -> dict[str, float]:
+        """MiB of a variant in a process of its own; none, with a word about it, if they cannot be had."""
+        if self.deadline.left < LEAST_SECONDS:
+            return {}
+        try:
+            with time_limit(self.deadline.left):
+                return resident.measure(resident.task_of(peer, model, images, case))
+        except (OutOfTime, RuntimeError) as error:
+            click.echo(f"{case}, {peer.name}: {error or 'the time was spent'}", err=True)
+            return {}
 
     def _prepared(
         self, peer: Peer, model: ShelfNet, images: Tensor, case: Case, judge: Judge
@@ -119,7 +157,8 @@ class Bench:
         except Exception as failure:
             reason = _failure(failure)
         else:
-            return rows.Outcome(None, error, judge.limit, prepared, memory), run
+            flop = run.flop() if isinstance(run, Call) else None
+            return rows.Outcome(None, error, judge.limit, prepared, memory, flop=flop), run
         return rows.Outcome(reason, error, judge.limit), None
 
     def _time(self, runs: dict[str, Run], outcomes: dict[str, rows.Outcome]) -> None:
@@ -144,7 +183,7 @@ class Bench:
             ContextLost: with the row of the variant that broke it; nothing can be freed any more.
         """
         try:
-            with torch.no_grad():
+            with torch.no_grad(), threads_of(case):
                 found = self.case(case, broken)
         except torch.OutOfMemoryError:
             found = [rows.skipped(case, "out of memory")]
@@ -158,20 +197,30 @@ class Bench:
 
     def layers(self, case: Case) -> list[rows.Row]:
         """Rows of our layers in a case; none, with a word about it, if they cannot be had."""
-        model = build(case.model)
+        model, ceilings = build(case.model), self.ceilings[case.threads]
         try:
-            with torch.no_grad(), time_limit(self.deadline.left):
+            with torch.no_grad(), threads_of(case), time_limit(self.deadline.left):
                 images = images_of(case, model)
-                found = breakdown.break_down(case, model, images, self.tune, self.meter, self.ceilings)
+                found = breakdown.break_down(case, model, images, self.tune, self.meter, ceilings)
         except OutOfTime:
             found = []
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             if self.meter.context_lost():
                 raise ContextLost([]) from error
             click.echo(f"{case}: no breakdown: {str(error).splitlines()[0]}", err=True)
             found = []
         free()
         return found
+
+
+def ceilings_of(meter: Meter, cases: list[Case]) -> dict[int | None, Ceilings]:
+    """What the machine reaches in all dtypes of the cases, by their numbers of threads."""
+    dtypes = tuple(dict.fromkeys(case.torch_dtype for case in cases))
+    found = {}
+    for case in {case.threads: case for case in cases}.values():
+        with threads_of(case):
+            found[case.threads] = meter.ceilings(dtypes)
+    return found
 
 
 def _failure(error: Exception) -> str:
@@ -212,35 +261,42 @@ def measure(
                 click.echo("\n".join(breakdown.table(of_layers)))
 
 
+DTYPES = ("float16", "bfloat16", "float32", "int8")
 KEYS = list(dict.fromkeys(peer.key for device in FILES for peer in of_device(device)))
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.option("--device", type=click.Choice(tuple(FILES)), default="cpu")
-@click.option("--model", "models", multiple=True, type=click.Choice(MODELS), help="Default: by device.")
+@click.option(
+    "--model", "models", multiple=True, type=click.Choice((*MODELS, SHIPPED)), help="Default: by device."
+)
 @click.option("--size", "sizes", nargs=2, type=click.IntRange(32), multiple=True, help="Height and width.")
 @click.option("--batch", "batches", type=click.IntRange(1), multiple=True)
-@click.option("--dtype", "dtypes", type=click.Choice(("float16", "bfloat16", "float32")), multiple=True)
+@click.option("--dtype", "dtypes", type=click.Choice(DTYPES), multiple=True)
+@click.option("--threads", type=click.IntRange(1), multiple=True, help="On a CPU; default: all, then one.")
 @click.option("--peers", "keys", type=click.Choice(KEYS), multiple=True, help="Ours and these only.")
 @click.option("--seconds", default=float("inf"), help="After which the rest is skipped.")
 @click.option("--case-seconds", type=float, help="Of timing a case, for each clock.")
 @click.option("--out", type=click.Path(path_type=Path), help="Default: benchmarks/results/models_*.jsonl.")
 @click.option("--resume", is_flag=True, help="Keeps OUT's rows and measures what they lack.")
 @click.option("--breakdown", "layered", is_flag=True, help="Also each layer of ours, to *_layers.jsonl.")
+@click.option("--memory", is_flag=True, help="On a CPU also each variant's memory, in its own process.")
 @click.option("--quick", is_flag=True, help="The most important cases, without what is slow to compile.")
-@click.option("--tune/--no-tune", default=True, help="On a GPU, whether ours times its algorithms first.")
+@click.option("--tune/--no-tune", default=True, help="Whether ours times its algorithms first.")
 def main(
     device: str,
     models: tuple[str, ...],
     sizes: tuple[tuple[int, int], ...],
     batches: tuple[int, ...],
     dtypes: tuple[str, ...],
+    threads: tuple[int, ...],
     keys: tuple[str, ...],
     seconds: float,
     case_seconds: float | None,
     out: Path | None,
     resume: bool,
     layered: bool,
+    memory: bool,
     quick: bool,
     tune: bool,
 ) -> None:
@@ -248,7 +304,7 @@ def main(
     deadline = Deadline(seconds)
     if device == "cuda" and not torch.cuda.is_available():
         raise click.ClickException("device is cuda, but there is no GPU that torch can use")
-    cases = Matrix(device, models, sizes, batches, dtypes, quick).cases()
+    cases = Matrix(device, models, sizes, batches, dtypes, quick, threads).cases()
     facts = about(device)
     out = out or RESULTS / FILES[device]
     results = rows.ResultsFile(out, facts, resume)
@@ -258,9 +314,9 @@ def main(
         layers = rows.ResultsFile(out.with_name(f"{out.stem}_layers.jsonl"), facts, resume)
     meter = Meter(device, case_seconds or CASE_SECONDS[device])
     peers = [peer for peer in chosen(of_device(device, tune), keys) if not (quick and peer.key in SLOW)]
-    ceilings = meter.ceilings(tuple(dict.fromkeys(case.torch_dtype for case in cases)))
+    ceilings = ceilings_of(meter, cases)
     try:
-        measure(Bench(peers, meter, ceilings, deadline, tune), cases, results, layers)
+        measure(Bench(peers, meter, ceilings, deadline, tune, memory), cases, results, layers)
     except ContextLost:
         click.echo("a variant broke the CUDA context: --resume goes on without it", err=True)
         sys.stdout.flush()

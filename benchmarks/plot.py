@@ -25,6 +25,8 @@ COLUMNS = 4
 SHOWN = 8
 # The same of files of layers.
 SHOWN_LAYERS = 4
+# Of a CPU all cases on the most threads.
+SHOWN_CPU = 24
 
 
 def draw_case(axis: Any, case: Case, rows: dict[str, Row]) -> None:
@@ -35,8 +37,8 @@ def draw_case(axis: Any, case: Case, rows: dict[str, Row]) -> None:
     labels = ["" if math.isnan(median) else f"{median:.3g}" for median in medians]
     bars = axis.barh(list(rows), medians, xerr=list(zip(*spread, strict=True)), color=colours, ecolor="#555")
     axis.bar_label(bars, labels, label_type="center", fontsize=8)
-    model, size, batch, dtype, output = case
-    axis.set_title(f"{model}\n{size}, {output}\n{dtype}, batch {batch}", fontsize=9)
+    where = f"batch {case.batch}" if case.threads is None else f"threads {case.threads}"
+    axis.set_title(f"{case.model}\n{case.size}, {case.output}\n{case.dtype}, {where}", fontsize=9)
     axis.set_xlabel("ms (median, p10 to p90)", fontsize=8)
     axis.tick_params(labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)
@@ -44,7 +46,10 @@ def draw_case(axis: Any, case: Case, rows: dict[str, Row]) -> None:
 
 def draw_cases(rows: list[Row]) -> Any:
     """A figure with a panel for each of the first cases."""
-    found = dict(list(cases(rows).items())[:SHOWN])
+    found = cases(rows)
+    most = max((case.threads or 0 for case in found), default=0)
+    every = [(case, by_variant) for case, by_variant in found.items() if (case.threads or most) == most]
+    found = dict(every[: SHOWN_CPU if most else SHOWN])
     columns = min(COLUMNS, len(found))
     lines = -(-len(found) // columns)
     size = (2.9 * columns, 3.2 * lines)

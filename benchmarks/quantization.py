@@ -1,10 +1,12 @@
-"""What codes of 8 bits cost in accuracy: mIoU on CamVid in float32, float16, int8 and fp8.
+"""What fewer bits cost in accuracy: mIoU on CamVid in float32, 16 bits, int8 and fp8.
 
     python benchmarks/quantization.py --data camvid
 
-On a CPU products of codes are torch's, exact but for the order of sums; on a GPU they are the kernels that
-the engine chooses. Rows go to benchmarks/results/quantization.jsonl, and the table of docs/quantization.md
-is made from that file.
+The GPU's codes are multiplied on a CPU by torch, exact but for the order of sums; on a GPU by the kernels
+that the engine chooses. On a CPU its own engine, ONNX Runtime and OpenVINO follow, calibrated on the same
+frames, as `models.py` times them.
+
+Rows go to benchmarks/results/quantization.jsonl, of which the table of docs/quantization.md is made.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,13 @@ from torch import Tensor
 # What every row says of its run is as in the op benchmarks.
 sys.path.append(str(Path(__file__).parent / "ops"))
 
+from cases import Size, normalised
+from peers import Peer
+from peers.cpu_runtimes import OnnxRuntime, OpenVino
+from peers.ours import Shelfkern
+from peers.quantised import RangeImages
 from results import about
-from table import BEGIN, END
+from table import replaced
 
 import shelfkern.nn
 from shelfkern.data import camvid
@@ -65,6 +72,20 @@ VARIANTS = (
 )
 
 
+def deployed(range_images: RangeImages) -> list[tuple[str, Peer, torch.dtype]]:
+    """What runs on a CPU in the end: name, peer and dtype."""
+    ours = Shelfkern("shelfkern", "shelfkern", range_images=range_images)
+    theirs = OpenVino(range_images=range_images)
+    return [
+        ("CPU engine, float32", ours, torch.float32),
+        ("CPU engine, bfloat16", ours, torch.bfloat16),
+        ("CPU engine, int8", ours, torch.int8),
+        ("OpenVINO, bfloat16", theirs, torch.bfloat16),
+        ("OpenVINO, int8", theirs, torch.int8),
+        ("ONNX Runtime, int8", OnnxRuntime(range_images=range_images), torch.int8),
+    ]
+
+
 def spread(frames: Sequence[camvid.Frame], count: int) -> list[camvid.Frame]:
     """So many frames, evenly over the film: neighbours are alike."""
     count = min(count, len(frames))
@@ -93,6 +114,18 @@ def labels_of(program: GpuProgram, frames: Sequence[camvid.Frame], device: torch
     """uint8 (N, H, W)."""
     parts = [frames[start : start + BATCH] for start in range(0, len(frames), BATCH)]
     return np.concatenate([program.labels(raw(part).to(device)).cpu().numpy() for part in parts])
+
+
+@torch.no_grad()
+def labels_by(peer: Peer, model: ShelfNet, dtype: torch.dtype, frames: Sequence[camvid.Frame]) -> np.ndarray:
+    """uint8 (N, H, W), frame by frame."""
+    images = normalised(raw(frames[:1]), model)
+    run = peer.prepare(model, images, dtype, labels=True)
+    found = []
+    for frame in frames:
+        images.copy_(normalised(raw([frame]), model))
+        found.append(run().numpy().copy())
+    return np.concatenate(found)
 
 
 def row(
@@ -128,6 +161,9 @@ def table(rows: list[Row]) -> str:
     lines = ["| | mIoU | to float32 | pixels right | labels unlike float32's |", "| --- " * 5 + "|"]
     first = rows[0]
     for one in rows:
+        if "reason" in one:
+            lines.append(f"| {one['variant']} | {one['reason']} | | | |")
+            continue
         change = "" if one is first else f"{100 * (one['miou'] - first['miou']):+.2f}"
         cells = (f"{100 * one['miou']:.2f} %", change, f"{100 * one['pixel_accuracy']:.2f} %")
         differs = "" if one is first else f"{100 * one['differs']:.2f} %"
@@ -142,10 +178,31 @@ def table(rows: list[Row]) -> str:
 
 def write_page(rows: list[Row]) -> None:
     """Rewrites the part of docs/quantization.md between its markers."""
-    before, rest = PAGE.read_text().split(BEGIN)
-    after = rest.split(END)[1]
+    text = replaced(PAGE.read_text(), table(rows))
     with replacing(PAGE) as temporary:
-        temporary.write_text(f"{before}{BEGIN}\n{table(rows)}\n{END}{after}")
+        temporary.write_text(text)
+
+
+def rows_of_deployed(
+    model: ShelfNet, pictures: Sequence[Tensor], frames: Sequence[camvid.Frame], exact: np.ndarray
+) -> Iterator[Row]:
+    """A row for each of `deployed`; with a reason where it has no labels."""
+
+    def range_images(size: Size) -> Tensor:
+        return torch.cat(list(pictures))
+
+    for name, peer, dtype in deployed(range_images):
+        variant, begin = Variant(name, dtype), time.monotonic()
+        reason = peer.why_not()
+        if reason is None:
+            try:
+                labels = labels_by(peer, model, dtype, frames)
+            except (RuntimeError, ValueError) as error:
+                reason = str(error).splitlines()[0]
+        if reason is None:
+            yield row(variant, labels, exact, frames, time.monotonic() - begin)
+        else:
+            yield {"variant": name, "dtype": str(dtype).removeprefix("torch."), "reason": reason}
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -164,17 +221,28 @@ def main(data: Path, weights: str, device: str, calibration: int, frames: int | 
     to_calibrate = spread(camvid.load_split(data, "train"), calibration)
     pictures = [raw([frame]) for frame in to_calibrate]
     rows: list[Row] = []
+
+    def add(found: Row) -> None:
+        rows.append(found | {"calibration": len(pictures)} | facts)
+        click.echo(f"{found['variant']:20}  " + (found.get("reason") or _figures(found)))
+
     exact = None
     for variant in VARIANTS:
         begin = time.monotonic()
         labels = labels_of(program_of(model, variant, pictures, where), chosen, where)
         exact = labels if exact is None else exact
-        found = row(variant, labels, exact, chosen, time.monotonic() - begin)
-        rows.append(found | {"calibration": len(pictures)} | facts)
-        click.echo(f"{variant.name:20}  mIoU {found['miou']:.4f}  unlike float32 {found['differs']:.4f}")
+        add(row(variant, labels, exact, chosen, time.monotonic() - begin))
+    if where.type == "cpu":
+        assert exact is not None
+        for found in rows_of_deployed(model, pictures, chosen, exact):
+            add(found)
     with replacing(RESULTS) as temporary:
         temporary.write_text("".join(json.dumps(one) + "\n" for one in rows))
     write_page(rows)
+
+
+def _figures(row: Row) -> str:
+    return f"mIoU {row['miou']:.4f}  unlike float32 {row['differs']:.4f}"
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ class Outcome:
         memory: as `measure.Footprint` gives it.
         launches: kernels of a call, where they were counted.
         times: of its calls.
+        flop: that its algorithms do; None for direct convolutions.
     """
 
     reason: str | None = None
@@ -43,6 +44,7 @@ class Outcome:
     memory: dict[str, float] = dataclasses.field(default_factory=dict)
     launches: int | None = None
     times: Times | None = None
+    flop: int | None = None
 
 
 def about_case(case: Case) -> Row:
@@ -55,13 +57,14 @@ def about_case(case: Case) -> Row:
         "output": case.output,
         "input": "uint8" if case.raw else "float",
         "on": case.device,
-    }
+    } | ({} if case.threads is None else {"threads": case.threads})
 
 
 def case_of(row: Row) -> Case:
     """The case that a row is of."""
     labels = row["output"] == "labels"
-    return Case(row["model"], tuple(row["size"]), row["batch"], row["dtype"], labels, row["on"])
+    threads = row.get("threads") if row["on"] == "cpu" else None
+    return Case(row["model"], tuple(row["size"]), row["batch"], row["dtype"], labels, row["on"], threads)
 
 
 def skipped(case: Case, reason: str) -> Row:
@@ -80,6 +83,7 @@ def row(case: Case, peer: Peer, outcome: Outcome, ours: Times | None, ceilings: 
         return found
     times = outcome.times
     found |= _figures(case, times.call, ceilings) | outcome.memory
+    found |= _actual(case, times.call, outcome.flop or found["flop"], ceilings)
     found |= {"launches": outcome.launches, "wall_ms": _round(times.wall.median * 1e3)}
     found["wall_p99_ms"] = _round(times.wall.quantile(0.99) * 1e3)
     found["wall_images_per_s"] = _round(case.batch / times.wall.median)
@@ -110,6 +114,31 @@ def _figures(case: Case, timing: Timing, ceilings: Ceilings) -> Row:
     }
 
 
+def _actual(case: Case, timing: Timing, flop: int, ceilings: Ceilings) -> Row:
+    """A CPU's arithmetic as it is done, and how much of the machine's it is."""
+    if case.device != "cpu":
+        return {}
+    rate = flop / timing.median
+    peak = ceilings.flop_per_s[ceilings.arithmetic(case.torch_dtype)]
+    return {
+        "actual_flop": flop,
+        "actual_gflop_per_s": _round(rate / 1e9),
+        "peak_gflop_per_s": _round(peak / 1e9),
+        "of_peak": _round(rate / peak),
+    }
+
+
+def with_fastest_peer(rows: list[Row]) -> list[Row]:
+    """A case's rows; those of ours say which other is the fastest, and its time over theirs by rounds."""
+    others = [row for row in rows if not row["ours"] and row.get("ours_times_faster") is not None]
+    if not others:
+        return rows
+    fastest = min(others, key=lambda row: row["ours_times_faster"])
+    facts = {"fastest_peer": fastest["variant"], "to_fastest_peer": fastest["ours_times_faster"]}
+    first = next(row for row in rows if row["ours"])
+    return [row | facts if row is first else row for row in rows]
+
+
 def floor_of(case: Case) -> tuple[int, int]:
     """A case's arithmetic (FLOP of its convolutions) and least traffic (bytes).
 
@@ -118,13 +147,12 @@ def floor_of(case: Case) -> tuple[int, int]:
     """
     plan = plan_of(case.model)
     height, width = case.size
-    padded = (32 * -(-height // 32), 32 * -(-width // 32))
-    itemsize = case.torch_dtype.itemsize
+    itemsize = case.float_dtype.itemsize
     pixels = case.batch * height * width
     weights = sum(tensor.numel() for step in plan.steps for tensor in step.weights())
-    read = 3 * pixels * (1 if case.raw else itemsize) + weights * itemsize
+    read = 3 * pixels * (1 if case.raw else itemsize) + weights * case.torch_dtype.itemsize
     written = pixels * (LABEL_BYTES if case.labels else plan.num_classes * itemsize)
-    return 2 * plan.macs(case.batch, *padded), read + written
+    return 2 * plan.macs(case.batch, *case.padded), read + written
 
 
 def _round(value: float | None) -> float | None:
@@ -146,7 +174,8 @@ class ResultsFile:
 
     def add(self, rows: list[Row]) -> None:
         """Adds rows and writes the file."""
-        self.rows += [row | self._about for row in rows]
+        # A row knows its own number of threads.
+        self.rows += [self._about | row for row in rows]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(self.path) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
@@ -172,7 +201,8 @@ def _cells(row: Row) -> list[str]:
     case = str(case_of(row))
     if row["reason"] is not None:
         return [case, row["variant"] or "", row["reason"]]
-    ratio, launches, memory = (row.get(key) for key in ("ours_times_faster", "launches", "reserved_mib"))
+    ratio, launches = (row.get(key) for key in ("ours_times_faster", "launches"))
+    memory = row.get("reserved_mib", row.get("memory_net_mib"))
     return [
         case, row["variant"], f"{row['median_ms']:g} ({row['p10_ms']:g}-{row['p90_ms']:g})",
         f"{row['wall_ms']:g}", f"{row['images_per_s']:g}", f"{row['fraction']:.0%}",

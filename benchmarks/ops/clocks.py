@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 
+from shelfkern import native
 from shelfkern.timing import Timing, time_interleaved
 
 Runs = Mapping[str, Callable[[], object]]
@@ -25,6 +27,8 @@ GRAPH_LIMIT = 200e-6
 
 COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}
 PRODUCT_EXTENT = {"cpu": 2048, "cuda": 8192}
+# Of a CPU's loop on registers: runs, of which the fastest counts, for another process can only slow one.
+PEAK_RUNS, PEAK_MILLISECONDS = 3, 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +148,8 @@ class Ceilings:
 
     Attributes:
         bytes_per_s: of a large copy, reads and writes counted.
-        flop_per_s: of a large matrix product, by the kind of arithmetic.
+        flop_per_s: by the kind of arithmetic: on a GPU of a large matrix product, on a CPU of a loop on
+            registers alone, in as many threads as torch has.
     """
 
     bytes_per_s: float
@@ -171,12 +176,30 @@ def measure_ceilings(stopwatch: Stopwatch, dtypes: tuple[torch.dtype, ...]) -> C
     source = torch.empty(COPY_BYTES[device], dtype=torch.uint8, device=device).fill_(1)
     target = torch.empty_like(source)
     copy = _median(stopwatch, lambda: target.copy_(source))
+    if device == "cpu":
+        return Ceilings(2 * source.numel() / copy, peaks(stopwatch, dtypes))
     flop_per_s = {str(d).removeprefix("torch."): _product(stopwatch, d) for d in dtypes}
-    if device == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = True
-        flop_per_s["tf32"] = _product(stopwatch, torch.float32)
-        torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = True
+    flop_per_s["tf32"] = _product(stopwatch, torch.float32)
+    torch.backends.cuda.matmul.allow_tf32 = False
     return Ceilings(2 * source.numel() / copy, flop_per_s)
+
+
+def peaks(stopwatch: Stopwatch, dtypes: tuple[torch.dtype, ...]) -> dict[str, float]:
+    """FLOP/s of a CPU by dtype: float32, and those dtypes that it has instructions for.
+
+    Without native code a large matrix product of float32 stands in.
+    """
+    if native.module is None:
+        return {"float32": _product(stopwatch, torch.float32)}
+    found = {}
+    for kind in dict.fromkeys(str(d).removeprefix("torch.") for d in (torch.float32, *dtypes)):
+        # Of an instruction set without it.
+        with contextlib.suppress(ValueError):
+            found[kind] = max(
+                native.module.peak(kind, torch.get_num_threads(), PEAK_MILLISECONDS) for _ in range(PEAK_RUNS)
+            )
+    return found
 
 
 def _product(stopwatch: Stopwatch, dtype: torch.dtype) -> float:

@@ -99,7 +99,9 @@ class Entry:
 
 
 def plan_of(model: str) -> Plan:
-    """A published model's plan, of shapes without values."""
+    """The plan of a model that ships, or a published model's, of shapes without values."""
+    if model in models.shipped_weights():
+        return lower(models.from_weights(model))
     with torch.device("meta"):
         return lower(getattr(models, model)().eval())
 

@@ -45,7 +45,8 @@ class Peer(Protocol):
 
         Args:
             model: on the CPU, in float32, in eval mode; left as it is.
-            images: on the device: uint8 (N, H, W, 3), or normalised (N, 3, H, W) in `dtype`.
+            images: on the device: uint8 (N, H, W, 3), or normalised (N, 3, H, W) in `dtype`, for codes of 8
+                bits in float32.
             dtype: of activations.
             labels: gives labels (N, H, W) uint8, otherwise scores (N, classes, H, W).
         """
@@ -59,7 +60,7 @@ def of_device(device: str, tune: bool = True) -> list[Peer]:
     from . import compiled, cpu_runtimes, cudnn, eager, ours, tensorrt
 
     if device == "cpu":
-        return [*ours.on_cpu(), *eager.on_cpu(), *compiled.on_cpu(), *cpu_runtimes.on_cpu()]
+        return [*ours.on_cpu(tune), *eager.on_cpu(), *compiled.on_cpu(), *cpu_runtimes.on_cpu()]
     return [*ours.on_gpu(tune), *cudnn.on_gpu(), *eager.on_gpu(), *compiled.on_gpu(), *tensorrt.on_gpu()]
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import importlib.util
+from pathlib import Path
 
 import torch
+from cases import range_images
+from sessions import RUNTIMES
 from torch import Tensor
 
 from shelfkern.nn import ShelfNet
 
 from . import Peer, Run
-from .exported import INPUT, export
+from .exported import float_file
+from .quantised import RangeImages, onnx_file, openvino_file
 
 
 def _missing(*packages: str) -> str | None:
@@ -20,79 +23,77 @@ def _missing(*packages: str) -> str | None:
     return f"not installed: {', '.join(found)}" if found else None
 
 
-def _read(images: Tensor) -> Tensor:
+def read(images: Tensor) -> Tensor:
     """Images as the exported network takes them: raw, or in float32, contiguous."""
     return (images if images.dtype is torch.uint8 else images.float()).contiguous()
 
 
 @dataclasses.dataclass(frozen=True)
-class OnnxRuntime:
-    """A session with all graph optimisations and as many threads as torch has."""
+class Runtime:
+    """A runtime with as many threads as torch has.
 
-    key: str = "onnxruntime"
-    name: str = "ONNX Runtime"
+    Attributes:
+        range_images: gives images that 8 bits find their ranges on.
+    """
+
+    key: str = ""
+    name: str = ""
     ours: bool = False
-    seconds: float = 120
+    # Quantising a large network takes half a minute.
+    seconds: float = 240
+    range_images: RangeImages = range_images
 
     def why_not(self) -> str | None:
-        """Needs the packages onnxruntime, onnx and onnxscript."""
-        return _missing("onnxruntime", "onnx", "onnxscript")
+        """Needs its own package, and onnx and onnxscript."""
+        return _missing(self.key, "onnx", "onnxscript")
 
-    def prepare(self, model: ShelfNet, images: Tensor, dtype: torch.dtype, labels: bool) -> Run:
-        """As `Peer.prepare`.
+    def file(self, model: ShelfNet, images: Tensor, dtype: torch.dtype, labels: bool) -> Path:
+        """The network as it reads it, for images of a shape; in 8 bits calibrated.
 
         Raises:
-            ValueError: dtype is not float32, the only one that its CPU kernels of convolutions have.
+            ValueError: it has no convolutions of dtype.
         """
-        if dtype is not torch.float32:
-            raise ValueError(f"dtype is {dtype}, ONNX Runtime's convolutions on a CPU take float32")
-        runtime = importlib.import_module("onnxruntime")
-        options = runtime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        # Its threads would go on spinning beside the next variant.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        images = _read(images)
-        graph = export(model, images, dtype, labels)
-        session = runtime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-        feed = {INPUT: images.numpy()}
-        return lambda: torch.from_numpy(session.run(None, feed)[0])
+        raise NotImplementedError
+
+    def prepare(self, model: ShelfNet, images: Tensor, dtype: torch.dtype, labels: bool) -> Run:
+        """As `Peer.prepare`; it reads normalised float32 images in place."""
+        images = read(images)
+        path = self.file(model, images, dtype, labels)
+        name = str(dtype).removeprefix("torch.")
+        call = RUNTIMES[self.key](path, images.numpy(), torch.get_num_threads(), name)
+        return lambda: torch.from_numpy(call())
 
 
 @dataclasses.dataclass(frozen=True)
-class OpenVino:
-    """A model compiled for latency, in the dtype asked for, with as many threads as torch has."""
+class OnnxRuntime(Runtime):
+    """ONNX Runtime with its own CPU kernels."""
+
+    key: str = "onnxruntime"
+    name: str = "ONNX Runtime"
+
+    def file(self, model: ShelfNet, images: Tensor, dtype: torch.dtype, labels: bool) -> Path:
+        """As `Runtime.file`."""
+        if dtype is torch.int8:
+            return onnx_file(model, images.shape, labels, self.range_images)
+        if dtype is not torch.float32:
+            raise ValueError(
+                f"dtype is {dtype}, ONNX Runtime's convolutions on a CPU take float32 or codes of int8"
+            )
+        return float_file(model, images, labels)
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenVino(Runtime):
+    """OpenVINO's CPU plugin."""
 
     key: str = "openvino"
     name: str = "OpenVINO"
-    ours: bool = False
-    seconds: float = 120
 
-    def why_not(self) -> str | None:
-        """Needs the packages openvino, onnx and onnxscript."""
-        return _missing("openvino", "onnx", "onnxscript")
-
-    def prepare(self, model: ShelfNet, images: Tensor, dtype: torch.dtype, labels: bool) -> Run:
-        """As `Peer.prepare`."""
-        openvino = importlib.import_module("openvino")
-        images = _read(images)
-        graph = export(model, images, torch.float32, labels)
-        core = openvino.Core()
-        compiled = core.compile_model(
-            core.read_model(graph),
-            "CPU",
-            {
-                "PERFORMANCE_HINT": "LATENCY",
-                "INFERENCE_PRECISION_HINT": "bf16" if dtype is torch.bfloat16 else "f32",
-                "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-            },
-        )
-        request = compiled.create_infer_request()
-        feed = {INPUT: images.numpy()}
-
-        def run() -> Tensor:
-            return torch.from_numpy(request.infer(feed, share_inputs=True, share_outputs=True)[0])
-
-        return run
+    def file(self, model: ShelfNet, images: Tensor, dtype: torch.dtype, labels: bool) -> Path:
+        """As `Runtime.file`. Bfloat16 is a matter of how it is compiled."""
+        if dtype is torch.int8:
+            return openvino_file(model, images.shape, labels, self.range_images)
+        return float_file(model, images, labels)
 
 
 def on_cpu() -> list[Peer]:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import io
+import shutil
+import tempfile
 import warnings
+from pathlib import Path
 
 import torch
+from sessions import INPUT, OUTPUT
 from torch import Tensor
 
 from shelfkern.nn import ShelfNet
 
 from .network import Network
 
-INPUT, OUTPUT = "images", "result"
+# Networks whose files are kept.
+KEPT = 32
 
 
 def export(model: ShelfNet, images: Tensor, dtype: torch.dtype, labels: bool) -> bytes:
@@ -27,3 +34,31 @@ def export(model: ShelfNet, images: Tensor, dtype: torch.dtype, labels: bool) ->
     found = io.BytesIO()
     program.save(found)
     return found.getvalue()
+
+
+def float_file(model: ShelfNet, images: Tensor, labels: bool) -> Path:
+    """The network in float32 as an ONNX file, exported once in a process for images of a shape.
+
+    model: not changed between calls.
+    """
+    return _float_file(model, images.shape, images.dtype, labels)
+
+
+@functools.lru_cache(KEPT)
+def _float_file(model: ShelfNet, shape: torch.Size, dtype: torch.dtype, labels: bool) -> Path:
+    path = fresh_file("onnx")
+    path.write_bytes(export(model, torch.zeros(shape, dtype=dtype), torch.float32, labels))
+    return path
+
+
+@functools.cache
+def folder() -> Path:
+    """A folder that goes when the process ends."""
+    found = tempfile.mkdtemp(prefix="shelfkern-")
+    atexit.register(shutil.rmtree, found, ignore_errors=True)
+    return Path(found)
+
+
+def fresh_file(suffix: str) -> Path:
+    """A name for a new file in `folder`."""
+    return folder() / f"{len(list(folder().iterdir()))}.{suffix}"

@@ -19,11 +19,16 @@ class Network(nn.Module):
         dtype: what raw images become.
         labels: whether it gives labels.
         weights: their dtype, by default `dtype`.
+
+    Raises:
+        ValueError: dtype is one of codes, which torch's convolutions do not take.
     """
 
     def __init__(
         self, model: ShelfNet, dtype: torch.dtype, labels: bool, weights: torch.dtype | None = None
     ) -> None:
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype is {dtype}, torch's own convolutions take floating ones")
         super().__init__()
         self.model = copy.deepcopy(model).to(weights or dtype)
         self.dtype, self.labels = dtype, labels

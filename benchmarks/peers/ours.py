@@ -3,14 +3,40 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
+from arithmetic import plan_flop
+from cases import range_images
 from torch import Tensor
 
 import shelfkern
+from shelfkern.engine.accelerate import FastShelfNet
+from shelfkern.engine.image import image_size, padded
 from shelfkern.nn import ShelfNet
 
 from . import Peer, Run
+from .quantised import RangeImages
+
+# For each network on a CPU, which has few layers and ways to run them: a minute each would be most of a run.
+CPU_TUNING_SECONDS = 20.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A call of the accelerated module on images that may be written anew."""
+
+    fast: FastShelfNet
+    images: Tensor
+    labels: bool
+
+    def __call__(self) -> Tensor:
+        return self.fast.predict(self.images) if self.labels else self.fast(self.images)
+
+    def flop(self) -> int:
+        """That the algorithms chosen for these images do."""
+        batch, height, width = image_size(self.images)
+        return plan_flop(self.fast.plan, batch, (padded(height), padded(width)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,34 +46,37 @@ class Shelfkern:
     Attributes:
         graphs: whether it records CUDA graphs.
         bound: whether it reads its images in place and gives the same tensor each time.
-        tune: whether it may time its algorithms while it is prepared.
+        tune: whether it may time its algorithms while it is prepared, or seconds for which it may.
+        range_images: gives images that 8 bits find their ranges on.
     """
 
     key: str
     name: str
     graphs: bool = True
     bound: bool = False
-    tune: bool = False
+    tune: bool | float = False
     ours: bool = True
     seconds: float = 240
+    range_images: RangeImages = range_images
 
     def why_not(self) -> None:
         """What it lacks shows when it is made."""
 
     def prepare(self, model: ShelfNet, images: Tensor, dtype: torch.dtype, labels: bool) -> Run:
         """As `Peer.prepare`."""
-        if images.is_cuda:
-            fast = shelfkern.accelerate(model, dtype, images.device, tune=self.tune, graphs=self.graphs)
-        else:
-            fast = shelfkern.accelerate(model, dtype)
+        options: dict[str, Any] = {"tune": self.tune, "graphs": self.graphs}
+        if dtype is torch.int8:
+            height, width = image_size(images)[1:]
+            options["calibration"] = self.range_images((height, width))
+        fast = shelfkern.accelerate(model, dtype, images.device, **options)
         if self.bound:
             return fast.bind(images, "labels" if labels else "scores")
-        return lambda: fast.predict(images) if labels else fast(images)
+        return Call(fast, images, labels)
 
 
-def on_cpu() -> list[Peer]:
+def on_cpu(tune: bool) -> list[Peer]:
     """Those that take part on a CPU."""
-    return [Shelfkern("shelfkern", "shelfkern")]
+    return [Shelfkern("shelfkern", "shelfkern", tune=tune and CPU_TUNING_SECONDS)]
 
 
 def on_gpu(tune: bool) -> list[Peer]:

@@ -7,6 +7,7 @@ import json
 import breakdown
 import pytest
 import torch
+from arithmetic import step_flop
 from cases import Case
 from clocks import Ceilings
 from measure import Times
@@ -82,6 +83,54 @@ def test_floors_are_of_the_padded_size(found):
         assert (row["p10_us"], row["median_us"], row["p90_us"]) == (1.2, 2.0, 2.8)
     assert rows[-1]["floor_us"] == pytest.approx(sum(row["floor_us"] for row in rows[:-1]), rel=1e-3)
     assert rows[-1]["fraction"] == pytest.approx(rows[-1]["floor_us"] / 50, rel=1e-3)
+
+
+CPU_CASE = Case("shelfnet18_lw", (33, 64), 1, "float32", False, "cpu", 1)
+
+
+@pytest.fixture(scope="module")
+def on_cpu():
+    """The model, how often its first layer ran, and rows of its layers on a CPU."""
+    torch.manual_seed(0)
+    model = ShelfNet(CONFIG).eval()
+    with torch.no_grad():
+        images = torch.randn(1, 3, *CPU_CASE.size)
+        rows = breakdown.break_down(CPU_CASE, model, images, False, None, CEILINGS)
+    return model, images, rows
+
+
+def test_layers_of_a_cpu_have_their_algorithms(on_cpu):
+    model, _, rows = on_cpu
+    *layers, total = json.loads(json.dumps(rows))
+    fast = shelfkern.accelerate(model)
+    assert [row["op"] for row in layers] == [step.op for step in fast.plan.steps]
+    assert [row["algorithm"] for row in layers] == fast.plan.algorithms(1, 64, 64)
+    assert all(0 < row["p10_us"] <= row["median_us"] <= row["p90_us"] for row in layers)
+    # The whole has the resize too.
+    assert total["median_us"] > 0.5 * total["layers_us"] > 0 and total["launches"] is None
+    assert {row["threads"] for row in rows} == {1}
+    assert "None" not in "\n".join(breakdown.table(rows))
+
+
+def test_floors_of_a_cpu_are_of_the_arithmetic_done(on_cpu):
+    model, _, rows = on_cpu
+    plan = shelfkern.accelerate(model).plan
+    for step, row in zip(plan.steps, rows[:-1], strict=True):
+        flop = step_flop(step, row["algorithm"], 1, (64, 64))
+        assert (row["flop"], row["direct_flop"]) == (flop, 2 * step_macs(step, 1, 64, 64))
+        nbytes = step_bytes(step, torch.float32, 1, 64, 64)
+        assert row["floor_us"] == pytest.approx(1e6 * max(flop / 1e12, nbytes / 1e12), rel=1e-3)
+
+
+def test_each_layer_is_timed_in_every_pass_but_the_first(on_cpu):
+    model, images, _ = on_cpu
+    with torch.no_grad():
+        fast = shelfkern.accelerate(model)
+        wanted = fast(images)
+        layers, times, together = breakdown.cpu_layers(fast, images, rounds=3)
+        assert len(layers) == len(times) == len(fast.plan.steps) and together > 0
+        assert {len(timing.seconds) for timing in times} == {3}
+        assert torch.equal(fast(images), wanted)
 
 
 @emulated

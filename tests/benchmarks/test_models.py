@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import json
 import subprocess
@@ -11,19 +12,37 @@ import sys
 import time
 from pathlib import Path
 
+import arithmetic
 import measure
+import numpy as np
 import peers
 import pytest
+import resident
 import rows
+import sessions
 import torch
-from cases import MODELS, Case, Matrix, build, images_of, normalised, pictures
+from cases import (
+    MODELS,
+    RANGE_IMAGES,
+    SHIPPED,
+    Case,
+    Matrix,
+    build,
+    calibrate,
+    images_of,
+    normalised,
+    pictures,
+    range_images,
+)
 from click.testing import CliRunner
 from clocks import Ceilings
-from judge import EAGERS, MAX_DIFFERENT, MAX_ERROR, Judge, Wrong
+from judge import EAGERS, MAX_DIFFERENT, MAX_DIFFERENT_INT8, MAX_ERROR, Judge, Wrong
 from measure import Deadline, OutOfTime, Times, time_limit
-from peers import compiled, cpu_runtimes, cudnn, eager, exported, tensorrt
+from peers import compiled, cpu_runtimes, cudnn, eager, exported, ours, quantised, tensorrt
 from peers.network import Network
 
+from shelfkern.engine import plan
+from shelfkern.nn import ShelfNet, ShelfNetConfig
 from shelfkern.timing import Timing
 
 ROOT = Path(__file__).parents[2]
@@ -108,7 +127,9 @@ def sleeps(model, images):
 
 
 def bench(*found, seconds=60.0, meter=None):
-    return program.Bench(list(found), meter or OneMillisecond(), CEILINGS, Deadline(seconds))
+    return program.Bench(
+        list(found), meter or OneMillisecond(), {None: CEILINGS, 1: CEILINGS}, Deadline(seconds)
+    )
 
 
 # Cases.
@@ -137,7 +158,75 @@ def test_options_narrow_the_cases():
     assert {case.model for case in quick} == {"shelfnet18_lw", "shelfnet50"} and len(quick) == 4
     (scores, labels) = Matrix("cuda", ("shelfnet101",), ((64, 96),), (3,), ("bfloat16",)).cases()
     assert str(scores) == "shelfnet101 64x96 batch 3 bfloat16 scores" and labels.labels
-    assert [case.size for case in Matrix("cpu").cases()] == [(512, 512)] * 2 + [(512, 1024)] * 2
+
+
+def test_a_cpu_has_networks_of_its_own_on_all_threads_and_on_one(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    found = Matrix("cpu").cases()
+    assert len(set(found)) == len(found) == 2 * 3 * 4 * 2
+    assert [str(case) for case in found[:2]] == [
+        "shelfnet18_lw 512x1024 batch 1 float32 scores threads 4",
+        "shelfnet18_lw 512x1024 batch 1 float32 labels threads 4",
+    ]
+    # All threads first, and there the most important dtype.
+    assert [case.threads for case in found] == [4] * 24 + [1] * 24
+    assert [case.dtype for case in found[:24:8]] == ["float32", "bfloat16", "int8"]
+    assert {(case.model, case.size) for case in found} == {
+        ("shelfnet18_lw", (512, 1024)), ("shelfnet18_lw", (512, 512)),
+        ("shelfnet50", (512, 512)), ("camvid", (360, 480)),
+    }  # fmt: skip
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert {case.threads for case in Matrix("cpu").cases()} == {1}
+
+
+def networks(**options):
+    found = Matrix("cpu", dtypes=("float32",), threads=(2,), **options).cases()
+    assert {case.threads for case in found} == {2}
+    return [(case.model, case.size) for case in found if case.labels]
+
+
+def test_options_narrow_a_cpus_networks():
+    assert networks(models=("camvid",)) == [("camvid", (360, 480))]
+    assert networks(sizes=((512, 512),)) == [("shelfnet18_lw", (512, 512)), ("shelfnet50", (512, 512))]
+    # What is none of them is measured all the same.
+    assert networks(models=("shelfnet101",)) == [("shelfnet101", (512, 512))]
+    assert networks(sizes=((64, 64),)) == [("shelfnet18_lw", (64, 64))]
+    assert networks(models=("camvid", "shelfnet50"), sizes=((64, 64),)) == [
+        ("camvid", (64, 64)),
+        ("shelfnet50", (64, 64)),
+    ]
+    assert networks(quick=True) == [("shelfnet18_lw", (512, 1024)), ("shelfnet18_lw", (512, 512))]
+
+
+def test_a_case_has_its_threads_and_only_it():
+    before = torch.get_num_threads()
+    case = dataclasses.replace(SCORES, threads=before + 1)
+    seen = []
+
+    def counts(model, images):
+        seen.append(torch.get_num_threads())
+        return right(model, images)
+
+    found = program.Bench(
+        [Fake("eager", counts)], OneMillisecond(), {before + 1: CEILINGS}, Deadline(60)
+    ).safely(case, set())
+    assert seen == [before + 1] and torch.get_num_threads() == before
+    assert rows.case_of(found[0]) == case and found[0]["threads"] == before + 1
+    with pytest.raises(ValueError), measure.threads_of(case):
+        raise ValueError
+    assert torch.get_num_threads() == before
+
+
+def test_images_of_codes_are_in_float32_and_others_than_those_for_ranges():
+    case = dataclasses.replace(SCORES, dtype="int8")
+    assert images_of(case, build(case.model)).dtype is torch.float32
+    ranges = range_images((64, 96))
+    assert ranges.shape == (RANGE_IMAGES, 64, 96, 3) and ranges.dtype is torch.uint8
+    assert not torch.equal(ranges[:1], pictures(1, (64, 96), "cpu"))
+
+
+def test_the_shipped_network_is_the_trained_one():
+    assert build(SHIPPED).classes is not None and rows.plan_of(SHIPPED).num_classes == 11
 
 
 def test_labels_on_a_gpu_are_made_of_raw_images():
@@ -225,6 +314,22 @@ def test_labels_in_16_bits_are_held_against_eager_in_16_bits():
     error = judge.error_of(Network(model, torch.bfloat16, labels=True)(images))
     assert error > MAX_DIFFERENT
     assert judge.limit == pytest.approx(EAGERS * error + MAX_DIFFERENT, rel=0.2)
+
+
+def test_codes_of_8_bits_have_limits_of_their_own():
+    judge, scores = judged(dataclasses.replace(SCORES, dtype="int8"))
+    assert judge.limit == MAX_ERROR["int8"]
+    off = scores.std() * torch.randn_like(scores)
+    assert judge.error_of(scores + 0.9 * judge.limit * off) == pytest.approx(0.9 * judge.limit, rel=0.05)
+    with pytest.raises(Wrong, match="the error is"):
+        judge.error_of(scores + 1.1 * judge.limit * off)
+    judge, scores = judged(dataclasses.replace(LABELS, dtype="int8"))
+    labels = scores.argmax(1).to(torch.uint8)
+    assert judge.limit == MAX_DIFFERENT_INT8
+    labels.view(-1)[: int(0.9 * judge.limit * labels.numel())] += 1
+    assert judge.error_of(labels) == pytest.approx(0.9 * judge.limit, rel=0.01)
+    with pytest.raises(Wrong, match="the error is"):
+        judge.error_of(labels.flip(2))
 
 
 # Peers.
@@ -326,16 +431,133 @@ def test_the_exported_network_takes_raw_images():
     Judge(model, normalised(raw, model), LABELS).error_of(torch.from_numpy(labels))
 
 
-@pytest.mark.parametrize("case", [SCORES, LABELS])
+CONFIG = ShelfNetConfig(
+    num_classes=5, backbone="resnet18", backbone_width=32, widths=(32, 32), merge="attention", head="conv"
+)
+
+
+@functools.cache
+def small():
+    """A network that is quick to export, one model for all tests, so that each file is made once."""
+    torch.manual_seed(0)
+    return calibrate(ShelfNet(CONFIG))
+
+
+def runtime(package):
+    found = next(peer for peer in cpu_runtimes.on_cpu() if peer.key == package)
+    if found.why_not() is not None:
+        pytest.skip(found.why_not())
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("case", [SCORES, LABELS], ids=str)
 @pytest.mark.parametrize("package", ["onnxruntime", "openvino"])
-def test_runtimes_of_a_cpu_are_right(package, case):
-    peer = next(peer for peer in cpu_runtimes.on_cpu() if peer.key == package)
-    if peer.why_not() is not None:
-        pytest.skip(peer.why_not())
-    model = build(case.model)
+def test_runtimes_of_a_cpu_are_right(package, case, dtype):
+    case, peer, model = dataclasses.replace(case, dtype=dtype), runtime(package), build(SHIPPED)
     images = images_of(case, model)
-    result = peer.prepare(model, images, torch.float32, case.labels)()
-    Judge(model, images, case).error_of(result)
+    run = peer.prepare(model, images, case.torch_dtype, case.labels)
+    error = Judge(model, images, case).error_of(run())
+    # Codes leave a trace: it does not run in float32 unseen.
+    assert dtype == "float32" or error > 1e-4
+    # Images are read in place.
+    before = run().clone()
+    images.copy_(images.flip(3))
+    Judge(model, images, case).error_of(run())
+    assert not torch.equal(run(), before)
+
+
+@pytest.mark.parametrize("suffix, kinds", [("xml", {"u8", "i8"}), ("onnx", {"u8", "i8"})])
+def test_openvino_runs_both_kinds_of_file_in_8_bits(suffix, kinds, monkeypatch):
+    openvino = pytest.importorskip("openvino")
+    runtime("onnxruntime")
+    if suffix == "onnx":
+        monkeypatch.setattr(quantised.importlib.util, "find_spec", lambda name: None)
+        quantised.openvino_file.cache_clear()
+    elif importlib.util.find_spec("nncf") is None:
+        pytest.skip("not installed: nncf")
+    path = runtime_file(build(SHIPPED), suffix)
+    compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    found = sessions.convolutions(compiled)
+    assert sum(found[kind] for kind in kinds) > 0.8 * sum(found.values())
+
+
+def runtime_file(model, suffix):
+    path = quantised.openvino_file(model, torch.Size((2, 3, 64, 96)), False, range_images)
+    quantised.openvino_file.cache_clear()
+    assert path.suffix == f".{suffix}"
+    return path
+
+
+def test_openvino_that_runs_floating_where_codes_are_asked_for_is_refused():
+    runtime("openvino")
+    model = build(SHIPPED)
+    images = images_of(SCORES, model)
+    path = exported.float_file(model, images, False)
+    with pytest.raises(RuntimeError, match="no convolution of this network in 8 bits"):
+        sessions.openvino(path, images.numpy(), 1, "int8")
+
+
+def test_a_network_is_exported_once(monkeypatch):
+    made = []
+    monkeypatch.setattr(exported, "export", lambda model, images, *others: made.append(images.shape) or b"")
+    model = build("shelfnet18_lw")
+    ways = [(1, 32, 64, False), (1, 32, 64, False), (1, 32, 64, True), (2, 32, 64, False)]
+    paths = [exported.float_file(model, torch.zeros(n, 3, h, w), labels) for n, h, w, labels in ways]
+    assert paths[0] == paths[1] and len(set(paths)) == len(made) == 3
+    exported._float_file.cache_clear()
+
+
+def test_torch_has_no_convolutions_of_codes():
+    model = build("shelfnet18_lw")
+    for peer in (*eager.on_cpu(), *compiled.on_cpu()):
+        with pytest.raises(ValueError, match=r"dtype is torch.int8, torch's own convolutions"):
+            peer.prepare(model, images_of(SCORES, model), torch.int8, False)
+
+
+def test_ours_counts_the_arithmetic_of_its_algorithms():
+    model = build("shelfnet18_lw")
+    images = images_of(SCORES, model)
+    call = ours.Shelfkern("shelfkern", "shelfkern").prepare(model, images, torch.float32, False)
+    plan = call.fast.plan
+    assert call.flop() == arithmetic.plan_flop(plan, 2, (64, 96)) > 0
+    names = plan.algorithms(2, 64, 96)
+    fewer = any("winograd" in name for name in names)
+    assert (call.flop() < 2 * plan.macs(2, 64, 96)) == fewer
+
+
+# The arithmetic of algorithms, by hand.
+
+
+@pytest.mark.parametrize(
+    "op, stride, name, products",
+    [
+        ("conv", 1, "native direct", None),
+        # 10 x 10 pixels are 3 x 3 tiles of 4 and 5 x 5 tiles of 2.
+        ("conv", 1, "native winograd 4x4", 9 * 36 / 100),
+        ("conv", 1, "native winograd 2x2", 25 * 16 / 100),
+        ("conv", 2, "native winograd 4x4", 9 * 81 / 100),
+        ("deconv", 2, "native winograd 4x4", 4 * 81 / 100),
+    ],
+)
+def test_products_of_minimal_filtering(op, stride, name, products):
+    value = plan.Value(0, 4, 4)
+    weight = torch.zeros(4, 4, 3, 3)
+    if op == "conv":
+        step = plan.Conv("it", (value,), plan.Value(1, 4, 4), weight, None, None, stride, plan.Activation())
+    else:
+        step = plan.DeconvAdd("it", (value, value), plan.Value(1, 4, 4), weight, torch.zeros(4))
+    direct = 2 * 100 * 4 * 4 * (9 if op == "conv" else 9 / 4)
+    wanted = direct if name == "native direct" else 2 * 100 * 4 * 4 * products
+    assert arithmetic.step_flop(step, name, 1, (40, 40)) == pytest.approx(wanted)
+
+
+def test_a_block_counts_both_convolutions():
+    value, weight, vector = plan.Value(0, 4, 4), torch.zeros(4, 4, 3, 3), torch.zeros(4)
+    step = plan.SharedBlockStep(
+        "it", (value,), plan.Value(1, 4, 4), weight, vector, vector, vector, vector, plan.Activation(), value
+    )
+    assert arithmetic.step_flop(step, "native winograd 4x4", 1, (32, 32)) == 2 * 2 * 4 * 4 * 4 * 36
 
 
 def test_onnx_runtime_has_no_bfloat16():
@@ -569,6 +791,96 @@ def test_a_row_says_everything():
     assert exact["product"] == "tf32" and exact["ours_times_faster"] is None
 
 
+def test_a_cpus_row_says_what_it_does_of_the_peak():
+    case = dataclasses.replace(SCORES, threads=1)
+    ceilings = Ceilings(1e12, {"float32": 1e12})
+    outcome = rows.Outcome(None, 0.0, 1e-5, 1.0, {"memory_mib": 9.0}, None, None, flop=10**9)
+    times = Times(Timing((2e-3,)), Timing((2e-3,)))
+    row = rows.row(case, Fake("it", None), dataclasses.replace(outcome, times=times), times, ceilings)
+    assert (row["threads"], row["memory_mib"]) == (1, 9.0)
+    # 1 GFLOP in 2 ms at a peak of 1 TFLOP/s.
+    assert (row["actual_gflop_per_s"], row["peak_gflop_per_s"], row["of_peak"]) == (500, 1000, 0.5)
+    assert row["gflop_per_s"] == pytest.approx(rows.floor_of(case)[0] / 2e-3 / 1e9, rel=1e-3)
+    direct = rows.row(
+        case, Fake("it", None), dataclasses.replace(outcome, times=times, flop=None), times, ceilings
+    )
+    assert direct["actual_flop"] == direct["flop"]
+
+
+def test_ours_names_the_fastest_peer():
+    found = bench(Fake("slow", right), Fake("shelfkern", right, ours=True), Fake("last", right)).case(
+        SCORES, set()
+    )
+    facts = {row["variant"]: (row.get("fastest_peer"), row.get("to_fastest_peer")) for row in found}
+    # 1, 2 and 3 ms.
+    assert facts == {"slow": (None, None), "shelfkern": ("slow", 0.5), "last": (None, None)}
+
+
+def test_codes_take_a_byte_and_images_and_scores_four():
+    case = Case("shelfnet18_lw", (512, 512), 1, "int8", False, "cpu", 2)
+    flop, nbytes = rows.floor_of(case)
+    assert nbytes - 4 * 512 * 512 * (3 + 19) == pytest.approx(14.6e6, rel=0.05)
+    assert flop == rows.floor_of(dataclasses.replace(case, dtype="float32"))[0]
+
+
+# Memory.
+
+
+def test_memory_is_of_its_own_process(tmp_path):
+    ballast = np.ones(60 << 17)
+    model = small()
+    case = dataclasses.replace(SCORES, threads=1)
+    task = resident.task_of(eager.on_cpu()[0], model, images_of(case, model), case)
+    found = resident.measure(task)
+    # Its libraries, not what this process holds beside them; the net is a small network's.
+    assert 1 < found["memory_net_mib"] < 60 < found["memory_mib"] < measured_here()
+    assert ballast[0] == 1
+
+
+def measured_here():
+    with resident.STATUS.open() as status:
+        return next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM"))
+
+
+def test_memory_of_a_runtime_is_without_torch():
+    peer, model, case = runtime("onnxruntime"), build(SHIPPED), SCORES
+    task = resident.task_of(peer, model, images_of(case, model), case)
+    assert task["runtime"] == "onnxruntime" and "model.pt" not in json.dumps(task)
+    command = [sys.executable, "-X", "importtime", resident.__file__, json.dumps(task)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    before, peak = json.loads(run.stdout.splitlines()[-1])
+    assert 0 < before < peak and " torch\n" not in run.stderr
+
+
+def test_a_process_that_fails_says_why():
+    task = {"peer": "eager", "dtype": "float32", "labels": False, "tune": False, "threads": 1}
+    with pytest.raises(RuntimeError, match="its memory was not measured: FileNotFoundError"):
+        resident.measure(task | {"file": "/nowhere/model.pt", "images": "/nowhere/images.pt"})
+
+
+@pytest.mark.parametrize("threads, wanted", [(2, True), (1, False)])
+def test_memory_is_measured_on_all_threads(threads, wanted, monkeypatch):
+    monkeypatch.setattr(resident, "task_of", lambda *arguments: {})
+    monkeypatch.setattr(resident, "measure", lambda task: {"memory_mib": 5.0, "memory_net_mib": 1.0})
+    ceilings = {1: CEILINGS, 2: CEILINGS}
+    found = program.Bench(
+        [Fake("eager", right), Fake("absent", right, missing="it is not there")],
+        OneMillisecond(), ceilings, Deadline(60), memory=True,
+    ).case(dataclasses.replace(SCORES, threads=threads), set())  # fmt: skip
+    assert ["memory_mib" in row for row in found] == [wanted, False]
+
+
+def test_memory_that_cannot_be_had_leaves_the_times(monkeypatch, capsys):
+    def fails(task):
+        raise RuntimeError("its memory was not measured: no word")
+
+    monkeypatch.setattr(resident, "task_of", lambda *arguments: {})
+    monkeypatch.setattr(resident, "measure", fails)
+    found = dataclasses.replace(bench(Fake("eager", right)), memory=True).case(SCORES, set())
+    assert found[0]["median_ms"] == 1.0 and "memory_mib" not in found[0]
+    assert "eager: its memory was not measured" in capsys.readouterr().err
+
+
 def test_results_are_written_at_every_addition(tmp_path):
     path = tmp_path / "folder" / "out.jsonl"
     results = rows.ResultsFile(path, {"commit": "abc"})
@@ -576,6 +888,9 @@ def test_results_are_written_at_every_addition(tmp_path):
     assert rows.read(path) == [{"case": 1, "commit": "abc"}]
     results.add([{"case": 2}, {"case": 3}])
     assert [row["case"] for row in rows.read(path)] == [1, 2, 3]
+    # A row's own threads count.
+    rows.ResultsFile(path, {"threads": 2}).add([{"threads": 1}, {}])
+    assert [row["threads"] for row in rows.read(path)] == [1, 2]
     rows.ResultsFile(path, {}).add([{"case": 4}])
     assert rows.read(path) == [{"case": 4}]
     assert [file.name for file in path.parent.iterdir()] == ["out.jsonl"]
@@ -586,7 +901,8 @@ def test_results_are_written_at_every_addition(tmp_path):
 
 def test_the_program_on_this_machine(tmp_path):
     path = tmp_path / "out.jsonl"
-    options = "--model shelfnet18_lw --size 64 64 --peers eager --case-seconds 0.01 --breakdown"
+    options = "--model shelfnet18_lw --size 64 64 --dtype float32 --threads 1 --peers eager --no-tune"
+    options += " --case-seconds 0.01 --breakdown --memory"
     command = [sys.executable, ROOT / "benchmarks" / "models.py", *options.split(), "--out", path]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stdout + run.stderr
@@ -598,8 +914,13 @@ def test_the_program_on_this_machine(tmp_path):
     for row in found:
         assert about <= set(row) and row["median_ms"] > 0 and row["rounds"] >= 5
         assert "benchmarks/models.py --model shelfnet18_lw" in row["command"]
-    # Layers are of the GPU's engine.
-    assert "no breakdown" in run.stderr and not (tmp_path / "out_layers.jsonl").exists()
+        assert row["threads"] == 1 and 0 < row["memory_net_mib"] < row["memory_mib"]
+    layers = rows.read(tmp_path / "out_layers.jsonl")
+    assert layers[-1]["op"] == "whole" and len(layers) > 30
+    assert all(row["median_us"] > 0 and row["floor_us"] >= 0 for row in layers)
+    assert "one by one" in run.stdout
+    again = subprocess.run([*command, "--resume"], cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert again.returncode == 0 and rows.read(path) == found
 
 
 @pytest.mark.parametrize(
@@ -609,6 +930,7 @@ def test_the_program_on_this_machine(tmp_path):
         (["--model", "unet"], "'unet' is not one of 'shelfnet18_lw'"),
         (["--peers", "nosuch"], "'nosuch' is not one of"),
         (["--device", "tpu"], "'tpu' is not one of"),
+        (["--threads", "0"], "0 is not in the range"),
     ],
 )
 def test_what_cannot_run_is_said(options, sentence, tmp_path):

@@ -77,10 +77,107 @@ def test_the_cpus_table_takes_rows_of_earlier_runs(tmp_path):
             del found[key]
     write(tmp_path / "models_cpu.jsonl", [found | {"dtype": "float32"} for found in old])
     header, _, line, _, about = table.markdown(tmp_path).splitlines()
-    assert cells(header) == ["model", "size", "dtype", "output", "eager", "shelfkern", "to the fastest other"]
-    expected = ["shelfnet50", "512x512", "float32", "scores", "200 ms", "100 ms", "**400.00x**"]
+    names = ["model", "size", "dtype", "output", "threads", "fastest other", "shelfkern", "to it"]
+    assert cells(header) == names
+    expected = [
+        "shelfnet50",
+        "512x512",
+        "float32",
+        "scores",
+        "2",
+        "eager 200.0 ms",
+        "100.0 ms",
+        "**400.00x**",
+    ]
     assert cells(line) == expected
-    assert "A CPU, 2 threads, avx512" in about
+    assert "A CPU, avx512" in about
+
+
+def cpu_rows():
+    """One case on two threads and on one; OpenVINO is the fastest other."""
+    actual = {"peak_gflop_per_s": 200.0, "gflop_per_s": 300.0, "actual_gflop_per_s": 120.0, "of_peak": 0.6}
+    memory = {"memory_mib": 150.4, "memory_net_mib": 50.6}
+    found = []
+    for threads, factor in ((2, 1.0), (1, 2.0)):
+        times = {"shelfkern": 50.0, "eager": 200.0, "OpenVINO": 90.0}
+        for variant, milliseconds in times.items():
+            ratio = milliseconds / times["shelfkern"]
+            others = {"dtype": "float32", "threads": threads, "ours_times_faster": ratio}
+            others |= actual | (memory if threads == 2 else {})
+            found.append(row(variant, factor * milliseconds, **others))
+    return found
+
+
+def cpu_layers():
+    about = {"model": "shelfnet50", "size": [512, 512], "batch": 1, "dtype": "float32", "output": "scores"}
+    about |= {"threads": 2}
+    layer = about | {"op": "conv_bn_act", "algorithm": "native direct", "floor_us": 10e3, "median_us": 20e3}
+    return [
+        layer | {"layer": 0},
+        layer | {"layer": 1},
+        layer | {"layer": 2, "op": "stem", "algorithm": "native", "median_us": 10e3},
+        about | {"layer": None, "op": "whole", "floor_us": 30e3},
+    ]
+
+
+def test_only_the_most_threads_are_in_the_readme(tmp_path):
+    write(tmp_path / "models_cpu.jsonl", cpu_rows())
+    lines = table.markdown(tmp_path).splitlines()
+    assert len([line for line in lines if "shelfnet50" in line]) == 1
+    assert cells(lines[2])[4:] == ["2", "OpenVINO 90.0 ms", "50.0 ms", "**1.80x**"]
+
+
+def test_every_thread_count_is_in_the_pages_table():
+    header, _, two, one, _, _ = table.times_of_all(cpu_rows(), [])
+    assert cells(header)[5:] == ["eager", "OpenVINO", "shelfkern", "to the fastest other"]
+    assert cells(two)[4:] == ["2", "200.0 ms", "90.0 ms", "50.0 ms", "**1.80x**"]
+    assert cells(one)[4:] == ["1", "400.0 ms", "180.0 ms", "100.0 ms", "**1.80x**"]
+
+
+def test_targets_are_held_against_floors():
+    lines = table.targets(cpu_rows(), cpu_layers())
+    # On two threads 90 ms over the floor of 30; of one thread no floor is known.
+    assert cells(lines[2])[4:] == ["2", "**1.80x**", "1.5x", "met", "30.0 ms", "3.00x"]
+    assert cells(lines[3])[4:] == ["1", "**1.80x**", "1.5x", "met", "", ""]
+    labels = [found | {"output": "labels"} for found in cpu_rows()]
+    assert cells(table.targets(labels, cpu_layers())[2])[5:8] == ["**1.80x**", "2.0x", "missed"]
+    far = [found | {"floor_us": 50e3} for found in cpu_layers()]
+    assert cells(table.targets(labels, far)[2])[7] == "out of reach of these algorithms"
+    codes = [found | {"dtype": "int8", "output": "labels"} for found in cpu_rows()]
+    assert cells(table.targets(codes, [])[2])[5:8] == ["**1.80x**", "1.0x", "met"]
+
+
+def test_arithmetic_is_counted_both_ways():
+    line = table.arithmetic(cpu_rows(), [])[2]
+    assert cells(line)[5:] == ["200", "300", "120", "60%", "OpenVINO: 300, 60%"]
+
+
+def test_memory_is_of_the_cases_that_have_it():
+    header, _, line = table.memory(cpu_rows(), [])
+    assert cells(header)[5:] == ["eager", "OpenVINO", "shelfkern"]
+    assert cells(line)[4:] == ["2", "51 (150)", "51 (150)", "51 (150)"]
+
+
+def test_layers_are_summed_by_op_and_algorithm():
+    _, _, convolutions, stem = table.slowest_layers([], cpu_layers())
+    assert cells(convolutions)[5:] == [
+        "conv_bn_act",
+        "native direct",
+        "2",
+        "40.00 ms",
+        "80%",
+        "20.00 ms",
+        "50%",
+    ]
+    assert cells(stem)[5:] == ["stem", "native", "1", "10.00 ms", "20%", "10.00 ms", "100%"]
+
+
+def test_the_page_has_a_place_for_each_table():
+    page = (ROOT / "docs" / "cpu.md").read_text()
+    made = table.cpu_page(page, cpu_rows(), cpu_layers())
+    assert table.cpu_page(made, cpu_rows(), cpu_layers()) == made
+    for name in table.PARTS:
+        assert f"<!-- {name}: begin -->\n| model" in made
 
 
 def test_every_command_and_commit_is_named_once(tmp_path):
@@ -102,7 +199,12 @@ def test_the_part_between_the_markers_is_replaced(gpu, monkeypatch, tmp_path):
     (tmp_path / "README.md").write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
     monkeypatch.setattr(table, "ROOT", tmp_path)
     monkeypatch.setattr(table, "RESULTS", gpu.parent)
+    (tmp_path / "docs").mkdir()
+    marks = [f"<!-- {name}: begin -->\n<!-- {name}: end -->\n" for name in table.PARTS]
+    (tmp_path / "docs" / "cpu.md").write_text("page\n" + "".join(marks))
+    write(gpu.parent / "models_cpu.jsonl", cpu_rows())
     table.main()
+    assert "**1.80x**" in (tmp_path / "docs" / "cpu.md").read_text()
     text = (tmp_path / "README.md").read_text()
     assert text.startswith(f"before\n{table.BEGIN}\n| model") and text.endswith(f"{table.END}\nafter\n")
     assert "old" not in text
