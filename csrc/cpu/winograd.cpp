@@ -118,61 +118,53 @@ Cut cut(const Geometry<Filter>& g) {
     return {blocks, min(divide_up(g.panels, kGroup), divide_up(tasks, blocks))};
 }
 
-// The transform of up to kLanes channels of one tile. kInside: the whole window is within the image.
-template <typename Filter, bool kInside, typename T>
-void transform_vector(const Winograd& a, const T* image, const Place& place, int64_t c, int count,
-                      float* const* to) {
+// The transform of up to kLanes channels of one tile, from the pixels of its window.
+template <typename Filter, typename T>
+inline __attribute__((always_inline)) void transform_vector(const T* const* from, int64_t c, int count,
+                                                            float* const* to) {
     constexpr int kIn = Filter::kIn, kFrequencies = Filter::kFrequencies;
-    vf half[kFrequencies][kIn];
+    vf half[kIn][kFrequencies];
 #pragma GCC unroll 9
-    for (int column = 0; column < kIn; ++column) {
+    for (int row = 0; row < kIn; ++row) {
+        vf in[kIn];
+#pragma GCC unroll 9
+        for (int column = 0; column < kIn; ++column) {
+            in[column] = load_up_to(from[row * kIn + column] + c, count);
+        }
+        Filter::input(in, half[row]);
+    }
+#pragma GCC unroll 9
+    for (int column = 0; column < kFrequencies; ++column) {
         vf in[kIn], out[kFrequencies];
 #pragma GCC unroll 9
-        for (int row = 0; row < kIn; ++row) {
-            const int64_t y = place.in_y + row, x = place.in_x + column;
-            const bool inside = kInside || (y >= 0 && y < a.h && x >= 0 && x < a.w);
-            in[row] = inside ? load_up_to(image + (y * a.w + x) * a.c + c, count) : vf{};
-        }
+        for (int row = 0; row < kIn; ++row) in[row] = half[row][column];
         Filter::input(in, out);
 #pragma GCC unroll 9
-        for (int row = 0; row < kFrequencies; ++row) half[row][column] = out[row];
-    }
-#pragma GCC unroll 9
-    for (int row = 0; row < kFrequencies; ++row) {
-        vf out[kFrequencies];
-        Filter::input(half[row], out);
-#pragma GCC unroll 9
-        for (int column = 0; column < kFrequencies; ++column) {
-            store(to[row * kFrequencies + column] + c, out[column]);
-        }
+        for (int row = 0; row < kFrequencies; ++row) store(to[row * kFrequencies + column] + c, out[row]);
     }
 }
 
-template <typename Filter, bool kInside, typename T>
-void transform_tile(const Winograd& a, const T* image, const Place& place, float* const* to) {
-    int64_t c = 0;
-    for (; c + kLanes <= a.c; c += kLanes) {
-        transform_vector<Filter, kInside>(a, image, place, c, kLanes, to);
-    }
-    if (c < a.c) transform_vector<Filter, kInside>(a, image, place, c, static_cast<int>(a.c - c), to);
-}
-
-// V of the tiles [first, first + count).
+// V of the tiles [first, first + count). Pixels beyond the image are one of zeros.
 template <typename Filter, typename T>
 void transform_input(const Geometry<Filter>& g, int64_t first, int64_t count, float* v) {
     constexpr int kIn = Filter::kIn;
     const Winograd& a = g.a;
     const Layout<Filter> layout{count, g.channels};
+    T* zeros = static_cast<T*>(thread_scratch(2, a.c * static_cast<int64_t>(sizeof(T))));
+    for (int64_t c = 0; c < a.c; ++c) zeros[c] = T{};
     for (int64_t t = 0; t < count; ++t) {
         const Place p = place_of(g, first + t);
         const T* image = static_cast<const T*>(a.x) + p.n * a.h * a.w * a.c;
+        const T* from[kIn * kIn];
+        for (int i = 0; i < kIn * kIn; ++i) {
+            const int64_t y = p.in_y + i / kIn, x = p.in_x + i % kIn;
+            from[i] = y >= 0 && y < a.h && x >= 0 && x < a.w ? image + (y * a.w + x) * a.c : zeros;
+        }
         float* to[g.kFrequencies];
         layout.pointers(v, t, to);
-        if (p.in_y >= 0 && p.in_x >= 0 && p.in_y + kIn <= a.h && p.in_x + kIn <= a.w) {
-            transform_tile<Filter, true>(a, image, p, to);
-        } else {
-            transform_tile<Filter, false>(a, image, p, to);
-        }
+        int64_t c = 0;
+        for (; c + kLanes <= a.c; c += kLanes) transform_vector<Filter>(from, c, kLanes, to);
+        if (c < a.c) transform_vector<Filter>(from, c, static_cast<int>(a.c - c), to);
     }
 }
 
