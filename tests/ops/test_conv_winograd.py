@@ -332,6 +332,37 @@ def test_the_engine_takes_it_where_it_pays(channels, size, name, calls):
 
 
 @needs_native
+@pytest.mark.parametrize("size, name", [(16, "winograd"), (10, "conv_bn_act")])
+def test_the_engine_takes_it_for_stride_2_where_it_pays(size, name, calls):
+    algorithm = ALGORITHMS[2]
+    args = arguments(1, 64, size, size, 64, algorithm=algorithm)
+    x, weight, scale, shift, residual, skip = args
+    values = p.Value(0, 64, 1), *(p.Value(i, 64, 2) for i in (1, 2, 3))
+    step = p.Conv("conv", values[:3], values[3], weight, scale, shift, 2, p.Activation(0.25), True, True)
+    out = nhwc(poisoned(tuple(skip.shape), x.dtype))
+    chosen(step, (1, size, size))([nhwc(t) for t in (x, residual, skip)], [out], torch.empty(0))
+    assert calls == [name]
+    truth, eager = algorithm.reference(*double(args), 0.25), algorithm.reference(*args, 0.25)
+    assert root_mean_square(out - truth) <= BOUNDS[algorithm][1] * root_mean_square(eager - truth)
+
+
+@needs_native
+@pytest.mark.parametrize("size, names", [(8, ["winograd"]), (5, ["conv_bn_act"] * 4)])
+def test_the_engine_takes_it_for_transposed_convolutions_where_it_pays(size, names, calls):
+    algorithm = ALGORITHMS[3]
+    x, weight, _, bias, _, skip = arguments(1, 64, size, size, 64, algorithm=algorithm)
+    values = p.Value(0, 64, 2), *(p.Value(i, 64, 1) for i in (1, 2))
+    step = p.DeconvAdd("deconv", values[:2], values[2], weight, bias)
+    out = nhwc(poisoned(tuple(skip.shape), x.dtype))
+    chosen(step, (1, 2 * size, 2 * size))([nhwc(x), nhwc(skip)], [out], torch.empty(0))
+    assert calls == names
+    truth, eager = (
+        deconv_add_reference(*args) for args in (double((x, weight, bias, skip)), (x, weight, bias, skip))
+    )
+    assert root_mean_square(out - truth) <= BOUNDS[algorithm][1] * root_mean_square(eager - truth)
+
+
+@needs_native
 @pytest.mark.parametrize("skip", [False, True])
 def test_the_engine_transforms_the_weights_of_a_shared_block_once(skip, calls, monkeypatch):
     x, weight, *norms = arguments(1, 40, 12, 12, 40)
