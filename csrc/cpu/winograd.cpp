@@ -150,7 +150,7 @@ void transform_input(const Geometry<Filter>& g, int64_t first, int64_t count, fl
     constexpr int kIn = Filter::kIn;
     const Winograd& a = g.a;
     const Layout<Filter> layout{count, g.channels};
-    T* zeros = static_cast<T*>(thread_scratch(2, a.c * static_cast<int64_t>(sizeof(T))));
+    T* zeros = static_cast<T*>(thread_scratch(4, a.c * static_cast<int64_t>(sizeof(T))));
     for (int64_t c = 0; c < a.c; ++c) zeros[c] = T{};
     for (int64_t t = 0; t < count; ++t) {
         const Place p = place_of(g, first + t);
