@@ -13,6 +13,29 @@ namespace {
 
 std::atomic<OpenMPParallel> runtime{nullptr};
 
+// Threads of all calls that are at work now.
+std::atomic<int> at_work{0};
+
+// A caller's place among them, and as many other threads as leave `wanted` at work in all: calls side by
+// side share the cores, where each with threads of its own would make the others wait.
+class Places {
+   public:
+    explicit Places(int wanted) {
+        int present = at_work.load(std::memory_order_relaxed);
+        do {
+            threads_ = std::max(1, wanted - present);
+        } while (!at_work.compare_exchange_weak(present, present + threads_, std::memory_order_relaxed));
+    }
+    ~Places() { at_work.fetch_sub(threads_, std::memory_order_relaxed); }
+    Places(const Places&) = delete;
+    Places& operator=(const Places&) = delete;
+
+    int threads() const { return threads_; }
+
+   private:
+    int threads_;
+};
+
 struct Work {
     std::atomic<int64_t> next{0};
     int64_t count;
@@ -53,7 +76,8 @@ void run_parallel(int threads, int64_t count, void (*body)(void*, int64_t), void
     work.count = count;
     work.body = body;
     work.context = context;
-    threads = static_cast<int>(std::min<int64_t>(threads, count));
+    const Places places(static_cast<int>(std::min<int64_t>(threads, count)));
+    threads = places.threads();
     if (threads <= 1) return take_pieces(&work);
     if (OpenMPParallel entry = runtime.load()) return entry(take_pieces, &work, threads, 0);
     run_on_own_threads(threads, work);

@@ -103,19 +103,20 @@ class Program:
             return self._choices(size, threads)
 
     def _choose(self, size: Size, threads: int) -> list[Algorithm]:
-        tuner = self._tuners.of(threads)
-        names = choose(self.plan, size, self.context, tuner, lambda names: self._trial(names, size))
+        # Of all passes that are tried, and gone with them.
+        packed = [Packed() for _ in self.plan.steps]
+
+        def tried(names: Names) -> Callable[[], Tensor]:
+            workspace = self._workspace_of(self._named(names, size, packed), size)
+            images = random_image(size, torch.float32, CPU)
+            return lambda: self.low_resolution_scores(images, workspace)
+
+        names = choose(self.plan, size, self.context, self._tuners.of(threads), tried)
         return self._named(names, size, self._packed)
 
     def _named(self, names: Names, size: Size, packed: Sequence[Packed]) -> list[Algorithm]:
         steps = zip(self.plan.steps, names, packed, strict=True)
         return [named(algorithms(step, size, self.context, own), name) for step, name, own in steps]
-
-    def _trial(self, names: Names, size: Size) -> Callable[[], Tensor]:
-        """A forward pass on random images, with weights and memory of its own."""
-        chosen = self._named(names, size, [Packed() for _ in names])
-        workspace, images = self._workspace_of(chosen, size), random_image(size, torch.float32, CPU)
-        return lambda: self.low_resolution_scores(images, workspace)
 
     def algorithm_names(self, n: int, h: int, w: int) -> list[str]:
         """What runs each step for n images padded to h x w, on the present number of threads."""
