@@ -160,9 +160,13 @@ def test_losers_leave_no_weights_behind(finds):
 
 
 @needs_native
-def test_accelerating_packs_nothing():
-    fast = shelfkern.accelerate(build(CONFIGS["attention"]))
+def test_accelerating_packs_and_copies_nothing():
+    model = build(CONFIGS["attention"])
+    fast = shelfkern.accelerate(model)
     assert not any(packed._made for packed in fast._program()._packed)
+    own = {parameter.data_ptr() for parameter in model.parameters()}
+    filters = [t for step in fast.plan.steps for t in step.weights() if t.ndim == 4]
+    assert filters and all(t.data_ptr() in own for t in filters)
 
 
 @torch.no_grad()
