@@ -17,7 +17,7 @@ import matplotlib
 matplotlib.use("svg")
 
 from matplotlib import pyplot as plt
-from table import FILES, RESULTS, Case, Row, cases, is_ours, read
+from table import FILES, RESULTS, Case, Row, case_of, cases, is_ours, read
 
 OURS, OTHERS, FLOOR = "#1b6ca8", "#b8c4ce", "#123b5d"
 COLUMNS = 4
@@ -37,11 +37,14 @@ def draw_case(axis: Any, case: Case, rows: dict[str, Row]) -> None:
     labels = ["" if math.isnan(median) else f"{median:.3g}" for median in medians]
     bars = axis.barh(list(rows), medians, xerr=list(zip(*spread, strict=True)), color=colours, ecolor="#555")
     axis.bar_label(bars, labels, label_type="center", fontsize=8)
-    where = f"batch {case.batch}" if case.threads is None else f"threads {case.threads}"
-    axis.set_title(f"{case.model}\n{case.size}, {case.output}\n{case.dtype}, {where}", fontsize=9)
+    axis.set_title(f"{case.model}\n{case.size}, {case.output}\n{case.dtype}, {_where(case)}", fontsize=9)
     axis.set_xlabel("ms (median, p10 to p90)", fontsize=8)
     axis.tick_params(labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def _where(case: Case) -> str:
+    return f"batch {case.batch}" if case.threads is None else f"threads {case.threads}"
 
 
 def draw_cases(rows: list[Row]) -> Any:
@@ -71,8 +74,8 @@ def draw_layers(rows: list[Row]) -> Any:
     """A figure with a panel for each of the first cases: a bar a layer in their order, its floor in it."""
     by_case: dict[str, list[Row]] = {}
     for row in rows:
-        size = "x".join(map(str, row["size"]))
-        by_case.setdefault(f"{row['model']}, {size}, batch {row['batch']}, {row['dtype']}", []).append(row)
+        case = case_of(row)
+        by_case.setdefault(f"{case.model}, {case.size}, {case.dtype}, {_where(case)}", []).append(row)
     by_case = dict(list(by_case.items())[:SHOWN_LAYERS])
     longest = max(len(found) for found in by_case.values())
     size = (6.5 * len(by_case), 1.5 + 0.16 * longest)

@@ -163,10 +163,11 @@ def _mebibytes(row: Row | None) -> str:
 
 
 def slowest_layers(rows: list[Row], layers: list[Row]) -> list[str]:
-    """One line a case and kind of layer, by op and algorithm: time, its share, and the part that is floor."""
+    """On the most threads one line a case and kind of layer, by op and algorithm: time, share, and floor."""
     found: dict[Case, dict[tuple[str, str], list[Row]]] = {}
+    most = max((row["threads"] for row in layers), default=0)
     for row in layers:
-        if row["layer"] is not None:
+        if row["layer"] is not None and row["threads"] == most:
             kinds = found.setdefault(case_of(row), {})
             kinds.setdefault((row["op"], row["algorithm"]), []).append(row)
     lines = _header(*CASE_COLUMNS, "op", "algorithm", "layers", "time", "share", "floor", "of it")

@@ -159,7 +159,8 @@ def test_memory_is_of_the_cases_that_have_it():
 
 
 def test_layers_are_summed_by_op_and_algorithm():
-    _, _, convolutions, stem = table.slowest_layers([], cpu_layers())
+    alone = [found | {"threads": 1} for found in cpu_layers()]
+    _, _, convolutions, stem = table.slowest_layers([], cpu_layers() + alone)
     assert cells(convolutions)[5:] == [
         "conv_bn_act",
         "native direct",
@@ -221,7 +222,8 @@ def layer(index, microseconds):
 def test_plots(gpu):
     pytest.importorskip("matplotlib")
     whole = layer(None, 9.0) | {"layers_us": 7.0}
-    layers = write(gpu.parent / "models_gpu_layers.jsonl", [layer(0, 3.0), layer(1, 4.0), whole])
+    on_gpu = [found | GPU for found in (layer(0, 3.0), layer(1, 4.0), whole)]
+    layers = write(gpu.parent / "models_gpu_layers.jsonl", on_gpu)
     script = ROOT / "benchmarks" / "plot.py"
     for _ in range(2):
         before = [path.with_suffix(".svg") for path in (gpu, layers)]
@@ -230,6 +232,15 @@ def test_plots(gpu):
     cases, steps = (path.with_suffix(".svg").read_text() for path in (gpu, layers))
     assert [cases, steps] == before
     assert "cuDNN graph" in cases and "TensorRT" not in cases
+    on_cpu = [
+        found | {"threads": threads, "output": "scores"}
+        for threads in (2, 1)
+        for found in (layer(0, 3.0), whole)
+    ]
+    several = write(gpu.parent / "models_cpu_layers.jsonl", on_cpu)
+    subprocess.run([sys.executable, script, several], check=True, timeout=120)
+    drawn = several.with_suffix(".svg").read_text()
+    assert "threads 2" in drawn and "threads 1" in drawn
     assert "layers 7 us, whole 9 us" in steps and "triton 64x64" in steps
 
 
