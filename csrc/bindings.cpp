@@ -142,8 +142,8 @@ void stem(Address image, Address values, Address weight, Address scale, Address 
 
 void winograd(Address x, Address weight, Address scale, Address shift, Address residual, Address skip,
               Address out, int dtype, int64_t n, int64_t h, int64_t w, int64_t c, int64_t out_h,
-              int64_t out_w, int64_t out_c, int tile, int stride, bool transposed, int64_t stride_n,
-              int64_t stride_h, int64_t stride_w, float slope, int threads) {
+              int64_t out_w, int64_t out_c, int tile, int stride, bool transposed, int64_t chunk,
+              int64_t stride_n, int64_t stride_h, int64_t stride_w, float slope, int threads) {
     const py::gil_scoped_release unlocked;
     kernels().winograd({pointer(x),
                         pointer<float>(weight),
@@ -163,6 +163,7 @@ void winograd(Address x, Address weight, Address scale, Address shift, Address r
                         tile,
                         stride,
                         transposed,
+                        chunk,
                         stride_n,
                         stride_h,
                         stride_w,

@@ -77,8 +77,8 @@ struct Conv {
 // The same for 3x3 kernels of padding 1 by Winograd's minimal filtering: of stride 1 with tiles of 2 or 4, of
 // stride 2 with tiles of 4, or the transposed convolution of stride 2 and output padding 1 with tiles of 4.
 //
-// Weights: per panel of 16 output channels, (tile + 2)^2 frequencies x c x 16 float32
-// (ops/_conv_winograd.py transforms them).
+// Weights: where chunk is 0, per panel of 16 output channels, (tile + 2)^2 frequencies x c x 16 float32
+// (ops/_conv_winograd.py transforms them); else untransformed, as of Conv in chunks of that many channels.
 struct Winograd {
     const void* x;
     const float* weight;
@@ -89,6 +89,7 @@ struct Winograd {
     int64_t n, h, w, c, out_h, out_w, out_c;
     int tile, stride;
     bool transposed;
+    int64_t chunk;
     int64_t stride_n, stride_h, stride_w;
     float slope;
     int threads;

@@ -1,8 +1,11 @@
 // 3x3 convolutions of padding 1, and transposed ones of stride 2, with fewer multiplications.
 //
-// A task is a block of tiles and a range of output channels. It transforms the block's input once, into
-// V, and for each group of weight panels multiplies, frequency after frequency, into M, which the output
-// transform and the epilogue turn into outputs. Weights stream by once a task; V and M stay in cache.
+// The input of a block of tiles is transformed once, into V, and for each group of weight panels multiplied,
+// frequency after frequency, into M, which the output transform and the epilogue turn into outputs.
+//
+// Few weights come transformed: a task is some blocks whose V and M stay in L2, and weights stream by once a
+// block. Many would come from memory, so they come as they are, and a task is some panels: it transforms
+// chunk after chunk of their channels into L2, for all tiles of a wave, whose V the threads have made before.
 #include "winograd.h"
 
 #include "../common/parallel.h"
@@ -12,15 +15,21 @@ namespace shelfkern {
 namespace SHELFKERN_ISA {
 namespace {
 
+constexpr int kTaps = 9;
 constexpr int kGroup = 4;  // panels whose sums are kept at once
-// What V and M of a block take at most: half of an L2, of 512 KiB or with AVX-512 1 MiB, beside the weights
-// that pass by.
-constexpr int64_t kBlockBytes = kMaxPanels == 1 ? 256 * 1024 : 512 * 1024;
-// But a weight is multiplied with so many tiles' frequencies: a byte of weights is worth half as many
-// operations, and comes from L3, or where there are more than kMany of them from memory; V from L3 costs
-// less.
-constexpr int64_t kLeastRows = 24, kLeastRowsOfMany = 64;
-constexpr int64_t kMany = 16 * 1024 * 1024;
+// What V and M of a block take at most: a quarter of an L2, of 512 KiB or with AVX-512 1 MiB, beside the
+// weights that pass by and what is fetched ahead.
+constexpr int64_t kBlockBytes = kMaxPanels == 1 ? 128 * 1024 : 256 * 1024;
+// But a weight is multiplied with so many tiles' frequencies: V from L3 costs less than reading the weights
+// more often.
+constexpr int64_t kLeastRows = 12;
+// Tiles of a wave: what V of them takes in L3 at most, but so many that transforming the weights, which takes
+// the time of 6 tiles' products, is a tenth of the whole.
+constexpr int64_t kWaveBytes = 4 * 1024 * 1024;
+constexpr int64_t kWaveTiles = 64;
+// With fewer tiles a chunk of weights of half a group leaves more of L2 to V and M: 3 to 10 % faster for 16
+// tiles, 5 % slower for 64.
+constexpr int64_t kFewTiles = 32;
 // Products that are summed from zero before they join the rest. Of 256 channels a running sum makes twice
 // the error of four sums of 64.
 constexpr int64_t kTerms = 64;
@@ -28,6 +37,20 @@ constexpr int64_t kTerms = 64;
 int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Span {
+    int64_t begin = 0, end = 0;
+
+    int64_t count() const { return end - begin; }
+};
+
+// The i-th of n nearly equal parts.
+Span share(int64_t total, int64_t i, int64_t n) { return {total * i / n, total * (i + 1) / n}; }
+
+template <typename T>
+T* scratch(int slot, int64_t count) {
+    return static_cast<T*>(thread_scratch(slot, count * static_cast<int64_t>(sizeof(T))));
+}
 
 template <typename Filter>
 struct Geometry {
@@ -40,8 +63,6 @@ struct Geometry {
     int64_t tiles = a.n * tiles_h * tiles_w;
     int64_t panels = divide_up(a.out_c, kPanel);
     int64_t channels = divide_up(a.c, kPanel) * kPanel;  // of V, with padding
-
-    int64_t weight_bytes() const { return kWeights * a.c * panels * kPanel * 4; }
 
     // Of V and M.
     int64_t tile_bytes() const { return kFrequencies * (channels + min(panels, kGroup) * kPanel) * 4; }
@@ -100,28 +121,11 @@ Place place_of(const Geometry<Filter>& g, int64_t tile) {
             x * Filter::kStep - Filter::kPadding};
 }
 
-// How tiles and panels are cut into tasks.
-struct Cut {
-    int64_t blocks, groups;  // groups of panels
-};
-
-// Blocks as large as caches and the threads' share allow; few of them also share out the panels.
-template <typename Filter>
-Cut cut(const Geometry<Filter>& g) {
-    const int64_t rows = g.weight_bytes() > kMany ? kLeastRowsOfMany : kLeastRows;
-    const int64_t least = divide_up(rows * g.kWeights, g.kFrequencies);
-    const int64_t largest = max(least, kBlockBytes / g.tile_bytes());
-    int64_t blocks = divide_up(g.tiles, largest);
-    if (g.a.threads == 1) return {blocks, 1};
-    const int64_t tasks = 4 * g.a.threads;
-    blocks = max(blocks, min(tasks, g.tiles / least));
-    return {blocks, min(divide_up(g.panels, kGroup), divide_up(tasks, blocks))};
-}
-
-// The transform of up to kLanes channels of one tile, from the pixels of its window.
+// The transform of `count` channels of one tile from channel `c`, up to kLanes, from the pixels of its window
+// to what is behind `at`.
 template <typename Filter, typename T>
 inline __attribute__((always_inline)) void transform_vector(const T* const* from, int64_t c, int count,
-                                                            float* const* to) {
+                                                            int64_t at, float* const* to) {
     constexpr int kIn = Filter::kIn, kFrequencies = Filter::kFrequencies;
     vf half[kIn][kFrequencies];
 #pragma GCC unroll 9
@@ -140,20 +144,21 @@ inline __attribute__((always_inline)) void transform_vector(const T* const* from
         for (int row = 0; row < kIn; ++row) in[row] = half[row][column];
         Filter::input(in, out);
 #pragma GCC unroll 9
-        for (int row = 0; row < kFrequencies; ++row) store(to[row * kFrequencies + column] + c, out[row]);
+        for (int row = 0; row < kFrequencies; ++row) store(to[row * kFrequencies + column] + at, out[row]);
     }
 }
 
-// V of the tiles [first, first + count). Pixels beyond the image are one of zeros.
+// V of some channels of some tiles; that of tile `first` is the first in `v`. Pixels beyond the image are one
+// of zeros.
 template <typename Filter, typename T>
-void transform_input(const Geometry<Filter>& g, int64_t first, int64_t count, float* v) {
+void transform_input(const Geometry<Filter>& g, Span tiles, Span channels, const Layout<Filter>& layout,
+                     int64_t first, float* v) {
     constexpr int kIn = Filter::kIn;
     const Winograd& a = g.a;
-    const Layout<Filter> layout{count, g.channels};
-    T* zeros = static_cast<T*>(thread_scratch(4, a.c * static_cast<int64_t>(sizeof(T))));
+    T* zeros = scratch<T>(4, a.c);
     for (int64_t c = 0; c < a.c; ++c) zeros[c] = T{};
-    for (int64_t t = 0; t < count; ++t) {
-        const Place p = place_of(g, first + t);
+    for (int64_t t = tiles.begin; t < tiles.end; ++t) {
+        const Place p = place_of(g, t);
         const T* image = static_cast<const T*>(a.x) + p.n * a.h * a.w * a.c;
         const T* from[kIn * kIn];
         for (int i = 0; i < kIn * kIn; ++i) {
@@ -161,12 +166,54 @@ void transform_input(const Geometry<Filter>& g, int64_t first, int64_t count, fl
             from[i] = y >= 0 && y < a.h && x >= 0 && x < a.w ? image + (y * a.w + x) * a.c : zeros;
         }
         float* to[g.kFrequencies];
-        layout.pointers(v, t, to);
-        int64_t c = 0;
-        for (; c + kLanes <= a.c; c += kLanes) transform_vector<Filter>(from, c, kLanes, to);
-        if (c < a.c) transform_vector<Filter>(from, c, static_cast<int>(a.c - c), to);
+        layout.pointers(v, t - first, to);
+        for (int64_t c = channels.begin; c < channels.end; c += kLanes) {
+            const int64_t at = c - channels.begin;
+            if (c + kLanes <= channels.end) {
+                transform_vector<Filter>(from, c, kLanes, at, to);
+            } else {
+                transform_vector<Filter>(from, c, static_cast<int>(channels.end - c), at, to);
+            }
+        }
     }
 }
+
+// Lines of memory that a product fetches into L2, one a step: what the transforms touch next, which would
+// come from L3 or memory while nothing is multiplied. 13 % of the time of 64 channels at 128 x 128.
+class Ahead {
+   public:
+    Ahead() : next_(scratch<const void*>(kSlot, kMost + 1)), end_(next_), limit_(next_ + kMost) {
+        *end_ = this;
+    }
+
+    void add(const void* data, int64_t bytes) {
+        const uintptr_t begin = reinterpret_cast<uintptr_t>(data), end = begin + bytes;
+        for (uintptr_t line = begin / kLine * kLine; line < end && end_ < limit_; line += kLine) {
+            *end_++ = reinterpret_cast<const void*>(line);
+        }
+        *end_ = data;
+    }
+
+    // The first `bytes` of each of a row of pixels.
+    void add_row(const char* data, int64_t pixels, int64_t pixel, int64_t bytes) {
+        if (pixel == bytes) return add(data, pixels * bytes);
+        for (int64_t i = 0; i < pixels; ++i) add(data + i * pixel, bytes);
+    }
+
+    // For so many steps, the first of which fetches *lines, and the next one what is `stride` behind it.
+    const void* const* take(int64_t steps, int64_t* stride) {
+        const void* const* lines = next_;
+        *stride = end_ - next_ >= steps;
+        next_ += *stride * steps;
+        return lines;
+    }
+
+   private:
+    static constexpr int kSlot = 2;
+    static constexpr int64_t kMost = 4096;
+    static constexpr uintptr_t kLine = 64;
+    const void **next_, **end_, **limit_;
+};
 
 // A block's V and M of one weight. Rows are tiles and their frequencies.
 struct Product {
@@ -174,29 +221,54 @@ struct Product {
     float* m;
     int64_t rows, c, weight_panel;
     int64_t v_row, m_row;  // floats between rows
+    bool add;              // to what M holds
 };
+
+// The products of one chunk of channels, summed from zero.
+template <int kPixels, int kPanels>
+inline __attribute__((always_inline)) void accumulate_chunk(const Product& p, const float* input,
+                                                            const float* weight, int64_t run, Ahead& ahead,
+                                                            Sums<kPixels, kPanels>& out) {
+    constexpr int kVectors = kPanels * kPanelVectors;
+    const int64_t row = p.v_row, panel = p.weight_panel;
+    int64_t stride;
+    const void* const* lines = ahead.take(run, &stride);
+    Sums<kPixels, kPanels> sums{};
+    for (int64_t k = 0; k < run; ++k, ++input, weight += kPanel, lines += stride) {
+        __builtin_prefetch(*lines, 0, 2);
+        vf w[kVectors];
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) {
+            w[v] = load(weight + v / kPanelVectors * panel + v % kPanelVectors * kLanes);
+        }
+#pragma GCC unroll 32
+        for (int t = 0; t < kPixels; ++t) {
+            const vf x = splat(input[t * row]);
+#pragma GCC unroll 4
+            for (int v = 0; v < kVectors; ++v) sums.v[t][v] += x * w[v];
+        }
+    }
+    out = sums;
+}
 
 // M of `kPixels` rows and kPanels panels of one weight: chunks of channels, each summed from zero.
 template <int kPixels, int kPanels>
-void multiply_rows(const Product& p, int64_t first) {
+void multiply_rows(const Product& p, int64_t first, Ahead& ahead) {
     constexpr int kVectors = kPanels * kPanelVectors;
-    float* m = p.m + first * p.m_row;
-    const int64_t chunks = divide_up(p.c, kTerms);
+    const int64_t chunks = divide_up(p.c, kTerms), m_row = p.m_row;
     for (int64_t i = 0; i < chunks; ++i) {
-        const int64_t begin = i * p.c / chunks, end = (i + 1) * p.c / chunks;
-        Tile tile{};
-        tile.input = p.v + first * p.v_row + begin;
-        tile.input_pixel = p.v_row;
-        tile.weight = p.weight + begin * kPanel;
-        tile.weight_panel = p.weight_panel;
-        tile.kernel_h = 1;
-        tile.run = end - begin;
+        const Span c = share(p.c, i, chunks);
         Sums<kPixels, kPanels> sums;
-        accumulate(tile, sums);
-        for (int t = 0; t < kPixels; ++t) {
+        accumulate_chunk(p, p.v + first * p.v_row + c.begin, p.weight + c.begin * kPanel, c.count(), ahead,
+                         sums);
+        float* m = p.m + first * m_row;
+        const bool add = p.add || i > 0;
+#pragma GCC unroll 32
+        for (int t = 0; t < kPixels; ++t, m += m_row) {
+#pragma GCC unroll 4
             for (int v = 0; v < kVectors; ++v) {
-                float* to = m + t * p.m_row + v * kLanes;
-                store(to, i == 0 ? sums.v[t][v] : load(to) + sums.v[t][v]);
+                float* to = m + v * kLanes;
+                store(to, add ? load(to) + sums.v[t][v] : sums.v[t][v]);
             }
         }
     }
@@ -204,22 +276,22 @@ void multiply_rows(const Product& p, int64_t first) {
 
 // Calls multiply_rows<count, kPanels> for a count known at run time.
 template <int kPanels, int kPixels = tile_pixels(kPanels)>
-void multiply_rows_of(int64_t count, const Product& p, int64_t first) {
+void multiply_rows_of(int64_t count, const Product& p, int64_t first, Ahead& ahead) {
     if constexpr (kPixels > 0) {
-        if (count == kPixels) return multiply_rows<kPixels, kPanels>(p, first);
-        multiply_rows_of<kPanels, kPixels - 1>(count, p, first);
+        if (count == kPixels) return multiply_rows<kPixels, kPanels>(p, first, ahead);
+        multiply_rows_of<kPanels, kPixels - 1>(count, p, first, ahead);
     }
 }
 
 // M of all rows for `panels` panels, at most kMaxPanels.
 template <int kPanels = kMaxPanels>
-void multiply_panels(int64_t panels, const Product& p) {
+void multiply_panels(int64_t panels, const Product& p, Ahead& ahead) {
     if constexpr (kPanels > 0) {
-        if (panels != kPanels) return multiply_panels<kPanels - 1>(panels, p);
+        if (panels != kPanels) return multiply_panels<kPanels - 1>(panels, p, ahead);
         const int64_t parts = divide_up(p.rows, tile_pixels(kPanels));
         for (int64_t i = 0; i < parts; ++i) {
-            const int64_t first = i * p.rows / parts, next = (i + 1) * p.rows / parts;
-            multiply_rows_of<kPanels>(next - first, p, first);
+            const Span rows = share(p.rows, i, parts);
+            multiply_rows_of<kPanels>(rows.count(), p, rows.begin, ahead);
         }
     }
 }
@@ -289,31 +361,261 @@ void finish_tile(const Winograd& a, const Place& place, int64_t oc, int64_t pane
     }
 }
 
-// The outputs of tiles [first, first + count) for the panels [panel, panel + panels) from their V.
-template <typename Filter, typename T>
-void convolve_group(const Geometry<Filter>& g, int64_t first, int64_t count, int64_t panel, int64_t panels,
-                    const float* v, float* m) {
-    const Winograd& a = g.a;
-    const Layout<Filter> v_layout{count, g.channels}, m_layout{count, panels * kPanel};
-    const int64_t floats = a.c * kPanel;
-    for (int weight = 0; weight < g.kWeights; ++weight) {
+// Weights of some panels and channels as products read them.
+struct Weights {
+    const float* data;
+    int64_t panel, weight;  // floats between panels, and between weights of a panel
+};
+
+// M of a block's tiles for `panels` panels and `c` channels of V.
+template <typename Filter>
+void multiply(const Layout<Filter>& v_layout, const float* v, const Weights& weights, int64_t c, bool add,
+              const Layout<Filter>& m_layout, float* m, Ahead& ahead) {
+    const int64_t panels = m_layout.row / kPanel;
+    for (int weight = 0; weight < Geometry<Filter>::kWeights; ++weight) {
         for (int64_t i = 0; i < panels; i += kMaxPanels) {
             Product p;
             p.v = v + v_layout.start(weight);
-            p.weight = a.weight + ((panel + i) * g.kWeights + weight) * floats;
+            p.weight = weights.data + i * weights.panel + weight * weights.weight;
             p.m = m + m_layout.start(weight) + i * kPanel;
-            p.rows = count * m_layout.frequencies(weight);
-            p.c = a.c;
-            p.weight_panel = g.kWeights * floats;
+            p.rows = v_layout.tiles * m_layout.frequencies(weight);
+            p.c = c;
+            p.weight_panel = weights.panel;
             p.v_row = v_layout.row;
             p.m_row = m_layout.row;
-            multiply_panels(min(kMaxPanels, panels - i), p);
+            p.add = add;
+            multiply_panels(min(kMaxPanels, panels - i), p, ahead);
         }
     }
-    for (int64_t t = 0; t < count; ++t) {
+}
+
+// The outputs of a block's tiles for some panels from their M.
+template <typename Filter, typename T>
+void transform_outputs(const Geometry<Filter>& g, Span tiles, Span panels, float* m) {
+    const Layout<Filter> layout{tiles.count(), panels.count() * kPanel};
+    for (int64_t t = tiles.begin; t < tiles.end; ++t) {
         float* from[g.kFrequencies];
-        m_layout.pointers(m, t, from);
-        finish_tile<Filter, T>(a, place_of(g, first + t), panel * kPanel, panels, from);
+        layout.pointers(m, t - tiles.begin, from);
+        finish_tile<Filter, T>(g.a, place_of(g, t), panels.begin * kPanel, panels.count(), from);
+    }
+}
+
+// Calls row(place, count) for the runs of tiles that are neighbours in a row of the image.
+template <typename Filter, typename Row>
+void each_row(const Geometry<Filter>& g, Span tiles, const Row& row) {
+    for (int64_t t = tiles.begin; t < tiles.end;) {
+        const int64_t count = min(tiles.end - t, g.tiles_w - t % g.tiles_w);
+        row(place_of(g, t), count);
+        t += count;
+    }
+}
+
+// What the output transform of these tiles is to read and write.
+template <typename Filter, typename T>
+void fetch_outputs(const Geometry<Filter>& g, Span tiles, Span panels, Ahead& ahead) {
+    constexpr int64_t kSize = sizeof(T);
+    const Winograd& a = g.a;
+    const void* const bases[] = {a.out, a.residual, a.skip};
+    const int64_t oc = panels.begin * kPanel, bytes = (min(panels.end * kPanel, a.out_c) - oc) * kSize;
+    each_row(g, tiles, [&](const Place& p, int64_t count) {
+        const int64_t pixels = min(count * Filter::kOut, a.out_w - p.x);
+        for (int64_t y = p.y; y < min(p.y + Filter::kOut, a.out_h); ++y) {
+            const int64_t at = (p.n * a.stride_n + y * a.stride_h + p.x * a.stride_w + oc) * kSize;
+            for (const void* base : bases) {
+                if (!base) continue;
+                ahead.add_row(static_cast<const char*>(base) + at, pixels, a.stride_w * kSize, bytes);
+            }
+        }
+    });
+}
+
+// The windows of these tiles.
+template <typename Filter, typename T>
+void fetch_inputs(const Geometry<Filter>& g, Span tiles, Ahead& ahead) {
+    constexpr int64_t kSize = sizeof(T);
+    const Winograd& a = g.a;
+    each_row(g, tiles, [&](const Place& p, int64_t count) {
+        const int64_t begin = max(p.in_x, 0),
+                      end = min(p.in_x + (count - 1) * Filter::kStep + Filter::kIn, a.w);
+        for (int64_t y = max(p.in_y, 0); y < min(p.in_y + Filter::kIn, a.h); ++y) {
+            const T* row = static_cast<const T*>(a.x) + ((p.n * a.h + y) * a.w + begin) * a.c;
+            ahead.add(row, max(end - begin, 0) * a.c * kSize);
+        }
+    });
+}
+
+// How tiles and panels are cut into tasks: blocks that follow one another in bands, groups of panels in
+// parts.
+struct Cut {
+    int64_t blocks, bands, parts;
+};
+
+// Blocks as large as caches and the threads' share allow; few of them also share out the panels.
+template <typename Filter>
+Cut cut(const Geometry<Filter>& g) {
+    const int64_t least = divide_up(kLeastRows * g.kWeights, g.kFrequencies);
+    const int64_t whole = tile_pixels(kMaxPanels);
+    const int64_t largest = max(least, kBlockBytes / g.tile_bytes() / whole * whole);
+    int64_t blocks = divide_up(g.tiles, largest);
+    if (g.a.threads == 1) return {blocks, 1, 1};
+    const int64_t tasks = 4 * g.a.threads;
+    blocks = max(blocks, min(tasks, g.tiles / least));
+    const int64_t bands = min(tasks, blocks);
+    return {divide_up(blocks, bands) * bands, bands, min(divide_up(g.panels, kGroup), tasks / bands)};
+}
+
+// Blocks whose V and M stay in L2, with weights that are transformed already.
+template <typename Filter, typename T>
+void run_bands(const Geometry<Filter>& g) {
+    const Winograd& a = g.a;
+    const Cut c = cut(g);
+    const int64_t groups = divide_up(g.panels, kGroup), largest = divide_up(g.tiles, c.blocks);
+    const int64_t floats = a.c * kPanel;
+    parallel_for(a.threads, c.bands * c.parts, [&](int64_t task) {
+        const Span blocks = share(c.blocks, task / c.parts, c.bands);
+        const Span mine = share(groups, task % c.parts, c.parts);
+        float* v = scratch<float>(0, Layout<Filter>{largest, g.channels}.floats());
+        float* m = scratch<float>(1, Layout<Filter>{largest, min(g.panels, kGroup) * kPanel}.floats());
+        for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+            const Span tiles = share(g.tiles, block, c.blocks);
+            const Layout<Filter> v_layout{tiles.count(), g.channels};
+            transform_input<Filter, T>(g, tiles, {0, a.c}, v_layout, tiles.begin, v);
+            for (int64_t i = mine.begin; i < mine.end; ++i) {
+                const Span panels = share(g.panels, i, groups);
+                Ahead ahead;
+                fetch_outputs<Filter, T>(g, tiles, panels, ahead);
+                if (i + 1 == mine.end && block + 1 < blocks.end) {
+                    fetch_inputs<Filter, T>(g, share(g.tiles, block + 1, c.blocks), ahead);
+                }
+                const Weights weights{a.weight + panels.begin * g.kWeights * floats, g.kWeights * floats,
+                                      floats};
+                const Layout<Filter> m_layout{tiles.count(), panels.count() * kPanel};
+                multiply<Filter>(v_layout, v, weights, a.c, false, m_layout, m, ahead);
+                transform_outputs<Filter, T>(g, tiles, panels, m);
+            }
+        }
+    });
+}
+
+// The 3x3 weights of a panel and channel, as ops/conv_bn_act.py packs them.
+struct Taps {
+    const float* data;
+    int64_t tap;  // floats between taps
+};
+
+Taps taps_of(const Winograd& a, int64_t panel, int64_t c) {
+    const int64_t first = c / a.chunk * a.chunk;
+    return {a.weight + ((panel * a.c + first) * kTaps + c - first) * kPanel,
+            min(a.chunk, a.c - first) * kPanel};
+}
+
+// G w Gt of one panel and channel, to u, u + weight, ...
+template <typename Filter>
+void transform_weight(const Taps& taps, float* u, int64_t weight) {
+    constexpr int kRows = Geometry<Filter>::kWeightRows;
+    for (int v = 0; v < kPanelVectors; ++v, u += kLanes) {
+        vf half[kRows][3];
+#pragma GCC unroll 3
+        for (int column = 0; column < 3; ++column) {
+            vf in[3], out[kRows];
+#pragma GCC unroll 3
+            for (int row = 0; row < 3; ++row) {
+                in[row] = load(taps.data + (row * 3 + column) * taps.tap + v * kLanes);
+            }
+            Filter::weights(in, out);
+#pragma GCC unroll 9
+            for (int row = 0; row < kRows; ++row) half[row][column] = out[row];
+        }
+#pragma GCC unroll 9
+        for (int row = 0; row < kRows; ++row) {
+            vf out[kRows];
+            Filter::weights(half[row], out);
+#pragma GCC unroll 9
+            for (int column = 0; column < kRows; ++column) {
+                const double scale = Filter::kScales[row] * Filter::kScales[column];
+                store(u + (row * kRows + column) * weight, splat(static_cast<float>(scale)) * out[column]);
+            }
+        }
+    }
+}
+
+// Calls run(taps of the first, count) for channels that lie together, panel after panel.
+template <typename Run>
+void each_run(const Winograd& a, Span panels, Span channels, const Run& run) {
+    for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+        for (int64_t c = channels.begin; c < channels.end;) {
+            const int64_t end = min(channels.end, (c / a.chunk + 1) * a.chunk);
+            run(taps_of(a, panel, c), end - c);
+            c = end;
+        }
+    }
+}
+
+// A wave's V is that of one chunk of channels after another.
+template <typename Filter>
+struct Wave {
+    const Geometry<Filter>& g;
+    Span tiles;
+    int64_t chunks = divide_up(g.a.c, kTerms), widest = divide_up(g.a.c, chunks);
+    Layout<Filter> layout{tiles.count(), divide_up(widest, kPanel) * kPanel};
+
+    Span channels(int64_t chunk) const { return share(g.a.c, chunk, chunks); }
+};
+
+// The outputs of a wave's tiles for some panels from their V.
+template <typename Filter, typename T>
+void convolve_wave(const Wave<Filter>& wave, Span panels, const float* v) {
+    const Winograd& a = wave.g.a;
+    const Layout<Filter> m_layout{wave.tiles.count(), panels.count() * kPanel};
+    float* m = scratch<float>(1, m_layout.floats());
+    const int64_t weight = panels.count() * wave.widest * kPanel + kPanel;
+    float* u = scratch<float>(3, wave.g.kWeights * weight);
+    for (int64_t i = 0; i < wave.chunks; ++i) {
+        const Span channels = wave.channels(i);
+        float* to = u;
+        each_run(a, panels, channels, [&](Taps taps, int64_t count) {
+            for (int64_t c = 0; c < count; ++c, taps.data += kPanel, to += kPanel) {
+                transform_weight<Filter>(taps, to, weight);
+            }
+        });
+        Ahead ahead;
+        if (i + 1 < wave.chunks) {
+            each_run(a, panels, wave.channels(i + 1), [&](const Taps& taps, int64_t count) {
+                for (int tap = 0; tap < kTaps; ++tap)
+                    ahead.add(taps.data + tap * taps.tap, count * kPanel * 4);
+            });
+        } else {
+            fetch_outputs<Filter, T>(wave.g, wave.tiles, panels, ahead);
+        }
+        const Weights weights{u, channels.count() * kPanel, weight};
+        multiply<Filter>(wave.layout, v + i * wave.layout.floats(), weights, channels.count(), i > 0,
+                         m_layout, m, ahead);
+    }
+    transform_outputs<Filter, T>(wave.g, wave.tiles, panels, m);
+}
+
+// Waves of tiles, with weights that are not transformed yet.
+template <typename Filter, typename T>
+void run_waves(const Geometry<Filter>& g) {
+    const Winograd& a = g.a;
+    const int64_t most = max(kWaveTiles, kWaveBytes / (g.kFrequencies * g.channels * 4));
+    const int64_t waves = divide_up(g.tiles, most);
+    for (int64_t i = 0; i < waves; ++i) {
+        const Wave<Filter> wave{g, share(g.tiles, i, waves)};
+        const int64_t tiles = wave.tiles.count(), parts = min(tiles, 4 * a.threads);
+        float* v = scratch<float>(0, wave.chunks * wave.layout.floats());
+        parallel_for(a.threads, parts, [&](int64_t part) {
+            const Span some = share(tiles, part, parts);
+            for (int64_t chunk = 0; chunk < wave.chunks; ++chunk) {
+                transform_input<Filter, T>(g, {wave.tiles.begin + some.begin, wave.tiles.begin + some.end},
+                                           wave.channels(chunk), wave.layout, wave.tiles.begin,
+                                           v + chunk * wave.layout.floats());
+            }
+        });
+        const int64_t groups = divide_up(g.panels, tiles < kFewTiles ? kGroup / 2 : kGroup);
+        parallel_for(a.threads, groups, [&](int64_t group) {
+            convolve_wave<Filter, T>(wave, share(g.panels, group, groups), v);
+        });
     }
 }
 
@@ -321,21 +623,11 @@ template <typename Filter, typename T>
 void run(const Winograd& a) {
     const Geometry<Filter> g{a};
     if (g.tiles == 0) return;
-    const Cut c = cut(g);
-    const int64_t groups = divide_up(g.panels, kGroup);
-    parallel_for(a.threads, c.blocks * c.groups, [&](int64_t task) {
-        const int64_t block = task / c.groups, part = task % c.groups;
-        const int64_t first = g.tiles * block / c.blocks, next = g.tiles * (block + 1) / c.blocks;
-        const Layout<Filter> v_layout{next - first, g.channels};
-        const Layout<Filter> m_layout{next - first, min(g.panels, kGroup) * kPanel};
-        float* v = static_cast<float*>(thread_scratch(0, v_layout.floats() * 4));
-        float* m = static_cast<float*>(thread_scratch(1, m_layout.floats() * 4));
-        transform_input<Filter, T>(g, first, next - first, v);
-        for (int64_t i = groups * part / c.groups; i < groups * (part + 1) / c.groups; ++i) {
-            const int64_t panel = g.panels * i / groups, end = g.panels * (i + 1) / groups;
-            convolve_group<Filter, T>(g, first, next - first, panel, end - panel, v, m);
-        }
-    });
+    if (a.chunk > 0) {
+        run_waves<Filter, T>(g);
+    } else {
+        run_bands<Filter, T>(g);
+    }
 }
 
 template <typename T>

@@ -3,7 +3,8 @@
 // A tile is kOut x kOut outputs made from a window of kIn x kIn inputs by kFrequencies^2 products a pair of
 // channels: y = At [ (G w Gt) . (Bt x B) ] A. Windows begin kStep inputs after one another, the first
 // kPadding before the image. The first kShared frequencies of a dimension have the same weights, the others
-// their own. Python transforms the weights (ops/_conv_winograd.py): the points here and there are the same.
+// their own. Weights are transformed here up to kScales, one over the product of a point's distances to the
+// others, or in Python (ops/_conv_winograd.py): the points here and there are the same.
 #pragma once
 
 #include "vec.h"
@@ -14,6 +15,14 @@ namespace SHELFKERN_ISA {
 // F(2 x 2, 3 x 3) of stride 1. Points 0, 1, -1 and infinity.
 struct Filter2 {
     static constexpr int kIn = 4, kFrequencies = 4, kShared = 1, kOut = 2, kStep = 2, kPadding = 1;
+    static constexpr double kScales[4] = {-1, 0.5, 0.5, 1};
+
+    static inline __attribute__((always_inline)) void weights(const vf (&w)[3], vf (&out)[4]) {
+        out[0] = w[0];
+        out[1] = w[0] + w[2] + w[1];
+        out[2] = w[0] + w[2] - w[1];
+        out[3] = w[2];
+    }
 
     static inline __attribute__((always_inline)) void input(const vf (&x)[4], vf (&out)[4]) {
         out[0] = x[2] - x[0];
@@ -31,6 +40,18 @@ struct Filter2 {
 // Points a, -a, b and -b.
 struct Pairs {
     float a, b;
+
+    // One over the product of the distances of a, and of b, to the other three.
+    constexpr double scale_a() const { return 1 / (2.0 * a * (1.0 * a * a - 1.0 * b * b)); }
+    constexpr double scale_b() const { return 1 / (2.0 * b * (1.0 * b * b - 1.0 * a * a)); }
+
+    // Of even and odd powers: w0 + p^2 w2 or w0 alone, and w1.
+    inline __attribute__((always_inline)) void weights(vf even_a, vf even_b, vf odd, vf* out) const {
+        out[0] = even_a + splat(a) * odd;
+        out[1] = even_a - splat(a) * odd;
+        out[2] = even_b + splat(b) * odd;
+        out[3] = even_b - splat(b) * odd;
+    }
 
     inline __attribute__((always_inline)) void input(const vf* x, vf* out) const {
         const vf va = splat(a), vb = splat(b), a2 = splat(a * a), b2 = splat(b * b);
@@ -63,6 +84,16 @@ struct Pairs {
 struct Filter4 {
     static constexpr int kIn = 6, kFrequencies = 6, kShared = 1, kOut = 4, kStep = 4, kPadding = 1;
     static constexpr Pairs kPairs = {0.625f, 1.5f};
+    static constexpr double kA = kPairs.a, kB = kPairs.b, kScaleA = kPairs.scale_a() / kA,
+                            kScaleB = kPairs.scale_b() / kB;
+    static constexpr double kScales[6] = {1 / (kA * kA * kB * kB), kScaleA, kScaleA, kScaleB, kScaleB, 1};
+
+    static inline __attribute__((always_inline)) void weights(const vf (&w)[3], vf (&out)[6]) {
+        const float a = kPairs.a, b = kPairs.b;
+        out[0] = w[0];
+        kPairs.weights(w[0] + splat(a * a) * w[2], w[0] + splat(b * b) * w[2], w[1], out + 1);
+        out[5] = w[2];
+    }
 
     static inline __attribute__((always_inline)) void input(const vf (&x)[6], vf (&out)[6]) {
         out[0] = kPairs.edge(x[0], x[2], x[4]);
@@ -82,6 +113,12 @@ struct Filter4 {
 // and b = 5/4 are half of those of 0, 1, -1 and 2.
 struct TwoTaps {
     static constexpr Pairs kPairs = {0.375f, 1.25f};
+    static constexpr double kScaleA = kPairs.scale_a(), kScaleB = kPairs.scale_b();
+
+    static inline __attribute__((always_inline)) void weights(vf first, vf second, vf* out) {
+        kPairs.weights(first, first, second, out);
+        out[4] = second;
+    }
 
     static inline __attribute__((always_inline)) void input(const vf (&x)[5], vf* out) {
         kPairs.input(x, out);
@@ -100,6 +137,14 @@ struct TwoTaps {
 struct FilterStride2 {
     static constexpr int kIn = 9, kFrequencies = 9, kShared = 4, kOut = 4, kStep = 8, kPadding = 1;
 
+    static constexpr double kScales[6] = {
+        1, TwoTaps::kScaleA, -TwoTaps::kScaleA, TwoTaps::kScaleB, -TwoTaps::kScaleB, 1};
+
+    static inline __attribute__((always_inline)) void weights(const vf (&w)[3], vf (&out)[6]) {
+        out[0] = w[1];
+        TwoTaps::weights(w[0], w[2], out + 1);
+    }
+
     static inline __attribute__((always_inline)) void input(const vf (&x)[9], vf (&out)[9]) {
         const vf between[5] = {x[0], x[2], x[4], x[6], x[8]};
         for (int i = 0; i < 4; ++i) out[i] = x[2 * i + 1];
@@ -116,6 +161,14 @@ struct FilterStride2 {
 // outputs see the middle tap, odd ones the other two.
 struct FilterTransposed {
     static constexpr int kIn = 5, kFrequencies = 9, kShared = 4, kOut = 8, kStep = 4, kPadding = 0;
+
+    static constexpr double kScales[6] = {
+        1, TwoTaps::kScaleA, -TwoTaps::kScaleA, TwoTaps::kScaleB, -TwoTaps::kScaleB, 1};
+
+    static inline __attribute__((always_inline)) void weights(const vf (&w)[3], vf (&out)[6]) {
+        out[0] = w[1];
+        TwoTaps::weights(w[2], w[0], out + 1);
+    }
 
     static inline __attribute__((always_inline)) void input(const vf (&x)[5], vf (&out)[9]) {
         for (int i = 0; i < 4; ++i) out[i] = x[i];

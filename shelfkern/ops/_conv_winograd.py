@@ -10,6 +10,10 @@ Of a convolution of stride 2 the middle tap meets every second input and the oth
 dimension 4 outputs take 4 products of the one and, by F(4, 2), 5 of the others, where 12 are direct: 1.78
 times fewer in two. A transposed convolution of stride 2 is the same with its even and odd outputs. All 4
 products of the middle tap have one weight, so that transformed weights are 4 times as many, as of F(4 x 4).
+
+Products are float32 of bfloat16 activations too. Of transformed values rounded to bfloat16 F(4x4) would make
+4 to 7 times eager's error in bfloat16, root mean square, and F(2x2) 1.6 to 2.5 times; at twice the rate
+F(2x2)'s products would take 0.9 of the time of F(4x4)'s in float32, and its transforms move twice as much.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from torch.nn import functional as F
 
 from .. import native
 from . import _common as common
-from .conv_bn_act import PANEL
+from .conv_bn_act import PANEL, PackedConv
 
 # Where polynomials are evaluated, beside infinity; as csrc/cpu/winograd.h. The usual 1 and 2 in place of
 # 5/8 and 3/2 make twice the error, and so do 0, 1, -1 and 2 in place of those of two taps.
@@ -37,19 +41,25 @@ POINTS_OF_TWO_TAPS = (Fraction(3, 8), Fraction(-3, 8), Fraction(5, 4), Fraction(
 # By stride: with fewer the transforms take a good part of the time, and what is gained is not worth the
 # digits. Of stride 2 that is 1.35 times with 64 channels, 1.2 from 32 to 64, and nothing with 32.
 LEAST_CHANNELS = {1: 32, 2: 64}
+# Bytes. More transformed weights than these would come from memory at each call; transforming a quarter of
+# them takes 0.8 of the time for 512 channels at 16 x 16, for 256 channels 0.9 there and 1.05 at 32 x 32, but
+# from 128 channels to 256 1.15.
+MOST_TRANSFORMED = 8 * 1024 * 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class PackedWinograd:
-    """Weights of a 3x3 convolution, transformed for the native kernel.
+    """Weights of a 3x3 convolution for the native kernel.
 
     Attributes:
-        data: float32 (panels, frequencies, in_channels, 16): panels of 16 output channels, zeros beyond the
-            last; the rows of the transformed kernels, then their columns, (tile + 2)^2 in all.
+        data: float32. If transformed (panels, frequencies, in_channels, 16): panels of 16 output channels,
+            zeros beyond the last; the rows of the transformed kernels, then their columns, (tile + 2)^2 in
+            all. Else as of `PackedConv`.
         out_channels, in_channels: of the convolution.
         tile: outputs of a tile in each dimension, 2 or 4; inputs if transposed.
         stride: 1 or 2.
         transposed: the convolution is a transposed one, of padding 1 and output padding 1.
+        chunk: 0 if they are transformed; else that of `PackedConv`, and the kernel transforms them.
     """
 
     data: Tensor
@@ -58,6 +68,7 @@ class PackedWinograd:
     tile: int
     stride: int
     transposed: bool
+    chunk: int = 0
 
 
 def _evaluations(points: Sequence[Fraction], taps: int) -> Tensor:
@@ -117,6 +128,28 @@ def pack_winograd(w: Tensor, tile: int = 4, stride: int = 1, transposed: bool = 
     return PackedWinograd(data, k, c, tile, stride, transposed)
 
 
+def keeps_transformed(w: Tensor, tile: int = 4) -> bool:
+    """Whether weights of 3x3 kernels are better kept transformed than transformed at each call."""
+    return w.shape[0] * w.shape[1] * (tile + 2) ** 2 * 4 <= MOST_TRANSFORMED
+
+
+def as_winograd(
+    packed: PackedConv, tile: int = 4, stride: int = 1, transposed: bool = False
+) -> PackedWinograd:
+    """Weights in the memory of `packed`, which the kernel transforms in float32 at each call.
+
+    packed: of weights (K, C, 3, 3); of a transposed convolution's as well, though they come as (C, K, 3, 3).
+
+    Raises:
+        ValueError: packed is not of 3x3 kernels, or there is no such algorithm.
+    """
+    if packed.kernel != (3, 3):
+        raise ValueError(f"conv_winograd: packed is of kernels of {packed.kernel}, they must be (3, 3)")
+    weight_transform(tile, stride, transposed)
+    channels = packed.out_channels, packed.in_channels
+    return PackedWinograd(packed.data, *channels, tile, stride, transposed, packed.chunk)
+
+
 def can_pay(w: Tensor, stride: int, padding: int) -> bool:
     """Whether tiles of 4 with these weights are faster than a direct convolution on inputs of some size.
 
@@ -156,7 +189,7 @@ def conv_winograd_native(
     Arithmetic is float32. Against float64, as root mean squares, the error of F(4x4) is at most 4.5 times
     that of eager torch's direct convolution in float32, 7 times with one channel; that of F(2x2) 1.7 and
     2.2 times; of stride 2, 2.2 and 4 times; of a transposed one, whose taps eager sums apart, 3.2 and 4.5
-    times.
+    times. With up to 16 channels a sixth more where the kernel transforms the weights, in float32.
 
     What is not finite in x spoils the outputs of every tile whose window holds it, nothing beyond. Tiles are
     tile x tile outputs counted from the top left, 8 x 8 if transposed, and a window is what their taps meet,
@@ -185,6 +218,7 @@ def conv_winograd_native(
         packed.tile,
         packed.stride,
         packed.transposed,
+        packed.chunk,
         stride_n, stride_h, stride_w,
         common.native_slope(slope),
         torch.get_num_threads(),

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from ... import native, ops
-from ...ops._conv_winograd import can_pay, conv_winograd_native, pack_winograd
+from ...ops._conv_winograd import (
+    PackedWinograd,
+    as_winograd,
+    can_pay,
+    conv_winograd_native,
+    keeps_transformed,
+    pack_winograd,
+)
 from ...ops.stem import normalised_values
 from .. import plan as p
 from ..arena import like, value_bytes
@@ -60,13 +67,21 @@ def _convolutions(
 ) -> dict[str, tuple[int | None, Prepare]]:
     """Our ways to convolve by name: the Winograd tile, None for a direct one, and what prepares it."""
 
+    def plain() -> ops.PackedConv:
+        return packed.get("direct", lambda: ops.pack_conv(weight, stride, padding))
+
     def direct() -> Convolve:
-        filters = packed.get("direct", lambda: ops.pack_conv(weight, stride, padding))
+        filters = plain()
         return lambda x, *others: ops.conv_bn_act_native(x, filters, *others)
+
+    def filters_of(tile: int) -> PackedWinograd:
+        if keeps_transformed(weight, tile):
+            return packed.get(f"winograd {tile}", lambda: pack_winograd(weight, tile, stride))
+        return as_winograd(plain(), tile, stride)
 
     def winograd(tile: int) -> Prepare:
         def prepare() -> Convolve:
-            filters = packed.get(f"winograd {tile}", lambda: pack_winograd(weight, tile, stride))
+            filters = filters_of(tile)
             return lambda x, *others: conv_winograd_native(x, filters, *others)
 
         return prepare
@@ -163,8 +178,14 @@ def _our_deconv(step: p.DeconvAdd, size: Size, context: Context, packed: Packed)
 
         return no_scratch(run)
 
+    def filters_of() -> PackedWinograd:
+        if keeps_transformed(step.weight):
+            return packed.get("winograd 4", lambda: pack_winograd(step.weight, 4, 2, transposed=True))
+        plain = packed.get("plain taps", lambda: ops.pack_conv(step.weight.transpose(0, 1), padding=1))
+        return as_winograd(plain, 4, 2, transposed=True)
+
     def winograd() -> Run:
-        filters = packed.get("winograd 4", lambda: pack_winograd(step.weight, 4, 2, transposed=True))
+        filters = filters_of()
 
         def run(inputs: Sequence[Tensor], out: Tensor) -> None:
             x, skip = inputs
