@@ -121,6 +121,9 @@ def _our_shared_block(
     def bound(prepare: Prepare) -> Run:
         convolve = prepare()
 
+        # All of one convolution, then all of the other: strips that stay in L2 would gain at most 3 %, for as
+        # much faster are Winograd's kernels, which fetch ahead, on maps of 256 KiB than on 2 MiB of 64
+        # channels; and each strip's border is convolved again, a 16th of 64 x 64 outputs in two strips.
         def run(inputs: Sequence[Tensor], outputs: Sequence[Tensor], scratch: Tensor) -> None:
             (x,), (out,) = inputs, outputs
             hidden = like(out, scratch)
