@@ -132,12 +132,13 @@ double peak(const std::string& kind, int threads, int64_t milliseconds) {
 }
 
 void stem(Address image, Address values, Address weight, Address scale, Address shift, Address out,
-          int image_dtype, int dtype, int64_t n, int64_t image_h, int64_t image_w, int64_t h, int64_t w,
-          int64_t out_c, float slope, int threads) {
+          int image_dtype, int dtype, int product, int64_t n, int64_t image_h, int64_t image_w, int64_t h,
+          int64_t w, int64_t out_c, float slope, int threads) {
     const py::gil_scoped_release unlocked;
-    kernels().stem({pointer(image), pointer<float>(values), pointer<float>(weight), pointer<float>(scale),
+    kernels().stem({pointer(image), pointer<float>(values), pointer(weight), pointer<float>(scale),
                     pointer<float>(shift), pointer(out), static_cast<DType>(image_dtype),
-                    static_cast<DType>(dtype), n, image_h, image_w, h, w, out_c, slope, threads});
+                    static_cast<DType>(dtype), static_cast<Product>(product), n, image_h, image_w, h, w,
+                    out_c, slope, threads});
 }
 
 void winograd(Address x, Address weight, Address scale, Address shift, Address residual, Address skip,

@@ -101,9 +101,11 @@ struct Winograd {
 struct Stem {
     const void* image;
     const float* values;
-    const float *weight, *scale, *shift;
+    const void* weight;  // as Conv's, of floats or pairs
+    const float *scale, *shift;
     void* out;
     DType image_dtype, dtype;
+    Product product;
     int64_t n, image_h, image_w, h, w, out_c;
     float slope;
     int threads;

@@ -5,7 +5,7 @@ namespace shelfkern {
 namespace SHELFKERN_ISA {
 namespace {
 
-constexpr int64_t kKernel = 7, kStride = 2, kPad = 3, kImageChannels = 3;
+constexpr int64_t kKernel = 7, kStride = 2, kPad = 3;
 // Pooled rows of one task: 2 * 8 + 1 rows of the convolution are made for them, one of them twice.
 constexpr int64_t kPooledRows = 8;
 
@@ -24,22 +24,51 @@ void read_row(const Stem& a, int64_t n, int64_t y, int64_t count, float* to) {
     }
 }
 
-void clear(float* to, int64_t count) {
+// Words of a pixel: three floats, or four bfloat16, the last of them zero.
+template <typename P>
+constexpr int64_t kPixelWords = P::kElements == 1 ? 3 : 2;
+
+// A row of normalised pixels as a product's words.
+void read_words(const Stem& a, int64_t n, int64_t y, int64_t count, Floats::Word* to) {
+    read_row(a, n, y, count, to);
+}
+
+void read_words(const Stem& a, int64_t n, int64_t y, int64_t count, Bfloats::Word* to) {
+    const int64_t floats = (3 * count + kLanes - 1) / kLanes * kLanes;
+    float* row = static_cast<float*>(thread_scratch(2, floats * 4));
+    bf16* narrow = static_cast<bf16*>(thread_scratch(3, (floats + 1) * 2));
+    read_row(a, n, y, count, row);
+    for (int64_t i = 3 * count; i < floats; ++i) row[i] = 0;
+    for (int64_t i = 0; i < floats; i += kLanes) store(narrow + i, load(row + i));
+    narrow[floats] = {};  // the last pixel is read with the element after it
+    for (int64_t x = 0; x < count; ++x) {
+        uint16_t pixel[4];
+        std::memcpy(pixel, narrow + 3 * x, sizeof(pixel));
+        pixel[3] = 0;
+        std::memcpy(to + 2 * x, pixel, sizeof(pixel));
+    }
+}
+
+template <typename Word>
+void clear(Word* to, int64_t count) {
     for (int64_t i = 0; i < count; ++i) to[i] = 0;
 }
 
-void pack_image(const Stem& a, const Shape& s, int64_t n, int64_t first_row, int64_t rows, float* to) {
+template <typename P>
+void pack_image(const Stem& a, const Shape& s, int64_t n, int64_t first_row, int64_t rows,
+                typename P::Word* to) {
+    constexpr int64_t kWords = kPixelWords<P>;
     const int64_t columns = s.columns();
     const int64_t inside = columns - kPad < a.image_w ? columns - kPad : a.image_w;
-    for (int64_t r = 0; r < rows; ++r, to += 3 * columns) {
+    for (int64_t r = 0; r < rows; ++r, to += kWords * columns) {
         const int64_t y = first_row + r;
         if (y < 0 || y >= a.image_h) {
-            clear(to, 3 * columns);
+            clear(to, kWords * columns);
             continue;
         }
-        clear(to, 3 * kPad);
-        read_row(a, n, y, inside, to + 3 * kPad);
-        clear(to + 3 * (kPad + inside), 3 * (columns - kPad - inside));
+        clear(to, kWords * kPad);
+        read_words(a, n, y, inside, to + kWords * kPad);
+        clear(to + kWords * (kPad + inside), kWords * (columns - kPad - inside));
     }
 }
 
@@ -70,22 +99,24 @@ void pool_pixel(const float* rows, int64_t row, int64_t c, int64_t y0, int64_t y
     }
 }
 
-template <typename T>
+template <typename P, typename T>
 void run(const Stem& a) {
+    using Word = typename P::Word;
     const int64_t conv_h = a.h / 2, conv_w = a.w / 2, out_h = a.h / 4, out_w = a.w / 4;
-    const Shape s{kImageChannels, kImageChannels, kKernel, kKernel, kStride, conv_w, a.out_c};
+    const Shape s{kPixelWords<P>, kPixelWords<P>, kKernel, kKernel, kStride, conv_w, a.out_c};
     const int64_t pieces = (out_h + kPooledRows - 1) / kPooledRows;
     parallel_for(a.threads, a.n * pieces, [&](int64_t task) {
         const int64_t n = task / pieces, begin = task % pieces * kPooledRows;
         const int64_t end = begin + kPooledRows < out_h ? begin + kPooledRows : out_h;
         const int64_t top = begin ? 2 * begin - 1 : 0, bottom = 2 * end < conv_h ? 2 * end : conv_h;
         const int64_t rows = s.input_rows(bottom - top);
-        float* image = static_cast<float*>(thread_scratch(0, rows * s.columns() * 3 * 4));
-        pack_image(a, s, n, top * kStride - kPad, rows, image);
+        Word* image = static_cast<Word*>(thread_scratch(0, rows * s.columns() * s.c * 4));
+        pack_image<P>(a, s, n, top * kStride - kPad, rows, image);
         float* features = static_cast<float*>(thread_scratch(1, (bottom - top) * conv_w * a.out_c * 4));
         Output<float> o{features, nullptr, nullptr, a.scale, a.shift, conv_w * a.out_c, a.out_c, a.slope};
         const int64_t panels = (a.out_c + kPanel - 1) / kPanel;
-        convolve_strip(s, Input<Floats>{image, 0, 0}, bottom - top, 0, panels, a.weight, nullptr, o);
+        convolve_strip(s, Input<P>{image, 0, 0}, bottom - top, 0, panels, static_cast<const Word*>(a.weight),
+                       static_cast<float*>(nullptr), o);
         for (int64_t y = begin; y < end; ++y) {
             T* out = static_cast<T*>(a.out) + (n * out_h + y) * out_w * a.out_c;
             const int64_t y0 = (y ? 2 * y - 1 : 0) - top;
@@ -101,11 +132,11 @@ void run(const Stem& a) {
 }  // namespace
 
 void stem(const Stem& args) {
-    if (args.dtype == DType::f32) {
-        run<float>(args);
-    } else {
-        run<bf16>(args);
+    const bool wide = args.dtype == DType::f32;
+    if (args.product == Product::floats) {
+        return wide ? run<Floats, float>(args) : run<Floats, bf16>(args);
     }
+    return wide ? run<Bfloats, float>(args) : run<Bfloats, bf16>(args);
 }
 
 }  // namespace SHELFKERN_ISA

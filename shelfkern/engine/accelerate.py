@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import native
 from ..nn.shelfnet import ShelfNet, check_image_size
 from ..ops._backends import MIN_CAPABILITY
 from .cpu.program import Program
@@ -53,9 +54,10 @@ def accelerate(
     Args:
         model: a `shelfkern.nn.ShelfNet`.
         dtype: of the activations and of the scores; sums are in float32. On a CPU float32, or bfloat16,
-            which halves the memory; on a GPU float16 too, and float32 is TF32 where torch's own
-            convolutions would be. torch.int8 and torch.float8_e4m3fn are for GPUs: convolutions between
-            activations on codes of 8 bits, the rest and the scores in float16 (docs/quantization.md).
+            which halves the memory, and the time where the CPU has instructions for it; on a GPU float16
+            too, and float32 is TF32 where torch's own convolutions would be. torch.int8, and on GPUs
+            torch.float8_e4m3fn: convolutions between activations on codes of 8 bits, the rest and the
+            scores in float32 on a CPU, in float16 on a GPU (docs/quantization.md).
         device: where it runs: the CPU or a CUDA device; by default where the model is.
         backend: "native" is shelfkern's kernels, "library" PyTorch's, cuDNN's and cuBLASLt's with folded
             batch norms, "auto" the faster for each layer. "emulated" runs the GPU's kernels on the CPU,
@@ -90,11 +92,20 @@ def accelerate(
 
 def _check_dtype(dtype: torch.dtype, device: torch.device, backend: str) -> None:
     on_gpu = device.type == "cuda" or backend == "emulated"
-    # On a CPU torch's own calls compute with codes too: slowly, but their accuracy can be judged.
-    dtypes = GPU_DTYPES if on_gpu else (*CPU_DTYPES, *KINDS * (backend == "library"))
+    # On a CPU torch's own calls compute with all codes: slowly, but their accuracy can be judged.
+    codes = KINDS if backend == "library" else (torch.int8,)
+    dtypes = GPU_DTYPES if on_gpu else (*CPU_DTYPES, *codes)
     if dtype not in dtypes:
         place = "with GPU kernels" if on_gpu else "on a CPU"
         raise ValueError(f"dtype is {dtype}, {place} it may be {', '.join(map(str, dtypes))}")
+
+
+def _takes_gpu_program(dtype: torch.dtype, device: torch.device, backend: str) -> bool:
+    """Whether GPU kernels run it, or torch's calls in their place."""
+    if device.type == "cuda" or backend == "emulated":
+        return True
+    without_ours = backend == "auto" and native.reason("conv_bn_act") is not None
+    return dtype in KINDS and (backend == "library" or without_ours)
 
 
 def _check_output(output: str) -> None:
@@ -155,7 +166,7 @@ class FastShelfNet(nn.Module):
         self.tune = tune
         self.graphs = graphs
         self._calibration = calibration
-        self._on_gpu = device.type == "cuda" or backend == "emulated" or dtype in KINDS
+        self._on_gpu = _takes_gpu_program(dtype, device, backend)
         # Of all programs, so that weights can change without another search.
         self._tuner = tuner_of(device, tune) if self._on_gpu else None
         self._tuners = Tuners(tune)
@@ -172,14 +183,18 @@ class FastShelfNet(nn.Module):
 
     def _cpu_program(self) -> Program:
         source = self._source[0]
-        options = self.dtype, self.backend, source.normalisation, source.align_corners
-        return Program(lower(source), *options, self._tuners)
+        options = self.scores_dtype, self.backend, source.normalisation, source.align_corners
+        return Program(self._plan(), *options, self._tuners)
+
+    def _plan(self) -> Plan:
+        source, plan = self._source[0], lower(self._source[0])
+        if self._calibration is None:
+            return plan
+        ranges = calibrate(plan, self._calibration, self.dtype, source.normalisation)
+        return quantized(plan, ranges, self.dtype)
 
     def _gpu_program(self) -> GpuProgram:
-        source, plan = self._source[0], lower(self._source[0])
-        if self._calibration is not None:
-            ranges = calibrate(plan, self._calibration, self.dtype, source.normalisation)
-            plan = quantized(plan, ranges, self.dtype)
+        source, plan = self._source[0], self._plan()
         ours, theirs = self.backend != "library", self.backend != "native"
         options = Options(self.device, self.scores_dtype, ours, theirs, self.graphs)
         assert self._tuner is not None
@@ -188,7 +203,9 @@ class FastShelfNet(nn.Module):
     @property
     def scores_dtype(self) -> torch.dtype:
         """Of the scores, and of activations that are not codes of 8 bits."""
-        return torch.float16 if self.dtype in KINDS else self.dtype
+        if self.dtype not in KINDS:
+            return self.dtype
+        return torch.float16 if self._on_gpu else torch.float32
 
     @property
     def plan(self) -> Plan:

@@ -238,6 +238,12 @@ class _OnCodes(Step):
     def outputs(self) -> tuple[Value, ...]:
         return (self.output,) if self.copy is None else (self.output, self.copy)
 
+    def written(self, outputs: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+        """The floating result and its codes among the tensors of `outputs`, None where there is no such."""
+        if self.output.codes is not None:
+            return None, outputs[0]
+        return outputs[0], outputs[1] if self.copy is not None else None
+
     def detail(self) -> str:
         parts = [f"of {_kind(self.inputs[0])}"] if self.inputs[0].codes else []
         if self.output.codes:

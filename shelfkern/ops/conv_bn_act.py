@@ -21,6 +21,8 @@ PANEL = 16
 # Products that are summed from zero before they join the rest. A running sum of 576 is off from float64
 # by up to 1.7 times what eager's blocked sums are, one of 1152 by 2.5 times, one of 288 no more than they.
 MAX_TERMS = 288
+# Products of codes + 128, at most 255, and of weights' codes, at least -128, that 32 bits hold.
+MAX_CODE_TERMS = 2**31 // (255 * 128)
 
 # A tile of the second kernel of a split sum: small, for it only reads and adds.
 SUM_BLOCK_M, SUM_BLOCK_N = 16, 64
@@ -58,8 +60,15 @@ def pack_conv(
 
     dtype: of the products: float32, bfloat16 for activations of bfloat16, or int8 for codes by codes, of
         which w is an int8 tensor.
+
+    Raises:
+        ValueError: sums of codes could overflow 32 bits.
     """
     k, c, kernel_h, kernel_w = w.shape
+    if dtype is torch.int8 and w[0].numel() > MAX_CODE_TERMS:
+        raise ValueError(
+            f"{OP}: w is {tuple(w.shape)} int8, an output may be the sum of at most {MAX_CODE_TERMS} products"
+        )
     per_word = 4 // dtype.itemsize
     words, panels = -(-c // per_word), -(-k // PANEL)
     chunks = -(-words // max(1, terms // (kernel_h * kernel_w)))

@@ -27,10 +27,13 @@ MAX_TERMS = 128
 PackedDeconv = tuple[PackedConv, PackedConv, PackedConv, PackedConv]
 
 
-def pack_deconv(w: Tensor) -> PackedDeconv:
-    """Packs weights (C, K, 3, 3) as four convolutions, for even and odd rows and columns."""
+def pack_deconv(w: Tensor, dtype: torch.dtype = torch.float32) -> PackedDeconv:
+    """Packs weights (C, K, 3, 3) as four convolutions, for even and odd rows and columns.
+
+    dtype: of the products, float32 or bfloat16.
+    """
     kernels = [w[:, :, rows][:, :, :, columns] for rows in TAPS for columns in TAPS]
-    a, b, c, d = (pack_conv(kernel.transpose(0, 1), terms=MAX_TERMS) for kernel in kernels)
+    a, b, c, d = (pack_conv(kernel.transpose(0, 1), terms=MAX_TERMS, dtype=dtype) for kernel in kernels)
     return a, b, c, d
 
 

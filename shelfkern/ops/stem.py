@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from .. import native
 from . import _backends as backends
 from . import _common as common
-from .conv_bn_act import PackedConv, conv_bn_act_reference, pack_conv
+from .conv_bn_act import PackedConv, conv_bn_act_reference, pack_conv, product_dtype
 
 OP = "stem"
 Size = tuple[int, int]
@@ -61,7 +61,10 @@ def stem_native(
     out: Tensor,
     slope: float | None,
 ) -> None:
-    """The native kernel into `out` (N, K, H / 4, W / 4), unchecked: image contiguous, out in NHWC storage."""
+    """The native kernel into `out` (N, K, H / 4, W / 4), unchecked: image contiguous, out in NHWC storage.
+
+    Products are of the packed dtype, float32 or bfloat16, and sums float32.
+    """
     raw = image.dtype is torch.uint8
     n, k, out_h, out_w = out.shape
     image_h, image_w = image.shape[1:3] if raw else image.shape[2:]
@@ -74,6 +77,7 @@ def stem_native(
         out.data_ptr(),
         native.DTYPE_CODES[image.dtype],
         native.DTYPE_CODES[out.dtype],
+        native.PRODUCT_CODES[packed.data.dtype],
         n, image_h, image_w, 4 * out_h, 4 * out_w, k,
         common.native_slope(slope),
         torch.get_num_threads(),
@@ -162,7 +166,7 @@ def _op(
 ) -> Tensor:  # fmt: skip
     out, values = _empty(image, w, size), normalised_values(mean, std)
     if backend == "native":
-        packed = pack_conv(w, stride=2, padding=3)
+        packed = pack_conv(w, stride=2, padding=3, dtype=product_dtype(w.dtype, w.dtype))
         parameters = common.float32(scale), common.float32(shift), values
         stem_native(image.contiguous(), packed, *parameters, out, slope)
     else:

@@ -278,7 +278,7 @@ def _eval_model():
     "call, error, message",
     [
         (lambda: shelfkern.accelerate(torch.nn.ReLU()), TypeError, "model is a ReLU, it must be a"),
-        (lambda: shelfkern.accelerate(_eval_model(), dtype=torch.int8), ValueError, "dtype is torch.int8"),
+        (lambda: shelfkern.accelerate(_eval_model(), torch.float16), ValueError, "dtype is torch.float16"),
         (lambda: shelfkern.accelerate(_eval_model(), device="xpu"), ValueError, "device is 'xpu', it may"),
         (
             lambda: shelfkern.accelerate(_eval_model(), device="no such"),

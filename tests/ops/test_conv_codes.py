@@ -544,3 +544,12 @@ def test_native_codes_of_all_values():
     one.slope = None
     for step in (0.5, 1.0, 0.25, 2.0, 1 / 3):
         each_isa(lambda isa, step=step: assert_layer(one, run_native(one, step), step))
+
+
+def test_native_refuses_sums_that_could_overflow():
+    pack_conv(torch.zeros(1, 65793, 1, 1, dtype=torch.int8), dtype=torch.int8)
+    message = (
+        r"^conv_bn_act: w is \(1, 65794, 1, 1\) int8, an output may be the sum of at most 65793 products$"
+    )
+    with pytest.raises(ValueError, match=message):
+        pack_conv(torch.zeros(1, 65794, 1, 1, dtype=torch.int8), dtype=torch.int8)

@@ -25,7 +25,7 @@ from ...ops.stem import normalised_values
 from .. import plan as p
 from ..arena import like, value_bytes
 from ..problem import Packed, Size
-from . import cost, library
+from . import cost, library, quantized
 from .algorithm import Algorithm, Context, Found, Run, no_scratch
 
 Optional = Tensor | None
@@ -42,7 +42,8 @@ def algorithms(step: p.Step, size: Size, context: Context, packed: Packed) -> li
         RuntimeError: none can run; the message gives the reasons.
     """
     ours, reasons = _ours(step, size, context, packed)
-    theirs = _THEIRS[type(step)](step, size, context, packed) if context.theirs else []
+    make = _THEIRS.get(type(step)) if context.theirs else None
+    theirs = make(step, size, context, packed) if make is not None else []
     if not ours and not theirs:
         raise RuntimeError(f"backend is 'native', which cannot run {step.op}: {'; '.join(reasons)}")
     return sorted([*ours, *theirs], key=lambda algorithm: algorithm.microseconds)
@@ -62,22 +63,28 @@ def _ours(step: p.Step, size: Size, context: Context, packed: Packed) -> Found:
     return ([], [why]) if why is not None else (_OURS[type(step)](step, size, context, packed), [])
 
 
+def _products(context: Context) -> torch.dtype:
+    """What direct convolutions of floating activations multiply."""
+    return context.dtype if native.has_product(context.dtype) else torch.float32
+
+
 def _convolutions(
-    weight: Tensor, stride: int, padding: int, packed: Packed
+    weight: Tensor, stride: int, padding: int, context: Context, packed: Packed
 ) -> dict[str, tuple[int | None, Prepare]]:
     """Our ways to convolve by name: the Winograd tile, None for a direct one, and what prepares it."""
 
-    def plain() -> ops.PackedConv:
-        return packed.get("direct", lambda: ops.pack_conv(weight, stride, padding))
+    def plain(dtype: torch.dtype) -> ops.PackedConv:
+        form = "direct" if dtype is torch.float32 else f"direct {dtype}"
+        return packed.get(form, lambda: ops.pack_conv(weight, stride, padding, dtype=dtype))
 
     def direct() -> Convolve:
-        filters = plain()
+        filters = plain(_products(context))
         return lambda x, *others: ops.conv_bn_act_native(x, filters, *others)
 
     def filters_of(tile: int) -> PackedWinograd:
         if keeps_transformed(weight, tile):
             return packed.get(f"winograd {tile}", lambda: pack_winograd(weight, tile, stride))
-        return as_winograd(plain(), tile, stride)
+        return as_winograd(plain(torch.float32), tile, stride)
 
     def winograd(tile: int) -> Prepare:
         def prepare() -> Convolve:
@@ -93,8 +100,10 @@ def _convolutions(
     return found
 
 
-def _time(step: p.Conv | p.SharedBlockStep, size: Size, tile: int | None) -> float:
-    return cost.direct(step, size) if tile is None else cost.winograd(step, size, tile)
+def _time(step: p.Conv | p.SharedBlockStep, size: Size, tile: int | None, context: Context) -> float:
+    if tile is None:
+        return cost.direct(step, size, _products(context))
+    return cost.winograd(step, size, tile)
 
 
 def _our_conv(step: p.Conv, size: Size, context: Context, packed: Packed) -> list[Algorithm]:
@@ -108,9 +117,9 @@ def _our_conv(step: p.Conv, size: Size, context: Context, packed: Packed) -> lis
 
         return no_scratch(run)
 
-    ways = _convolutions(step.weight, step.stride, step.padding, packed)
+    ways = _convolutions(step.weight, step.stride, step.padding, context, packed)
     return [
-        Algorithm(name, _time(step, size, tile), functools.partial(bound, prepare))
+        Algorithm(name, _time(step, size, tile, context), functools.partial(bound, prepare))
         for name, (tile, prepare) in ways.items()
     ]
 
@@ -134,14 +143,16 @@ def _our_shared_block(
 
     scratch = value_bytes(step.hidden, *size, context.dtype)
     return [
-        Algorithm(name, _time(step, size, tile), functools.partial(bound, prepare), scratch=scratch)
-        for name, (tile, prepare) in _convolutions(step.weight, 1, 1, packed).items()
+        Algorithm(name, _time(step, size, tile, context), functools.partial(bound, prepare), scratch=scratch)
+        for name, (tile, prepare) in _convolutions(step.weight, 1, 1, context, packed).items()
     ]
 
 
 def _our_stem(step: p.Stem, size: Size, context: Context, packed: Packed) -> list[Algorithm]:
+    dtype = torch.bfloat16 if context.codes and native.has_product(torch.bfloat16) else _products(context)
+
     def prepare() -> Run:
-        filters = packed.get("direct", lambda: ops.pack_conv(step.weight, stride=2, padding=3))
+        filters = packed.get("direct", lambda: ops.pack_conv(step.weight, stride=2, padding=3, dtype=dtype))
         normalisation = context.normalisation
         mean, std = torch.tensor([normalisation.mean, normalisation.std], dtype=torch.float64)
         values = normalised_values(mean, std)
@@ -152,7 +163,7 @@ def _our_stem(step: p.Stem, size: Size, context: Context, packed: Packed) -> lis
 
         return no_scratch(run)
 
-    return [Algorithm("native", cost.direct(step, size), prepare)]
+    return [Algorithm("native", cost.direct(step, size, dtype), prepare)]
 
 
 def _our_gate(step: p.AttentionGate, size: Size, context: Context, packed: Packed) -> list[Algorithm]:
@@ -173,8 +184,10 @@ def _our_upsample_add(step: p.UpsampleAdd, size: Size, context: Context, packed:
 
 
 def _our_deconv(step: p.DeconvAdd, size: Size, context: Context, packed: Packed) -> list[Algorithm]:
+    dtype = _products(context)
+
     def direct() -> Run:
-        filters = packed.get("direct", lambda: ops.pack_deconv(step.weight))
+        filters = packed.get("direct", lambda: ops.pack_deconv(step.weight, dtype))
 
         def run(inputs: Sequence[Tensor], out: Tensor) -> None:
             ops.deconv_add_native(inputs[0], filters, step.bias, inputs[1], out)
@@ -196,7 +209,7 @@ def _our_deconv(step: p.DeconvAdd, size: Size, context: Context, packed: Packed)
 
         return no_scratch(run)
 
-    found = [Algorithm("native direct", cost.direct(step, size), direct)]
+    found = [Algorithm("native direct", cost.direct(step, size, dtype), direct)]
     if can_pay(step.weight, stride=2, padding=1):
         found.append(Algorithm("native winograd 4x4", cost.winograd(step, size, 4), winograd))
     return found
@@ -335,6 +348,7 @@ _OURS: dict[type[p.Step], Make] = {
     p.AttentionGate: _our_gate,
     p.UpsampleAdd: _our_upsample_add,
     p.DeconvAdd: _our_deconv,
+    **quantized.OURS,
 }
 _THEIRS: dict[type[p.Step], Make] = {
     p.Stem: _their_stem,

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import math
 
+import torch
+
+from ...native import has_product
 from ...ops._conv_winograd import pays
 from .. import plan as p
 from ..problem import Size
@@ -17,8 +20,9 @@ from ..problem import Size
 CALL, LIBRARY_CALL = 3.0, 10.0
 # Of direct convolutions, ours and oneDNN's in float32: nine tenths of the peak.
 MACS_A_US = 50e3
-# Of oneDNN's with products of bfloat16.
+# Of oneDNN's with products of bfloat16, and of ours with instructions for the products.
 BFLOAT16_MACS_A_US = 90e3
+DOT_MACS_A_US = {torch.bfloat16: 100e3, torch.int8: 170e3}
 # Of kernels that only move data; memory that the library takes anew costs page faults.
 BYTES_A_US, FRESH_BYTES_A_US = 10e3, 4e3
 # Outputs, of a transposed convolution inputs, convolved directly in the time of one Winograd tile, by the
@@ -26,9 +30,10 @@ BYTES_A_US, FRESH_BYTES_A_US = 10e3, 4e3
 TILE_PIXELS = {(1, 2): 2.6, (1, 4): 5.5, (2, 4): 11.5}
 
 
-def direct(step: p.Step, size: Size) -> float:
-    """One of our direct kernels."""
-    return CALL + p.step_macs(step, *size) / MACS_A_US
+def direct(step: p.Step, size: Size, products: torch.dtype = torch.float32) -> float:
+    """One of our direct kernels, by what it multiplies."""
+    rate = DOT_MACS_A_US[products] if products in DOT_MACS_A_US and has_product(products) else MACS_A_US
+    return CALL + p.step_macs(step, *size) / rate
 
 
 def winograd(step: p.Conv | p.SharedBlockStep | p.DeconvAdd, size: Size, tile: int) -> float:

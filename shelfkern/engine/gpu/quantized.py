@@ -54,13 +54,6 @@ def _weights(weight: Tensor, context: base.Context, codes: torch.dtype | None) -
     return Weights(*quantize_weight(weight, codes))
 
 
-def _written(step: p.QuantizedConv | p.QuantizedBlock, outputs: Sequence[Tensor]) -> tuple[Any, Any]:
-    """The floating result and its codes among what a step writes, None where it has no such."""
-    if step.output.codes is not None:
-        return None, outputs[0]
-    return outputs[0], outputs[1] if step.copy is not None else None
-
-
 def unfit(kind: torch.dtype | None, context: base.Context) -> str | None:
     """Why the GPU cannot multiply codes of a dtype, None if it can."""
     needed = conv.CODE_CAPABILITIES.get(kind, (0, 0)) if kind is not None else (0, 0)
@@ -85,7 +78,7 @@ def _ours_conv(step: p.QuantizedConv, size: Size, context: base.Context, packed:
 
             def run(inputs: Any, outputs: Any, scratch: Any, overlap: bool) -> None:
                 residual, skip = library.others(step, inputs)
-                out, codes = _written(step, outputs)
+                out, codes = step.written(outputs)
                 conv_bn_act_triton(
                     inputs[0], weights.data, scale, shift, residual, skip, out, kernel, step.stride,
                     step.padding, step.act.slope, config, context.precision, overlap,
@@ -122,7 +115,7 @@ def _ours_block(step: p.QuantizedBlock, size: Size, context: base.Context, packe
 
             def run(inputs: Any, outputs: Any, scratch: Any, overlap: bool) -> None:
                 x, floating = inputs
-                out, codes = _written(step, outputs)
+                out, codes = step.written(outputs)
                 hidden = like(x, scratch)
                 shared_block_triton(
                     x, weights.data, scale1, shift1, scale2, shift2, hidden, out, step.act.slope, step.skip,
@@ -210,7 +203,7 @@ def _affine(x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
 
 
 def _write(step: p.QuantizedConv | p.QuantizedBlock, result: Tensor, outputs: Sequence[Tensor]) -> None:
-    out, codes = _written(step, outputs)
+    out, codes = step.written(outputs)
     if out is not None:
         out.copy_(result)
     if codes is not None:

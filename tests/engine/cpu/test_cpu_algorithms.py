@@ -4,6 +4,7 @@ import random
 import pytest
 import torch
 from models import CONFIGS, assert_as_exact_as_eager, build, images
+from parity import each_isa
 
 import shelfkern
 from shelfkern import native
@@ -146,3 +147,16 @@ def test_layouts_for_a_size_go_with_what_runs_it():
     assert len(packed._held) == 2
     runs.clear()
     assert not packed._held
+
+
+@needs_native
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_bfloat16_on_every_isa_is_as_exact_as_eager(name):
+    """With instructions for products of bfloat16 and without."""
+    model, inputs = build(CONFIGS[name]), [images(*size, seed) for size in SIZES for seed in (0, 1)]
+    each_isa(
+        lambda isa: assert_as_exact_as_eager(
+            shelfkern.accelerate(model, torch.bfloat16), model, inputs, torch.bfloat16
+        )
+    )
