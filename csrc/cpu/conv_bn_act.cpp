@@ -33,12 +33,18 @@ void pack_channels(const bf16* from, Bfloats::Word* to, int64_t count) {
 
 constexpr uint32_t kZeroCodes = 0x80808080;
 
+template <typename V>
+void pack_codes(const int8_t* from, Codes::Word* to) {
+    const V words = load_vector<V>(from) ^ kZeroCodes;
+    std::memcpy(to, &words, sizeof(words));
+}
+
 void pack_channels(const int8_t* from, Codes::Word* to, int64_t count) {
+    typedef uint32_t Four __attribute__((vector_size(16)));
     int64_t i = 0;
-    for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
-        const vu words = load_vector<vu>(from + i) ^ kZeroCodes;
-        std::memcpy(to + i / 4, &words, sizeof(words));
-    }
+    for (; i + 4 * kLanes <= count; i += 4 * kLanes) pack_codes<vu>(from + i, to + i / 4);
+    // Narrow networks have 48 and 96 channels.
+    for (; i + 16 <= count; i += 16) pack_codes<Four>(from + i, to + i / 4);
     for (; i < count; i += 4) {
         uint32_t word = 0;
         std::memcpy(&word, from + i, min(4, count - i));
