@@ -15,9 +15,13 @@ extern const Kernels table;
 namespace avx512 {
 extern const Kernels table;
 }
+#endif
+#if defined(SHELFKERN_AVX512_vnni)
 namespace avx512_vnni {
 extern const Kernels table;
 }
+#endif
+#if defined(SHELFKERN_AVX512_bf16)
 namespace avx512_bf16 {
 extern const Kernels table;
 }
@@ -42,10 +46,13 @@ struct Runnable {
         const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
                                 __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                                 __builtin_cpu_supports("avx512vl");
+#if defined(SHELFKERN_AVX512_vnni)
         const bool has_vnni = has_avx512 && __builtin_cpu_supports("avx512vnni");
-        const bool has_bf16 = has_vnni && __builtin_cpu_supports("avx512bf16");
-        if (has_bf16) add(avx512_bf16::table);
+#if defined(SHELFKERN_AVX512_bf16)
+        if (has_vnni && __builtin_cpu_supports("avx512bf16")) add(avx512_bf16::table);
+#endif
         if (has_vnni) add(avx512_vnni::table);
+#endif
         if (has_avx512) add(avx512::table);
         if (has_avx2) add(avx2::table);
 #endif
