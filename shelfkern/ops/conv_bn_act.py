@@ -73,14 +73,30 @@ def pack_conv(
     words, panels = -(-c // per_word), -(-k // PANEL)
     chunks = -(-words // max(1, terms // (kernel_h * kernel_w)))
     chunk = -(-words // chunks)
-    padded = F.pad(w.detach().to(dtype), (0, 0, 0, 0, 0, words * per_word - c, 0, panels * PANEL - k))
-    parts = [
-        part.reshape(panels, PANEL, -1, per_word, kernel_h, kernel_w).permute(0, 4, 5, 2, 1, 3).flatten(1)
-        for part in padded.split(chunk * per_word, dim=1)
-    ]
-    data = torch.cat(parts, dim=1).contiguous()
-    offset = 128 * padded.sum((1, 2, 3), dtype=torch.int32) if dtype is torch.int8 else None
+    size = kernel_h * kernel_w * words * PANEL * per_word
+    data = torch.empty((panels, size), dtype=dtype, device=w.device)
+    # A panel at a time: what else is made is small beside the result.
+    for panel, filters in zip(data, w.detach().split(PANEL), strict=True):
+        _pack_panel(filters, panel, chunk, per_word)
+    offset = _code_offset(w, panels * PANEL) if dtype is torch.int8 else None
     return PackedConv(data, k, c, (kernel_h, kernel_w), stride, padding, chunk, offset)
+
+
+def _pack_panel(filters: Tensor, panel: Tensor, chunk: int, per_word: int) -> None:
+    """Up to 16 filters (K, C, kernel_h, kernel_w) into a panel of `PackedConv.data`."""
+    k, c = filters.shape[:2]
+    padded = F.pad(filters.to(panel.dtype), (0, 0, 0, 0, 0, -c % per_word, 0, PANEL - k))
+    words = padded.unflatten(1, (-1, per_word)).permute(3, 4, 1, 0, 2)
+    start = 0
+    for part in words.split(chunk, dim=2):
+        panel[start : start + part.numel()].view(part.shape).copy_(part)
+        start += part.numel()
+
+
+def _code_offset(w: Tensor, channels: int) -> Tensor:
+    """128 times the sum of each output channel's codes, int32, zeros up to so many channels."""
+    sums = w.detach().sum((1, 2, 3), dtype=torch.int32)
+    return 128 * F.pad(sums, (0, channels - len(sums)))
 
 
 def product_dtype(weights: torch.dtype, activations: torch.dtype) -> torch.dtype:

@@ -17,6 +17,8 @@ from ._triton import gdc_launch_dependents, gdc_wait, jit, tl
 OP = "quantize"
 # Elements that a Triton program takes: 16 a thread, whose codes are stored together.
 TRITON_TILE = 2048
+# Output channels of weights that are quantized at once.
+QUANTIZED_CHANNELS = 64
 # The largest number of steps that a weight's code counts: int8 leaves out -128, so that signs are alike.
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
@@ -43,14 +45,20 @@ def quantize_weight(w: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         ValueError: dtype is neither int8 nor float8_e4m3fn, or a weight is not finite.
     """
     _check_dtype("quantize_weight", dtype)
-    wide = common.float32(w)
-    largest = wide.abs().amax((1, 2, 3))
+    w = w.detach()
+    largest = common.float32(torch.maximum(w.amax((1, 2, 3)), -w.amin((1, 2, 3))))
     if not largest.isfinite().all():
         raise ValueError("quantize_weight: w holds what is not finite, every weight must be")
     step = largest / LARGEST[dtype]
     step = torch.where(step > 0, step, 1.0)
-    codes = quantize_reference(wide, step[:, None, None, None], dtype)
-    return conv.pack_weight(codes, dtype), step
+    k, c, kernel_h, kernel_w = w.shape
+    codes = torch.empty((k, kernel_h * kernel_w, c), dtype=dtype, device=w.device)
+    # A few channels at a time: what else is made is small beside a large layer.
+    parts = zip(w.split(QUANTIZED_CHANNELS), step.split(QUANTIZED_CHANNELS), strict=True)
+    for part, (filters, steps) in zip(codes.split(QUANTIZED_CHANNELS), parts, strict=True):
+        quantized = quantize_reference(common.float32(filters), steps[:, None, None, None], dtype)
+        part.copy_(conv.pack_weight(quantized, dtype))
+    return codes, step
 
 
 def can_run(x: Tensor, dtype: torch.dtype = torch.int8) -> backends.Reasons:
