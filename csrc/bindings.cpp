@@ -172,6 +172,16 @@ void winograd(Address x, Address weight, Address scale, Address shift, Address r
                         threads});
 }
 
+void winograd_block(Address x, Address weight, Address scale1, Address shift1, Address scale2, Address shift2,
+                    Address hidden, Address out, int dtype, int64_t n, int64_t h, int64_t w, int64_t c,
+                    bool skip, float slope, int threads) {
+    const py::gil_scoped_release unlocked;
+    kernels().winograd_block({pointer(x), pointer<float>(weight), pointer<float>(scale1),
+                              pointer<float>(shift1), pointer<float>(scale2), pointer<float>(shift2),
+                              pointer(hidden), pointer(out), static_cast<DType>(dtype), n, h, w, c, skip,
+                              slope, threads});
+}
+
 std::vector<std::string> isas() {
     std::vector<std::string> names;
     for (const char* const* name = runnable_isas(); *name; ++name) names.emplace_back(*name);
@@ -211,6 +221,7 @@ PYBIND11_MODULE(_native, m) {
     m.def("peak", &peak);
     m.def("stem", &stem);
     m.def("winograd", &winograd);
+    m.def("winograd_block", &winograd_block);
 #if defined(SHELFKERN_WITH_CUDA)
     py::module_ on_gpu = m.def_submodule("cuda");
     cuda::bind_cuda_kernels(on_gpu);

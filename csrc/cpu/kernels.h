@@ -95,6 +95,20 @@ struct Winograd {
     int threads;
 };
 
+// relu(scale2 * conv(hidden) + shift2 + x), plus x if skip, where hidden = act(scale1 * conv(x) + shift1), by
+// Winograd's filtering of stride 1 with tiles of 4. x, hidden, out: n h w c, dense; weights transformed, of
+// both.
+struct WinogradBlock {
+    const void* x;
+    const float *weight, *scale1, *shift1, *scale2, *shift2;
+    void *hidden, *out;
+    DType dtype;
+    int64_t n, h, w, c;
+    bool skip;
+    float slope;
+    int threads;
+};
+
 // max_pool3x3s2(act(scale * conv7x7s2(image) + shift)) of an image n image_h image_w, seen as h x w
 // with zeros beyond it after normalisation. u8 images are NHWC, and `values` (256 x 3) holds all that
 // they may hold, normalised; float ones are NCHW and normalised already.
@@ -139,6 +153,7 @@ struct Kernels {
     void (*conv_bn_act)(const Conv&);
     void (*stem)(const Stem&);
     void (*winograd)(const Winograd&);
+    void (*winograd_block)(const WinogradBlock&);
     void (*quantize)(const Quantize&);
     double (*peak)(const Peak&);
 };

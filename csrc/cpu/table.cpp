@@ -21,6 +21,7 @@ void upsample_softmax_sum(const SoftmaxSum&);
 void conv_bn_act(const Conv&);
 void stem(const Stem&);
 void winograd(const Winograd&);
+void winograd_block(const WinogradBlock&);
 void quantize(const Quantize&);
 double peak(const Peak&);
 
@@ -59,6 +60,7 @@ const Kernels table = {SHELFKERN_NAME(SHELFKERN_ISA),
                        conv_bn_act,
                        stem,
                        winograd,
+                       winograd_block,
                        quantize,
                        peak};
 #endif

@@ -6,6 +6,9 @@
 // Few weights come transformed: a task is some blocks whose V and M stay in L2, and weights stream by once a
 // block. Many would come from memory, so they come as they are, and a task is some panels: it transforms
 // chunk after chunk of their channels into L2, for all tiles of a wave, whose V the threads have made before.
+//
+// Both convolutions of a shared block may take turns, block by block, down a band of the image: the second
+// reads what the first has just made.
 #include "winograd.h"
 
 #include "../common/parallel.h"
@@ -450,49 +453,69 @@ struct Cut {
     int64_t blocks, bands, parts;
 };
 
+// Tiles of a block whose weights are used often enough.
+template <typename Filter>
+int64_t least_tiles() {
+    return divide_up(kLeastRows * Geometry<Filter>::kWeights, Geometry<Filter>::kFrequencies);
+}
+
+// Tiles of a block that L2 has room for.
+template <typename Filter>
+int64_t most_tiles(const Geometry<Filter>& g) {
+    const int64_t whole = tile_pixels(kMaxPanels);
+    return max(least_tiles<Filter>(), kBlockBytes / g.tile_bytes() / whole * whole);
+}
+
 // Blocks as large as caches and the threads' share allow; few of them also share out the panels.
 template <typename Filter>
 Cut cut(const Geometry<Filter>& g) {
-    const int64_t least = divide_up(kLeastRows * g.kWeights, g.kFrequencies);
-    const int64_t whole = tile_pixels(kMaxPanels);
-    const int64_t largest = max(least, kBlockBytes / g.tile_bytes() / whole * whole);
-    int64_t blocks = divide_up(g.tiles, largest);
+    int64_t blocks = divide_up(g.tiles, most_tiles(g));
     if (g.a.threads == 1) return {blocks, 1, 1};
     const int64_t tasks = 4 * g.a.threads;
-    blocks = max(blocks, min(tasks, g.tiles / least));
+    blocks = max(blocks, min(tasks, g.tiles / least_tiles<Filter>()));
     const int64_t bands = min(tasks, blocks);
     return {divide_up(blocks, bands) * bands, bands, min(divide_up(g.panels, kGroup), tasks / bands)};
+}
+
+// Every group of panels.
+template <typename Filter>
+Span all_groups(const Geometry<Filter>& g) {
+    return {0, divide_up(g.panels, kGroup)};
+}
+
+// The outputs of one block for some groups of panels; fetch_next adds what the next block's transform reads.
+template <typename Filter, typename T, typename Fetch>
+void convolve_block(const Geometry<Filter>& g, Span tiles, Span groups, const Fetch& fetch_next) {
+    const Winograd& a = g.a;
+    const Layout<Filter> v_layout{tiles.count(), g.channels};
+    float* v = scratch<float>(0, v_layout.floats());
+    float* m = scratch<float>(1, Layout<Filter>{tiles.count(), min(g.panels, kGroup) * kPanel}.floats());
+    const int64_t floats = a.c * kPanel;
+    transform_input<Filter, T>(g, tiles, {0, a.c}, v_layout, tiles.begin, v);
+    for (int64_t i = groups.begin; i < groups.end; ++i) {
+        const Span panels = share(g.panels, i, all_groups(g).end);
+        Ahead ahead;
+        fetch_outputs<Filter, T>(g, tiles, panels, ahead);
+        if (i + 1 == groups.end) fetch_next(ahead);
+        const Weights weights{a.weight + panels.begin * g.kWeights * floats, g.kWeights * floats, floats};
+        const Layout<Filter> m_layout{tiles.count(), panels.count() * kPanel};
+        multiply<Filter>(v_layout, v, weights, a.c, false, m_layout, m, ahead);
+        transform_outputs<Filter, T>(g, tiles, panels, m);
+    }
 }
 
 // Blocks whose V and M stay in L2, with weights that are transformed already.
 template <typename Filter, typename T>
 void run_bands(const Geometry<Filter>& g) {
-    const Winograd& a = g.a;
     const Cut c = cut(g);
-    const int64_t groups = divide_up(g.panels, kGroup), largest = divide_up(g.tiles, c.blocks);
-    const int64_t floats = a.c * kPanel;
-    parallel_for(a.threads, c.bands * c.parts, [&](int64_t task) {
+    parallel_for(g.a.threads, c.bands * c.parts, [&](int64_t task) {
         const Span blocks = share(c.blocks, task / c.parts, c.bands);
-        const Span mine = share(groups, task % c.parts, c.parts);
-        float* v = scratch<float>(0, Layout<Filter>{largest, g.channels}.floats());
-        float* m = scratch<float>(1, Layout<Filter>{largest, min(g.panels, kGroup) * kPanel}.floats());
+        const Span groups = share(all_groups(g).end, task % c.parts, c.parts);
         for (int64_t block = blocks.begin; block < blocks.end; ++block) {
-            const Span tiles = share(g.tiles, block, c.blocks);
-            const Layout<Filter> v_layout{tiles.count(), g.channels};
-            transform_input<Filter, T>(g, tiles, {0, a.c}, v_layout, tiles.begin, v);
-            for (int64_t i = mine.begin; i < mine.end; ++i) {
-                const Span panels = share(g.panels, i, groups);
-                Ahead ahead;
-                fetch_outputs<Filter, T>(g, tiles, panels, ahead);
-                if (i + 1 == mine.end && block + 1 < blocks.end) {
-                    fetch_inputs<Filter, T>(g, share(g.tiles, block + 1, c.blocks), ahead);
-                }
-                const Weights weights{a.weight + panels.begin * g.kWeights * floats, g.kWeights * floats,
-                                      floats};
-                const Layout<Filter> m_layout{tiles.count(), panels.count() * kPanel};
-                multiply<Filter>(v_layout, v, weights, a.c, false, m_layout, m, ahead);
-                transform_outputs<Filter, T>(g, tiles, panels, m);
-            }
+            convolve_block<Filter, T>(g, share(g.tiles, block, c.blocks), groups, [&](Ahead& ahead) {
+                if (block + 1 == blocks.end) return;
+                fetch_inputs<Filter, T>(g, share(g.tiles, block + 1, c.blocks), ahead);
+            });
         }
     });
 }
@@ -643,7 +666,127 @@ void run_filter(const Winograd& a) {
     }
 }
 
+// Nearly equal blocks of some tiles, one after another.
+class Blocks {
+   public:
+    Blocks(Span tiles, int64_t most) : tiles_(tiles), count_(divide_up(tiles.count(), most)) {}
+
+    bool done() const { return next_ == count_; }
+    Span block() const {
+        const Span part = share(tiles_.count(), next_, count_);
+        return {tiles_.begin + part.begin, tiles_.begin + part.end};
+    }
+    Span take() {
+        const Span taken = block();
+        ++next_;
+        return taken;
+    }
+
+   private:
+    Span tiles_;
+    int64_t count_, next_ = 0;
+};
+
+// A band's hidden tiles and outputs by turns, each hidden block as late as the outputs that read it allow.
+class Turns {
+   public:
+    struct Turn {
+        bool hidden;
+        Span tiles;  // none after the last
+    };
+
+    Turns(Blocks hidden, Blocks outputs, int64_t row) : hidden_(hidden), outputs_(outputs), row_(row) {}
+
+    Turn next() {
+        if (outputs_.done()) return {};
+        const int64_t needed = ((outputs_.block().end - 1) / row_ + 2) * row_;
+        const bool hidden = !hidden_.done() && hidden_.block().begin < needed;
+        return {hidden, hidden ? hidden_.take() : outputs_.take()};
+    }
+
+   private:
+    Blocks hidden_, outputs_;
+    int64_t row_;  // tiles
+};
+
+// One of a shared block's convolutions, from and to dense memory.
+Winograd convolution(const WinogradBlock& b, const void* x, const float* scale, const float* shift, void* out,
+                     float slope) {
+    Winograd a{};
+    a.x = x;
+    a.weight = b.weight;
+    a.scale = scale;
+    a.shift = shift;
+    a.out = out;
+    a.dtype = b.dtype;
+    a.n = b.n;
+    a.h = a.out_h = b.h;
+    a.w = a.out_w = b.w;
+    a.c = a.out_c = a.stride_w = b.c;
+    a.stride_h = b.w * b.c;
+    a.stride_n = b.h * a.stride_h;
+    a.slope = slope;
+    return a;
+}
+
+// One share of the hidden tiles of the two rows at each edge between bands.
+template <typename T>
+void make_edges(const Geometry<Filter4>& g, int64_t rows, int64_t bands, Span mine) {
+    const int64_t edge = 2 * g.tiles_w, most = most_tiles(g);
+    for (int64_t at = mine.begin; at < mine.end;) {
+        const int64_t i = at / edge, end = min((i + 1) * edge, mine.end);
+        const int64_t start = (share(rows, i + 1, bands).begin - 1) * g.tiles_w - i * edge;
+        for (Blocks blocks({at + start, end + start}, most); !blocks.done();) {
+            convolve_block<Filter4, T>(g, blocks.take(), all_groups(g), [](Ahead&) {});
+        }
+        at = end;
+    }
+}
+
+// Both convolutions for a band of tile rows, of which `made` are hidden ones to be made.
+template <typename T>
+void run_band(const Geometry<Filter4>& first, const Geometry<Filter4>& second, Span made, Span band) {
+    const int64_t row = first.tiles_w, most = most_tiles(first);
+    Turns turns(Blocks({made.begin * row, made.end * row}, most),
+                Blocks({band.begin * row, band.end * row}, most), row);
+    for (Turns::Turn turn = turns.next(), after; turn.tiles.count() > 0; turn = after) {
+        after = turns.next();
+        const Geometry<Filter4>& g = turn.hidden ? first : second;
+        convolve_block<Filter4, T>(g, turn.tiles, all_groups(g), [&](Ahead& ahead) {
+            fetch_inputs<Filter4, T>(after.hidden ? first : second, after.tiles, ahead);
+        });
+    }
+}
+
+// Bands of tile rows, one a thread. Of hidden rows both bands read the two at the edge between them, which
+// all threads make first.
+template <typename T>
+void run_block(const WinogradBlock& b) {
+    const Winograd to_hidden = convolution(b, b.x, b.scale1, b.shift1, b.hidden, b.slope);
+    Winograd to_out = convolution(b, b.hidden, b.scale2, b.shift2, b.out, 0);
+    to_out.residual = b.x;
+    to_out.skip = b.skip ? b.x : nullptr;
+    const Geometry<Filter4> first{to_hidden}, second{to_out};
+    const int64_t rows = b.n * first.tiles_h, bands = max(1, min(b.threads, rows / 2));
+    const int64_t at_edges = (bands - 1) * 2 * first.tiles_w;
+    parallel_for(b.threads, min(b.threads, at_edges), [&](int64_t i) {
+        make_edges<T>(first, rows, bands, share(at_edges, i, min(b.threads, at_edges)));
+    });
+    parallel_for(b.threads, bands, [&](int64_t i) {
+        const Span band = share(rows, i, bands);
+        run_band<T>(first, second, {band.begin + (i > 0), band.end - (i + 1 < bands)}, band);
+    });
+}
+
 }  // namespace
+
+void winograd_block(const WinogradBlock& args) {
+    if (args.dtype == DType::f32) {
+        run_block<float>(args);
+    } else {
+        run_block<bf16>(args);
+    }
+}
 
 void winograd(const Winograd& args) {
     if (args.dtype == DType::f32) {

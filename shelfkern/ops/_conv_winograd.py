@@ -223,3 +223,45 @@ def conv_winograd_native(
         common.native_slope(slope),
         torch.get_num_threads(),
     )  # fmt: skip
+
+
+def shared_block_winograd_native(
+    x: Tensor,
+    packed: PackedWinograd,
+    scale1: Tensor,
+    shift1: Tensor,
+    scale2: Tensor,
+    shift2: Tensor,
+    hidden: Tensor,
+    out: Tensor,
+    slope: float | None,
+    skip: bool,
+) -> None:
+    """A shared block into `out`, unchecked: both convolutions at once, the second close behind the first.
+
+    Equal bit for bit to one `conv_winograd_native` after the other.
+
+    Args:
+        x, out: (N, C, H, W) in NHWC storage, float32 or bfloat16.
+        hidden: memory of x's shape and dtype for what lies between.
+        packed: transformed weights of stride 1 and tiles of 4.
+        scale1, shift1, scale2, shift2: float32 (C,).
+        slope: of the first activation, as of `conv_winograd_native`.
+        skip: whether x is added again after the second activation.
+    """
+    n, c, h, w = x.shape
+    native.module.winograd_block(
+        x.data_ptr(),
+        packed.data.data_ptr(),
+        scale1.data_ptr(),
+        shift1.data_ptr(),
+        scale2.data_ptr(),
+        shift2.data_ptr(),
+        hidden.data_ptr(),
+        out.data_ptr(),
+        native.DTYPE_CODES[x.dtype],
+        n, h, w, c,
+        skip,
+        common.native_slope(slope),
+        torch.get_num_threads(),
+    )  # fmt: skip

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import NamedTuple
 
 import hypothesis.strategies as st
@@ -39,6 +40,7 @@ from shelfkern.ops._conv_winograd import (
     keeps_transformed,
     pack_winograd,
     pays,
+    shared_block_winograd_native,
     weight_transform,
 )
 
@@ -455,6 +457,100 @@ def test_the_engine_keeps_many_weights_of_a_transposed_convolution_untransformed
     made = []
     packed.get("winograd 4", lambda: made.append("winograd 4"))
     assert calls == ["winograd"] and made
+
+
+def block_arguments(n, c, h, w, dtype=torch.float32):
+    """x in a fence of NaN, packed weights, and scale and shift of both convolutions."""
+    weight = random(c, c, 3, 3, seed=1) / (9 * c) ** 0.5
+    affine = [random(c, seed=seed) for seed in (2, 3, 4, 5)]
+    return fenced(random(max(n, 1), c, h, w, dtype=dtype)[:n])[1], pack_winograd(weight), *affine
+
+
+def one_after_the_other(x, packed, scale1, shift1, scale2, shift2, slope, skip):
+    hidden, out = (nhwc(poisoned(tuple(x.shape), x.dtype)) for _ in range(2))
+    conv_winograd_native(x, packed, scale1, shift1, None, None, hidden, slope)
+    conv_winograd_native(hidden, packed, scale2, shift2, x, x if skip else None, out, 0.0)
+    return out
+
+
+def in_strips(*args):
+    """The kernel with `hidden` and `out` in poisoned memory, and that memory."""
+    *tensors, slope, skip = args
+    x = tensors[0]
+    (between, hidden), (storage, out) = (fenced(poisoned(tuple(x.shape), x.dtype)) for _ in range(2))
+    shared_block_winograd_native(*tensors, hidden, out, slope, skip)
+    return out, ((between, hidden), (storage, out))
+
+
+BLOCKS = [
+    (0, 33, 9, 9),
+    (1, 1, 1, 1),
+    (3, 32, 1, 5),
+    (1, 40, 7, 13),
+    (3, 17, 9, 6),
+    # Rows of more tiles than a block, and blocks of several rows.
+    (1, 64, 18, 101),
+    (2, 36, 61, 3),
+    # Two groups of panels.
+    (1, 100, 31, 30),
+]
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("shape", BLOCKS)
+def test_every_isa_makes_strips_bit_for_bit_as_one_convolution_after_the_other(shape, skip, dtype):
+    args = block_arguments(*shape, dtype)
+
+    def check(isa):
+        for slope in (0.0, 0.25, None):
+            expected = one_after_the_other(*args, slope, skip)
+            for threads in (1, 2, 3, 8):
+                result, memory = with_threads(threads, lambda slope=slope: in_strips(*args, slope, skip))
+                assert torch.equal(result, expected), (isa, slope, threads)
+                for storage, view in memory:
+                    assert_only_within(storage, view)
+
+    each_isa(check)
+
+
+@needs_native
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_strips_have_the_same_values_that_are_not_finite(value):
+    x, *others = block_arguments(2, 34, 21, 30)
+    x[0, 3, 9, 9], x[1, 33, 20, 0] = value, value
+    expected = one_after_the_other(x, *others, 0.25, True)
+    for threads in (1, 3):
+        result, _ = with_threads(threads, lambda: in_strips(x, *others, 0.25, True))
+        same_non_finite(result, expected)
+        assert torch.equal(result.nan_to_num(), expected.nan_to_num()) and result[0].isfinite().any()
+
+
+@needs_native
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_engine_has_strips_for_measuring_to_choose(skip, dtype):
+    x, packed, *norms = block_arguments(1, 40, 12, 20, dtype)
+    weight = random(40, 40, 3, 3, seed=1) / (9 * 40) ** 0.5
+    values = [p.Value(i, 40, 1) for i in range(3)]
+    step = p.SharedBlockStep(
+        "block", values[:1], values[1], weight, *norms, p.Activation(0.01), values[2], skip
+    )
+    context = Context(dtype, Normalisation(), theirs=False)
+    found = {a.name: a for a in algorithms.algorithms(step, (1, 12, 20), context, Packed())}
+    names = list(found)
+    assert names.index("native winograd 4x4 strips") == names.index("native winograd 4x4") + 1
+    strips = found["native winograd 4x4 strips"]
+    out = nhwc(poisoned(tuple(x.shape), dtype))
+    assert strips.scratch >= x.numel() * x.itemsize
+    scratch = torch.full((x.numel() * x.itemsize,), 255, dtype=torch.uint8)
+    strips.prepare()([x], [out], scratch)
+    assert torch.equal(out, one_after_the_other(x, packed, *norms, 0.01, skip))
+    many = dataclasses.replace(step, weight=torch.zeros(256, 256, 3, 3))
+    assert "native winograd 4x4 strips" not in [
+        a.name for a in algorithms.algorithms(many, (1, 12, 20), context, Packed())
+    ]
 
 
 def network(seed):
