@@ -11,6 +11,7 @@ from shapes import Problem
 
 from shelfkern import ops
 from shelfkern.ops._conv_triton import pack_weight
+from shelfkern.ops.conv_bn_act import product_dtype
 
 
 def inputs(problem: Problem, random: Inputs) -> tuple[Tensors, dict[str, Any]]:
@@ -28,7 +29,8 @@ def inputs(problem: Problem, random: Inputs) -> tuple[Tensors, dict[str, Any]]:
 
 def native(case: Case, kernel: Kernel) -> Run:
     x, w, *others = case.tensors.values()
-    packed = ops.pack_conv(w, case.options["stride"], case.options["padding"])
+    geometry, dtype = (case.options["stride"], case.options["padding"]), product_dtype(case.dtype, case.dtype)
+    packed = ops.pack_conv(w, *geometry, dtype=dtype)
     out = case.poisoned()
 
     def run():

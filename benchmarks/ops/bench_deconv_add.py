@@ -8,6 +8,7 @@ from harness import Case, Inputs, Kernel, Op, Outcome, Run, Tensors, replayed
 from shapes import Problem
 
 from shelfkern import ops
+from shelfkern.ops.conv_bn_act import product_dtype
 from shelfkern.ops.deconv_add import pack_deconv_triton
 
 # Of the nine taps of a channel, those that reach a pixel, on average.
@@ -27,7 +28,7 @@ def inputs(problem: Problem, random: Inputs) -> tuple[Tensors, dict[str, Any]]:
 
 def native(case: Case, kernel: Kernel) -> Run:
     x, w, bias, skip = case.tensors.values()
-    packed = ops.pack_deconv(w)
+    packed = ops.pack_deconv(w, product_dtype(case.dtype, case.dtype))
     out = case.poisoned()
 
     def run():

@@ -11,6 +11,7 @@ from shapes import Problem
 
 from shelfkern import ops
 from shelfkern.ops._conv_triton import pack_weight
+from shelfkern.ops.conv_bn_act import product_dtype
 from shelfkern.ops.shared_block import pack_block
 
 
@@ -25,7 +26,7 @@ def inputs(problem: Problem, random: Inputs) -> tuple[Tensors, dict[str, Any]]:
 
 def native(case: Case, kernel: Kernel) -> Run:
     x, w, *norms = case.tensors.values()
-    packed = ops.pack_conv(w, padding=1)
+    packed = ops.pack_conv(w, padding=1, dtype=product_dtype(case.dtype, case.dtype))
     hidden, out = case.poisoned(), case.poisoned()
 
     def run():
