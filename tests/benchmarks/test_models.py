@@ -857,13 +857,14 @@ def test_without_native_code_a_product_stands_in(monkeypatch):
 
 
 def test_memory_is_of_its_own_process(tmp_path):
-    ballast = np.ones(60 << 17)
+    ballast = np.ones(150 << 17)
     model = small()
     case = dataclasses.replace(SCORES, threads=1)
     task = resident.task_of(eager.on_cpu()[0], model, images_of(case, model), case)
     found = resident.measure(task)
-    # Its libraries, not what this process holds beside them; the net is a small network's.
-    assert 1 < found["memory_net_mib"] < 60 < found["memory_mib"] < measured_here()
+    # Its libraries, not what this process holds beside them; the net is a small network's, and of the
+    # libraries' pages those that its first call brings.
+    assert 1 < found["memory_net_mib"] < 150 < found["memory_mib"] < measured_here()
     assert ballast[0] == 1
 
 

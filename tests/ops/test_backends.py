@@ -17,8 +17,7 @@ def test_every_op_has_kernels_on_the_cpu_and_names_that_exist():
     assert list(ops.NAMES) == list(ops.KERNELS)
     for op, kernels in ops.KERNELS.items():
         assert callable(getattr(ops, op)) and callable(getattr(ops, f"{op}_reference"))
-        # Codes are for kernels of a GPU.
-        assert ("native" in kernels) == (op != "quantize")
+        assert "native" in kernels
         assert set(kernels) <= set(ops.BACKENDS) - {"auto", "reference"}
         # What runs on a GPU as CUDA C++ is proven in the emulator.
         assert ("cuda" in kernels) == ("emulated" in kernels)
