@@ -144,7 +144,8 @@ def _row(case: Case, index: int, layer: Layer | CpuLayer, timing: Timing, ceilin
     step, size = layer.step, (case.batch, *case.padded)
     # What is not codes of 8 bits stays floating: 16 bits on a GPU, float32 on a CPU.
     floating = case.torch_dtype if case.torch_dtype.is_floating_point else torch.float32
-    dtype = step.weights_dtype(floating)
+    # Winograd's products are of float32 whatever the activations.
+    dtype = torch.float32 if "winograd" in layer.algorithm.name else step.weights_dtype(floating)
     direct, nbytes = 2 * step_macs(step, *size), step_bytes(step, floating, *size)
     flop = step_flop(step, layer.algorithm.name, case.batch, case.padded)
     floor = ceilings.seconds(flop, nbytes, dtype)
