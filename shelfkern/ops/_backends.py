@@ -75,10 +75,14 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def choose(op: str, backend: str, why: Reasons, tensors: Sequence[Tensor | None]) -> str:
+def choose(op: str, backend: str, why: Reasons, without_gradient: Sequence[Tensor | None] = ()) -> str:
     """The backend that runs: the one asked for if it can, with "auto" the first that can.
 
     Emulated and interpreted kernels are thousands of times slower than torch: they run by name only.
+
+    Args:
+        without_gradient: the inputs for which the op's kernels register no gradient. Where autograd needs
+            one of them, only torch's own calls can run.
 
     Raises:
         ValueError: backend is none of `BACKENDS`.
@@ -86,7 +90,7 @@ def choose(op: str, backend: str, why: Reasons, tensors: Sequence[Tensor | None]
     """
     if backend not in BACKENDS:
         raise ValueError(f"{op}: backend is {backend!r}, it may be one of {', '.join(BACKENDS)}")
-    if needs_grad(*tensors):
+    if needs_grad(*without_gradient):
         no_gradient = "an input requires grad, and the {} kernel has no gradient"
         why = {name: because or no_gradient.format(name) for name, because in why.items()}
     if backend == "reference":

@@ -63,6 +63,8 @@ def test_kernels_lose_no_gradient():
         backends.choose("op", "native", {"native": CANNOT}, (x,))
     with torch.no_grad():
         assert backends.choose("op", "auto", {"native": CAN}, (x,)) == "native"
+    # An op whose kernels have a gradient names the inputs that are left without.
+    assert backends.choose("op", "auto", {"native": CAN}) == "native"
 
 
 def test_a_rejection_is_logged_once(monkeypatch, caplog):
