@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -91,7 +91,7 @@ class ShelfNetOutput(NamedTuple):
     """All outputs of a ShelfNet.
 
     Attributes:
-        scores: (N, classes, H, W), at the input's size.
+        scores: (N, classes, H, W), at the input's size; of lower resolution from `forward_scores`.
         aux: auxiliary scores, each as `scores`; fine to coarse.
         presence: (N, classes) logits of the SE head, or None.
     """
@@ -161,31 +161,46 @@ class ShelfNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor | ShelfNetOutput:
         if self.training:
             return self.forward_heads(x)
-        padded = self._pad(x)
-        levels = self.shelf(self.backbone(padded)[-self.config.levels :])
-        return self._resize(self.head(levels[0]), padded, x)
+        levels = self.shelf(self.backbone(self._pad(x))[-self.config.levels :])
+        return self._resize(self.head(levels[0]), x)
 
     def forward_heads(self, x: Tensor) -> ShelfNetOutput:
         """All outputs, in train and in eval mode."""
-        padded = self._pad(x)
-        features = self.backbone(padded)
+        low = self.forward_scores(x)
+        aux = tuple(self._resize(scores, x) for scores in low.aux)
+        return ShelfNetOutput(self._resize(low.scores, x), aux, low.presence)
+
+    def forward_scores(self, x: Tensor) -> ShelfNetOutput:
+        """All outputs, in train and in eval mode, the scores as the heads give them, of low resolution.
+
+        Resized to `padded_size(x.shape)` and cropped to x's size they are those of `forward_heads`, which
+        a loss that resizes, `shelfkern.ops.upsample_cross_entropy`, never stores.
+        """
+        features = self.backbone(self._pad(x))
         levels = self.shelf(features[-self.config.levels :])
         sources = features[-2:-1] if self.config.head == "linear" else levels[1:3]
-        aux = tuple(
-            self._resize(head(source), padded, x)
-            for head, source in zip(self.aux_heads, sources, strict=False)
-        )
+        aux = tuple(head(source) for head, source in zip(self.aux_heads, sources, strict=False))
         presence = None if self.presence_head is None else self.presence_head(levels[-1])
-        return ShelfNetOutput(self._resize(self.head(levels[0]), padded, x), aux, presence)
+        return ShelfNetOutput(self.head(levels[0]), aux, presence)
+
+    def padded_size(self, shape: Sequence[int]) -> tuple[int, int]:
+        """The height and width to which images (N, 3, H, W) are padded: the next multiples of 32.
+
+        Raises:
+            ValueError: shape is not (N, 3, H, W) with H, W >= 32.
+        """
+        check_image_size(tuple(shape))
+        # Written as 32 * k and never skipped, so that torch.export sees one program with simple sizes.
+        height, width = (STRIDE * ((size + STRIDE - 1) // STRIDE) for size in shape[2:])
+        return height, width
 
     def _pad(self, x: Tensor) -> Tensor:
-        check_image_size(tuple(x.shape))
-        # Written as 32 * k and never skipped, so that torch.export sees one program with simple sizes.
-        height, width = (STRIDE * ((size + STRIDE - 1) // STRIDE) for size in x.shape[2:])
+        height, width = self.padded_size(x.shape)
         return F.pad(x, (0, width - x.shape[3], 0, height - x.shape[2]))
 
-    def _resize(self, scores: Tensor, padded: Tensor, x: Tensor) -> Tensor:
-        full = F.interpolate(scores, padded.shape[2:], mode="bilinear", align_corners=self.align_corners)
+    def _resize(self, scores: Tensor, x: Tensor) -> Tensor:
+        size = self.padded_size(x.shape)
+        full = F.interpolate(scores, size, mode="bilinear", align_corners=self.align_corners)
         return _crop(full, *x.shape[2:])
 
     def load_state_dict(

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from shelfkern.nn import shelfnet18_lw
+
 PUBLISHED_KINDS = ["shelfnet18_lw", "shelfnet50"]
 
 
@@ -29,6 +31,33 @@ def test_multiples_of_32_are_untouched(narrow, name: str) -> None:
     levels = model.shelf(model.backbone(image)[-model.config.levels :])
     scores = F.interpolate(model.head(levels[0]), (64, 96), mode="bilinear", align_corners=True)
     assert torch.equal(model(image), scores)
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("name", PUBLISHED_KINDS)
+@torch.no_grad()
+def test_low_resolution_scores_resized_and_cropped_are_the_outputs(narrow, name: str, train: bool) -> None:
+    model, image = narrow(name, dropout=0.0).train(train), torch.randn(2, 3, 45, 71)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout2d):
+            module.p = 0.0
+    low, full = model.forward_scores(image), model.forward_heads(image)
+    assert model.padded_size(image.shape) == (64, 96)
+    strides = [4, 16] if name == "shelfnet50" else [8, 16, 32]
+    pairs = zip((low.scores, *low.aux), (full.scores, *full.aux), strides, strict=True)
+    for small, large, stride in pairs:
+        assert small.shape == (2, 5, 64 // stride, 96 // stride)
+        resized = F.interpolate(small, (64, 96), mode="bilinear", align_corners=model.align_corners)
+        assert torch.equal(resized[:, :, :45, :71], large)
+    assert low.presence is full.presence is None or torch.equal(low.presence, full.presence)
+
+
+def test_padded_size() -> None:
+    model = shelfnet18_lw(2, backbone_width=4, widths=(4, 4, 4))
+    assert model.padded_size((1, 3, 32, 33)) == (32, 64)
+    assert model.padded_size(torch.Size((0, 3, 64, 1025))) == (64, 1056)
+    with pytest.raises(ValueError, match="31 x 64 pixels"):
+        model.padded_size((1, 3, 31, 64))
 
 
 @pytest.mark.parametrize("name", PUBLISHED_KINDS)
