@@ -1,7 +1,8 @@
 """CamVid (Brostow, Fauqueur, Cipolla 2009): street scenes filmed from a car, 11 classes, 360 x 480.
 
-Layout: `train/images/NAME.jpg` with `train/labels/NAME.png`, the same under `val/`. Labels are 8-bit
-PNGs of class indices; 11 is unlabelled and ignored.
+Layout: `train/images/NAME.jpg` with `train/labels/NAME.png`, the same under `val/` and `test/`; or that of
+the SegNet authors' copy, `train/NAME.png` with `trainannot/NAME.png`. Labels are 8-bit PNGs of class
+indices; 11 is unlabelled and ignored.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from . import dataset
+from .reading import FileDataset, Item, check_split, images_in, label_table
+
 CLASSES = (
     "sky", "building", "pole", "road", "pavement", "tree",
     "sign symbol", "fence", "car", "pedestrian", "bicyclist",
@@ -22,6 +26,34 @@ PALETTE = (
     (240, 210, 40), (110, 120, 130), (30, 70, 190), (222, 40, 50), (0, 150, 160),
 )  # fmt: skip
 IGNORE = 11
+SPLITS = ("train", "val", "test")
+
+
+class CamVid(FileDataset):
+    """CamVid's 11 classes; the files' 11 becomes `dataset.IGNORE`.
+
+    Args:
+        root: the folder that holds the splits.
+        split: "train", "val" or "test"; without masks where there is no folder of labels.
+
+    Raises:
+        ValueError: there is no such split.
+        FileNotFoundError: it holds no images.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], split: str) -> None:
+        check_split(split, SPLITS, "CamVid")
+        folder = Path(root) / split
+        images, masks = folder / "images", folder / "labels"
+        if not images.is_dir() and folder.with_name(f"{split}annot").is_dir():
+            images, masks = folder, folder.with_name(f"{split}annot")
+        labelled = split != "test" or masks.is_dir()
+        items = [
+            Item(image.stem, image, masks / f"{image.stem}.png" if labelled else None)
+            for image in images_in(images)
+        ]
+        labels = {index: index for index in range(len(CLASSES))} | {IGNORE: dataset.IGNORE}
+        super().__init__(items, CLASSES, PALETTE, label_table(labels))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,184 @@
+"""Images and masks from files: decoded, checked, and with the class indices that training wants."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from .dataset import IGNORE, Colour, Sample
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+# What stands in a table of labels for values that no mask may hold.
+REFUSED = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """Where a sample is read from; without a mask it is test data."""
+
+    name: str
+    image: Path
+    mask: Path | None
+
+
+class FileDataset:
+    """Samples of one image and one mask file each: a `Dataset`.
+
+    Args:
+        items: where each sample is.
+        classes, palette: as in `Dataset`.
+        table: what each value of a mask's pixels means, as from `label_table`.
+        fix: how to correct a mask that holds something else; ends the sentence that refuses it.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[Item],
+        classes: tuple[str, ...],
+        palette: tuple[Colour, ...],
+        table: np.ndarray,
+        fix: str = "give those pixels one of these values",
+    ) -> None:
+        self.items, self.classes, self.palette = items, classes, palette
+        self.table, self.fix = table, fix
+        self.names = tuple(item.name for item in items)
+        self.labelled = all(item.mask for item in items)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Sample:
+        item = self.items[index]
+        image = read_image(item.image)
+        return Sample(item.name, image, self._mask(item, image.size))
+
+    def mask(self, index: int) -> Image.Image:
+        item = self.items[index]
+        return self._mask(item, image_size(item.image))
+
+    def _mask(self, item: Item, size: tuple[int, int]) -> Image.Image:
+        if item.mask is None:
+            return Image.new("L", size, IGNORE)
+        return self.read_mask(item.mask, size)
+
+    def read_mask(self, path: Path, size: tuple[int, int]) -> Image.Image:
+        """The mask of class indices of an image of `size`, which is (width, height) as PIL's are."""
+        raw = read_indices(path)
+        check_size(raw, size, path)
+        return Image.fromarray(labels_of(raw, self.table, path, self.fix))
+
+
+def label_table(labels: Mapping[int, int]) -> np.ndarray:
+    """What each of 256 values of a mask's pixels means, (256,) int16; `REFUSED` where `labels` lacks it."""
+    table = np.full(256, REFUSED, np.int16)
+    for value, label in labels.items():
+        table[value] = label
+    return table
+
+
+def labels_of(raw: np.ndarray, table: np.ndarray, path: Path, fix: str) -> np.ndarray:
+    """Class indices (H, W) uint8 of a mask's values (H, W) uint8.
+
+    Raises:
+        ValueError: a value means nothing.
+    """
+    labels = table[raw]
+    if labels.size and labels.min() == REFUSED:
+        value = int(raw[labels == REFUSED].max())
+        raise ValueError(
+            f"{path} holds the value {value} in {np.count_nonzero(raw == value)} pixels, it may hold "
+            f"{ranges(np.flatnonzero(table != REFUSED))}: {fix}"
+        )
+    return labels.astype(np.uint8)
+
+
+def ranges(values: Iterable[int]) -> str:
+    """Ascending numbers for people: "0 to 10, 255"."""
+    parts: list[list[int]] = []
+    for value in map(int, values):
+        if parts and value == parts[-1][-1] + 1:
+            parts[-1][1:] = [value]
+        else:
+            parts.append([value])
+    return ", ".join(" to ".join(map(str, part)) for part in parts)
+
+
+def read_image(path: Path) -> Image.Image:
+    """An image as RGB, its pixels as stored: masks are drawn on those, whatever a camera says of its tilt.
+
+    Raises:
+        OSError: it is missing or cannot be decoded.
+        ValueError: its pixels have more than 8 bits.
+    """
+    with _decoding(path), Image.open(path) as file:
+        file.load()
+        image = file.copy()
+    if image.mode.startswith("I") or image.mode == "F":
+        raise ValueError(f"{path} is of mode {image.mode}, it must be grey or RGB of 8 bits: convert it")
+    return image.convert("RGB")
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(width, height), from the head of the file alone."""
+    with _decoding(path), Image.open(path) as file:
+        return file.size
+
+
+def read_indices(path: Path) -> np.ndarray:
+    """The values of a mask's pixels, (H, W) uint8; of a palette image the indices.
+
+    Raises:
+        OSError: it is missing or cannot be decoded.
+        ValueError: it does not hold indices of 8 bits.
+    """
+    with _decoding(path), Image.open(path) as file:
+        file.load()
+        mask = file.copy()
+    if mask.mode not in ("L", "P"):
+        raise ValueError(f"{path} is of mode {mask.mode}, it must hold class indices: save it as 8-bit grey")
+    return np.asarray(mask)
+
+
+@contextmanager
+def _decoding(path: Path) -> Iterator[None]:
+    """Names the file in what goes wrong: Pillow does so only sometimes, and has many kinds of error."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    try:
+        yield
+    except Exception as error:
+        raise OSError(f"{path} cannot be decoded, it may be damaged: {error}") from error
+
+
+def check_size(mask: np.ndarray, size: tuple[int, int], path: Path) -> None:
+    """Raises ValueError unless a mask (H, W) is as large as its image, `size` (width, height)."""
+    height, width = mask.shape
+    if (width, height) != size:
+        raise ValueError(
+            f"{path} is {width} x {height}, its image {size[0]} x {size[1]}: "
+            "scale the mask to the image, nearest neighbour"
+        )
+
+
+def images_in(folder: Path) -> list[Path]:
+    """The image files of a folder, by name.
+
+    Raises:
+        FileNotFoundError: there are none.
+    """
+    found = sorted(path for path in folder.glob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not found:
+        state = "holds no image" if folder.is_dir() else "is no folder"
+        raise FileNotFoundError(f"{folder} {state}, there must be files of {', '.join(IMAGE_SUFFIXES)}")
+    return found
+
+
+def check_split(split: str, splits: Sequence[str], of: str) -> None:
+    """Raises ValueError unless the split is one of a data set's."""
+    if split not in splits:
+        raise ValueError(f"split is {split!r}, {of} has {', '.join(splits)}")
