@@ -213,6 +213,7 @@ PYBIND11_MODULE(_native, m) {
     m.def("upsample_add", &upsample_add);
     m.def("attention_gate", &attention_gate);
     m.def("upsample_bilinear", &resize<&Kernels::upsample_bilinear>);
+    m.def("upsample_bilinear_backward", &resize<&Kernels::upsample_bilinear_backward>);
     m.def("upsample_argmax", &resize<&Kernels::upsample_argmax>);
     m.def("upsample_softmax_sum", &upsample_softmax_sum);
     m.def("conv_bn_act", &conv_bn_act);

@@ -32,7 +32,7 @@ from .ops.deconv_add import deconv_add_triton
 from .ops.quantize import quantize_triton
 from .ops.shared_block import shared_block_triton
 from .ops.upsample_add import upsample_add_triton
-from .ops.upsample_bilinear import upsample_bilinear_triton
+from .ops.upsample_bilinear import upsample_bilinear_backward_triton, upsample_bilinear_triton
 
 # Of A100; of L4 and RTX 4090, the first that multiply float8; and of H100 and H200.
 ARCHS = (80, 89, 90)
@@ -276,6 +276,10 @@ def _resamplings() -> Iterator[Case]:
                 variant = f"{_name(dtype)}{words}{', corners aligned' if align else ''}"
                 launch = functools.partial(_launch_bilinear, dtype, channels, align)
                 yield Case("upsample_bilinear", variant, launch)
+        for align in (False, True):
+            variant = f"{_name(dtype)}, gradient{', corners aligned' if align else ''}"
+            launch = functools.partial(_launch_bilinear_backward, dtype, align)
+            yield Case("upsample_bilinear", variant, launch)
 
 
 def _launch_add(dtype: torch.dtype, channels: int, gated: bool) -> None:
@@ -287,6 +291,12 @@ def _launch_bilinear(dtype: torch.dtype, channels: int, align: bool) -> None:
     size = (8 * _HEIGHT + 1, 8 * _WIDTH + 1)
     out = _meta((2, channels, *size), dtype)
     upsample_bilinear_triton(_images(dtype, channels), size, out, align, overlap=True)
+
+
+def _launch_bilinear_backward(dtype: torch.dtype, align: bool) -> None:
+    size = (8 * _HEIGHT + 1, 8 * _WIDTH + 1)
+    gradient, out = _meta((2, 19, *size), dtype), _meta((2, 19, _HEIGHT, _WIDTH), dtype)
+    upsample_bilinear_backward_triton(gradient, size, out, align)
 
 
 def _quantizations() -> Iterator[Case]:

@@ -33,7 +33,8 @@ struct AttentionGate {
 };
 
 // Bilinear resize of scores (n h w c) to full_h x full_w, of which the first out_h x out_w are made.
-// upsample_bilinear writes n c out_h out_w in dtype; upsample_argmax n out_h out_w uint8.
+// upsample_bilinear writes n c out_h out_w in dtype; upsample_argmax n out_h out_w uint8. For
+// upsample_bilinear_backward scores is the gradient of the former's result, out that of its scores: n c h w.
 struct Resize {
     const void* scores;
     void* out;
@@ -148,6 +149,7 @@ struct Kernels {
     void (*upsample_add)(const UpsampleAdd&);
     void (*attention_gate)(const AttentionGate&);
     void (*upsample_bilinear)(const Resize&);
+    void (*upsample_bilinear_backward)(const Resize&);
     void (*upsample_argmax)(const Resize&);
     void (*upsample_softmax_sum)(const SoftmaxSum&);
     void (*conv_bn_act)(const Conv&);

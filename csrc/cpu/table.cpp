@@ -16,6 +16,7 @@ namespace SHELFKERN_ISA {
 void upsample_add(const UpsampleAdd&);
 void attention_gate(const AttentionGate&);
 void upsample_bilinear(const Resize&);
+void upsample_bilinear_backward(const Resize&);
 void upsample_argmax(const Resize&);
 void upsample_softmax_sum(const SoftmaxSum&);
 void conv_bn_act(const Conv&);
@@ -55,6 +56,7 @@ const Kernels table = {SHELFKERN_NAME(SHELFKERN_ISA),
                        upsample_add,
                        attention_gate,
                        upsample_bilinear,
+                       upsample_bilinear_backward,
                        upsample_argmax,
                        upsample_softmax_sum,
                        conv_bn_act,

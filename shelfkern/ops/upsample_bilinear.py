@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
+from .. import native
 from . import _backends as backends
 from . import _common as common
 from . import _conv_triton as conv
@@ -14,6 +18,8 @@ from ._triton import gdc_launch_dependents, gdc_wait, jit, rounded, tl
 OP = "upsample_bilinear"
 # Results of a Triton program.
 TRITON_TILE = 1024
+# Of the gradient's: pixels of its result, and rows and columns of the full size that it adds at a time.
+GRADIENT_PIXELS, GRADIENT_ROWS, GRADIENT_COLUMNS = 32, 16, 64
 
 
 def upsample_bilinear_reference(
@@ -106,6 +112,86 @@ def upsample_bilinear_triton(
         )  # fmt: skip
 
 
+def upsample_bilinear_backward_native(
+    gradient: Tensor, size: tuple[int, int], out: Tensor, align_corners: bool
+) -> None:
+    """The gradient of scores into `out` (N, C, h, w), unchecked: both contiguous, of one dtype."""
+    n, c, h, w = out.shape
+    native.module.upsample_bilinear_backward(
+        gradient.data_ptr(), out.data_ptr(), native.DTYPE_CODES[out.dtype], n, h, w, c,
+        *size, *gradient.shape[2:], align_corners, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+@jit
+def upsample_bilinear_backward_kernel(
+    gradient, out, h, w, out_h, out_w, step_y, step_x, inverse_y, inverse_x,
+    ALIGN: tl.constexpr, PIXELS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Part of one row of one class's gradient: rows of the full size are added first, then columns."""
+    plane, y = tl.program_id(0) // h, tl.program_id(0) % h
+    x = tl.program_id(1) * PIXELS + tl.arange(0, PIXELS)
+    top, bottom = readers(y, y, h, out_h, inverse_y, ALIGN)
+    last = tl.minimum(tl.program_id(1) * PIXELS + PIXELS, w) - 1
+    left, right = readers(tl.program_id(1) * PIXELS, last, w, out_w, inverse_x, ALIGN)
+    gradient += plane.to(tl.int64) * out_h * out_w
+
+    result = tl.zeros((PIXELS,), tl.float32)
+    for start in range(left, right, COLUMNS):
+        columns = start + tl.arange(0, COLUMNS)
+        sums = tl.zeros((COLUMNS,), tl.float32)
+        for begin in range(top, bottom, ROWS):
+            rows = begin + tl.arange(0, ROWS)
+            weights = tl.where(rows < bottom, share(rows, y, h, step_y, ALIGN), 0.0)
+            # What has no share is not read: it may be infinite.
+            mask = (weights > 0.0)[:, None] & (columns < right)[None, :]
+            at = gradient + rows.to(tl.int64)[:, None] * out_w + columns[None, :]
+            values = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+            sums += tl.sum(values * weights[:, None], 0)
+        weights = share(columns[:, None], x[None, :], w, step_x, ALIGN)
+        result += tl.sum(tl.where(weights > 0.0, sums[:, None] * weights, 0.0), 0)
+    to = out + (plane.to(tl.int64) * h + y) * w + x
+    tl.store(to, rounded(result, out), mask=x < w)
+
+
+@jit
+def readers(first, last, size, out_size, inverse, ALIGN: tl.constexpr):
+    """The output positions, and a few around them, that read source positions from first to last."""
+    shift = 0.0 if ALIGN else 0.5
+    begin = ((first - 1).to(tl.float32) + shift) * inverse - shift
+    end = ((last + 1).to(tl.float32) + shift) * inverse - shift
+    begin = tl.where(first == 0, 0, tl.maximum(begin.to(tl.int32) - 1, 0))
+    # Beyond the last source position all positions read it.
+    end = tl.where(last == size - 1, out_size, tl.minimum(end.to(tl.int32) + 2, out_size))
+    return begin, end
+
+
+@jit
+def share(position, target, size, step, ALIGN: tl.constexpr):
+    """The weight with which output positions read a source position."""
+    first, second, fraction = source(position, size, step, ALIGN)
+    fraction = tl.where(first == second, 0.0, fraction)
+    return tl.where(first == target, 1 - fraction, 0.0) + tl.where(second == target, fraction, 0.0)
+
+
+def upsample_bilinear_backward_triton(
+    gradient: Tensor, size: tuple[int, int], out: Tensor, align_corners: bool
+) -> None:
+    """The Triton kernel of the gradient of scores into `out` (N, C, h, w), unchecked: both contiguous."""
+    n, c, h, w = out.shape
+    if n * c == 0:
+        return
+    steps = [resize.step(a, b, align_corners) for a, b in ((h, size[0]), (w, size[1]))]
+    # Where all positions read one, any number that reaches the last of them.
+    inverses = [1 / step if step else float(full) for step, full in zip(steps, size, strict=True)]
+    with _triton.on_device_of(out):
+        upsample_bilinear_backward_kernel[(n * c * h, conv.cdiv(w, GRADIENT_PIXELS))](
+            gradient, out, h, w, *gradient.shape[2:], *steps, *inverses,
+            ALIGN=align_corners, PIXELS=GRADIENT_PIXELS, ROWS=GRADIENT_ROWS, COLUMNS=GRADIENT_COLUMNS,
+            num_warps=4,
+        )  # fmt: skip
+
+
 @backends.custom_op(OP)
 def _op(scores: Tensor, size: list[int], crop: list[int], align_corners: bool, backend: str) -> Tensor:
     out = scores.new_empty((*scores.shape[:2], *crop))
@@ -122,6 +208,44 @@ def _(scores: Tensor, size: list[int], crop: list[int], align_corners: bool, bac
     return scores.new_empty((*scores.shape[:2], *crop))
 
 
+@backends.custom_op(f"{OP}_backward")
+def _backward_op(
+    gradient: Tensor, size: list[int], low: list[int], align_corners: bool, backend: str
+) -> Tensor:
+    out = gradient.new_empty((*gradient.shape[:2], *low))
+    run = upsample_bilinear_backward_triton if backend == "triton" else upsample_bilinear_backward_native
+    run(gradient.contiguous(), (size[0], size[1]), out, align_corners)
+    return out
+
+
+@_backward_op.register_fake
+def _(gradient: Tensor, size: list[int], low: list[int], align_corners: bool, backend: str) -> Tensor:
+    return gradient.new_empty((*gradient.shape[:2], *low))
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    scores, ctx.size, _, ctx.align_corners, ctx.backend = inputs
+    ctx.low = list(scores.shape[2:])
+
+
+def _gradient(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    return _backward_op(gradient, ctx.size, ctx.low, ctx.align_corners, ctx.backend), None, None, None, None
+
+
+def _keep_of_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    gradient, ctx.size, _, ctx.align_corners, ctx.backend = inputs
+    ctx.crop = list(gradient.shape[2:])
+
+
+def _gradient_of_gradient(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    # The gradient is linear: its own is the resize.
+    return _op(gradient, ctx.size, ctx.crop, ctx.align_corners, ctx.backend), None, None, None, None
+
+
+_op.register_autograd(_gradient, setup_context=_keep)
+_backward_op.register_autograd(_gradient_of_gradient, setup_context=_keep_of_gradient)
+
+
 def upsample_bilinear(
     scores: Tensor,
     size: tuple[int, int],
@@ -131,6 +255,9 @@ def upsample_bilinear(
     backend: str = "auto",
 ) -> Tensor:
     """The bilinear resize of scores, as torch.nn.functional.interpolate.
+
+    Its gradient gathers: each pixel of scores sums the gradients of the pixels that read it, in a fixed
+    order, so that it is the same bit for bit in every run.
 
     Args:
         scores: (N, C, h, w), floating, any strides.
@@ -147,7 +274,7 @@ def upsample_bilinear(
         RuntimeError: the backend asked for cannot run.
     """
     crop = resize.check(OP, scores, size, crop)
-    chosen = backends.choose(OP, backend, can_run(scores), (scores,))
+    chosen = backends.choose(OP, backend, can_run(scores))
     if chosen == "reference":
         return upsample_bilinear_reference(scores, size, crop, align_corners)
     return _op(scores, list(size), list(crop), align_corners, chosen)

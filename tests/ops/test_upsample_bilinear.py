@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 
 import hypothesis.strategies as st
 import pytest
@@ -25,7 +26,7 @@ from parity import (
 from test_conv_bn_act import same_non_finite, windows
 
 from shelfkern import native, ops
-from shelfkern.ops.upsample_bilinear import upsample_bilinear_triton
+from shelfkern.ops.upsample_bilinear import upsample_bilinear_backward_triton, upsample_bilinear_triton
 
 # n, classes, h, w -> full size, crop
 CASES = [
@@ -114,17 +115,105 @@ def test_a_crop_is_the_corner_of_the_whole():
         assert torch.equal(part, whole[:, :, :41, :37])
 
 
-def test_gradient():
+def gradient_of_truth(gradient, shape, size, align_corners):
+    """What autograd gives of torch's own resize, for the gradient of its crop."""
+    scores = gradient.new_zeros(shape, requires_grad=True)
+    truth(scores, size, gradient.shape[2:], align_corners).backward(gradient)
+    return scores.grad
+
+
+def check_gradient(result, gradient, shape, size, align_corners):
+    assert result.dtype is gradient.dtype
+    args = shape, size, align_corners
+    exact = gradient_of_truth(gradient.double(), *args)
+    # Where eager is exact by luck, as in check: weights hang on coordinates rounded in float32.
+    coordinate = torch.finfo(torch.float32).eps * max(shape[2:])
+    reached = gradient_of_truth(gradient.double().abs(), *args)
+    largest = float(reached.max()) if reached.numel() else 0.0
+    floor = (torch.finfo(gradient.dtype).eps + 4 * coordinate) * largest
+    assert_as_exact(result, exact, gradient_of_truth(gradient, *args), floor)
+
+
+def test_gradcheck():
     scores = random(1, 2, 3, 4).double().requires_grad_()
-    torch.autograd.gradcheck(lambda s: ops.upsample_bilinear(s, (6, 8), (5, 7)), scores)
+    for align_corners in (True, False):
+        options = dict(size=(6, 8), crop=(5, 7), align_corners=align_corners)
+        resize = functools.partial(ops.upsample_bilinear, **options)
+        torch.autograd.gradcheck(resize, scores)
+        torch.autograd.gradgradcheck(resize, scores)
 
 
 @needs_native
-def test_native_refuses_to_lose_a_gradient():
-    scores = random(1, 2, 3, 4).requires_grad_()
-    assert ops.upsample_bilinear(scores, (6, 8)).requires_grad
-    with pytest.raises(RuntimeError, match="grad"):
-        ops.upsample_bilinear(scores, (6, 8), backend="native")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("align_corners", [True, False])
+@pytest.mark.parametrize("shape, size, crop", CASES)
+def test_gradient(shape, size, crop, align_corners, dtype):
+    scores = random(*shape, dtype=dtype).requires_grad_()
+    gradient = random(*shape[:2], *crop, dtype=dtype, seed=1)
+    for _, layout in layouts(gradient):
+        result = ops.upsample_bilinear(scores, size, crop, align_corners, backend="native")
+        (found,) = torch.autograd.grad(result, scores, layout)
+        check_gradient(found, gradient, shape, size, align_corners)
+
+
+@needs_native
+@given(
+    n=st.integers(0, 2), c=st.integers(1, 5), h=st.integers(1, 40), w=st.integers(1, 24), height=sizes,
+    width=st.integers(1, 90), keep=st.tuples(st.floats(0, 1), st.floats(0, 1)), align_corners=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+)  # fmt: skip
+@settings(max_examples=100, deadline=None)
+def test_every_isa_and_any_threads_make_the_same_gradient(
+    n, c, h, w, height, width, keep, align_corners, dtype
+):
+    crop = max(1, round(height * keep[0])), max(1, round(width * keep[1]))
+    gradient = random(n, c, *crop, dtype=dtype)
+
+    def run(isa):
+        results = []
+        for threads in (1, 3):
+            results.append(poisoned((n, c, h, w), dtype))
+            native.module.upsample_bilinear_backward(
+                gradient.data_ptr(), results[-1].data_ptr(), native.DTYPE_CODES[dtype], n, h, w, c, height,
+                width, *crop, align_corners, threads,
+            )  # fmt: skip
+        check_gradient(results[0], gradient, (n, c, h, w), (height, width), align_corners)
+        assert torch.equal(*results)
+
+    each_isa(run)
+
+
+@needs_native
+def test_gradient_of_the_gradient_is_the_resize():
+    scores, gradient = random(1, 3, 4, 5).requires_grad_(), random(1, 3, 9, 11).requires_grad_()
+    result = ops.upsample_bilinear(scores, (10, 12), (9, 11), backend="native")
+    (first,) = torch.autograd.grad(result, scores, gradient, create_graph=True)
+    (second,) = torch.autograd.grad(first, gradient, torch.ones_like(first))
+    assert torch.equal(second, ops.upsample_bilinear(torch.ones_like(scores), (10, 12), (9, 11)))
+
+
+@needs_native
+@pytest.mark.parametrize("align_corners", [True, False])
+def test_gradient_that_is_not_finite_stays_where_it_belongs(align_corners):
+    gradient = random(1, 1, 16, 20)
+    gradient[0, 0, 8, 9] = float("inf")
+    result = poisoned((1, 1, 4, 5), torch.float32)
+    native.module.upsample_bilinear_backward(
+        gradient.data_ptr(), result.data_ptr(), 0, 1, 4, 5, 1, 16, 20, 16, 20, align_corners, 1
+    )
+    same_non_finite(result, gradient_of_truth(gradient, (1, 1, 4, 5), (16, 20), align_corners))
+
+
+@needs_native
+def test_gradient_in_a_compiled_graph():
+    scores, expected = random(2, 4, 3, 4).requires_grad_(), random(2, 4, 3, 4).requires_grad_()
+
+    def loss(scores):
+        return ops.upsample_bilinear(scores, (24, 32), (23, 32), backend="native").square().sum()
+
+    torch.compile(loss, fullgraph=True, backend="aot_eager")(scores).backward()
+    loss(expected).backward()
+    assert torch.equal(scores.grad, expected.grad)
 
 
 @pytest.mark.parametrize("op", [ops.upsample_bilinear, ops.upsample_argmax])
@@ -150,7 +239,12 @@ def test_refusals(op, change, error, message):
 @pytest.mark.parametrize("shape", [(2, 3, 4, 5), (0, 3, 2, 2), (1, 1, 1, 1)])
 def test_opcheck(shape):
     torch.library.opcheck(
-        torch.ops.shelfkern.upsample_bilinear.default, (random(*shape), [16, 24], [15, 20], True, "native")
+        torch.ops.shelfkern.upsample_bilinear.default,
+        (random(*shape).requires_grad_(), [16, 24], [15, 20], True, "native"),
+    )
+    torch.library.opcheck(
+        torch.ops.shelfkern.upsample_bilinear_backward.default,
+        (random(*shape[:2], 15, 20).requires_grad_(), [16, 24], list(shape[2:]), True, "native"),
     )
 
 
@@ -267,13 +361,54 @@ def test_triton_public_op():
         ops.upsample_bilinear(scores[:, :, :0], **options)
 
 
+def run_triton_backward(gradient, shape, size, align_corners):
+    with written(shape, gradient.dtype) as out:
+        inside = moved("triton", poisoned((gradient.numel() + 1024,), gradient.dtype))[0]
+        window = inside[512 : 512 + gradient.numel()].view(gradient.shape).copy_(gradient)
+        upsample_bilinear_backward_triton(window, size, out, align_corners)
+    return out.cpu()
+
+
 @needs_triton
-def test_triton_refuses_to_lose_a_gradient():
+@pytest.mark.parametrize("align_corners", [True, False])
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_triton_gradient(case, align_corners):
+    dtype = CUDA_DTYPES[case % 3]
+    shape, size, crop = [*CASES[1:], ((1, 2, 3, 40), (7, 600), (7, 599))][case]
+    # A program of the interpreter makes a row of a class: few of them.
+    shape = shape[0], min(shape[1], 2), min(shape[2], 6), shape[3]
+    gradient = random(*shape[:2], *crop, dtype=dtype)
+    check_gradient(
+        run_triton_backward(gradient, shape, size, align_corners), gradient, shape, size, align_corners
+    )
+
+
+@needs_triton
+@given(
+    n=st.integers(0, 2), c=st.integers(1, 3), h=st.integers(1, 9), w=st.integers(1, 40),
+    height=st.integers(1, 40), width=st.integers(1, 300), keep=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    align_corners=st.booleans(), dtype=st.sampled_from(CUDA_DTYPES),
+)  # fmt: skip
+@settings(max_examples=20, deadline=None)
+def test_triton_gradient_of_what_hypothesis_draws(n, c, h, w, height, width, keep, align_corners, dtype):
+    crop = max(1, round(height * keep[0])), max(1, round(width * keep[1]))
+    gradient, shape, size = random(n, c, *crop, dtype=dtype), (n, c, h, w), (height, width)
+    check_gradient(
+        run_triton_backward(gradient, shape, size, align_corners), gradient, shape, size, align_corners
+    )
+
+
+@needs_triton
+def test_triton_has_a_gradient_and_the_gradient_one():
     scores = moved("triton", random(1, 2, 3, 4))[0].requires_grad_()
-    with pytest.raises(RuntimeError, match="requires grad, and the triton kernel has no gradient"):
-        ops.upsample_bilinear(scores, (6, 8), backend="triton")
-    with torch.no_grad():
-        ops.upsample_bilinear(scores, (6, 8), backend="triton")
+    gradient = moved("triton", random(1, 2, 5, 7, seed=1))[0].requires_grad_()
+    result = ops.upsample_bilinear(scores, (6, 8), (5, 7), backend="triton")
+    (first,) = torch.autograd.grad(result, scores, gradient, create_graph=True)
+    check_gradient(first.detach().cpu(), gradient.detach().cpu(), (1, 2, 3, 4), (6, 8), True)
+    (second,) = torch.autograd.grad(first, gradient, torch.ones_like(first))
+    assert torch.equal(
+        second, ops.upsample_bilinear(torch.ones_like(scores), (6, 8), (5, 7), backend="triton")
+    )
 
 
 @needs_triton
