@@ -9,6 +9,7 @@ import click
 from ..version import __version__
 from .bench import bench
 from .doctor import doctor
+from .evaluate import evaluate
 from .export import export
 from .resources import resources
 from .segment import segment
@@ -21,6 +22,7 @@ def commands() -> None:
 
 
 commands.add_command(segment)
+commands.add_command(evaluate)
 commands.add_command(bench)
 commands.add_command(doctor)
 commands.add_command(export)

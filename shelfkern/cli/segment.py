@@ -14,14 +14,13 @@ import click
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .. import visualise
 from ..files import replacing
 from ..nn import ShelfNet
 from . import inputs
 from .options import BACKENDS, DTYPES, MODELS, Predictor, Size, make_fast, open_model
+from .progress import progress_bar
 
 SMALLEST = 32
 
@@ -168,22 +167,10 @@ def _encode(segmenter: Segmenter, source: Any, target: Any, av: Any) -> int:
     return count
 
 
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )
-
-
 def _tracked(jobs: list[tuple[Path, Path]], done: list[int]) -> Iterator[tuple[Path, Path]]:
     """The jobs, with a progress bar that shows pictures per second."""
     started = time.monotonic()
-    with _progress() as progress:
+    with progress_bar() as progress:
         task = progress.add_task("segmenting", total=len(jobs), rate="")
         for job in jobs:
             yield job

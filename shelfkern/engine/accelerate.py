@@ -208,6 +208,11 @@ class FastShelfNet(nn.Module):
         return torch.float16 if self._on_gpu else torch.float32
 
     @property
+    def source(self) -> ShelfNet:
+        """The model that was accelerated."""
+        return self._source[0]
+
+    @property
     def plan(self) -> Plan:
         """The fused ops, in order; `print` shows them, `plan.describe(n, h, w)` for a size of one's own."""
         return self._program().plan
@@ -239,6 +244,15 @@ class FastShelfNet(nn.Module):
         Raises: as `forward`.
         """
         return self._run(images, "labels")
+
+    def coarse_scores(self, x: Tensor) -> Tensor:
+        """Scores (N, classes, h, w), of low resolution, of normalised float images (N, 3, H, W).
+
+        Resized to the next multiples of 32 of H and W, and cropped, they are those of `forward`.
+
+        Raises: as `forward`.
+        """
+        return self._run(x, "coarse_scores")
 
     def warmup(
         self, sizes: Iterable[Sequence[int]], batch: int = 1, outputs: Sequence[str] = OUTPUTS

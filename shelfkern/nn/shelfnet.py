@@ -161,8 +161,15 @@ class ShelfNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor | ShelfNetOutput:
         if self.training:
             return self.forward_heads(x)
+        return self._resize(self.coarse_scores(x), x)
+
+    def coarse_scores(self, x: Tensor) -> Tensor:
+        """The main head's scores (N, classes, h, w), of low resolution, in train and in eval mode.
+
+        Resized to `padded_size(x.shape)` and cropped to x's size they are those of `forward`.
+        """
         levels = self.shelf(self.backbone(self._pad(x))[-self.config.levels :])
-        return self._resize(self.head(levels[0]), x)
+        return self.head(levels[0])
 
     def forward_heads(self, x: Tensor) -> ShelfNetOutput:
         """All outputs, in train and in eval mode."""

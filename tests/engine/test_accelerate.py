@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from models import CONFIGS, assert_as_exact_as_eager, build, images
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import shelfkern
@@ -46,6 +47,34 @@ def test_labels_are_the_argmax_of_the_scores(name, size, backend):
     # Ties within rounding may go either way.
     assert (scores.amax(1) - chosen).max() <= 1e-5 * scores.std()
     assert (labels == scores.argmax(1)).float().mean() >= 0.999
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["attention", "deconv"])
+@torch.no_grad()
+def test_coarse_scores_resized_are_the_scores(name, dtype, backend):
+    model = build(CONFIGS[name])
+    fast = shelfkern.accelerate(model, dtype, backend=backend)
+    assert fast.source is model
+    x = images(2, 45, 83)
+    coarse = fast.coarse_scores(x)
+    assert coarse.dtype is dtype and coarse.shape == model.coarse_scores(x).shape
+    kept = coarse.clone()
+
+    def resized(scores):
+        return F.interpolate(scores.float(), (64, 96), mode="bilinear", align_corners=True)[:, :, :45, :83]
+
+    # Resized in float32, then rounded to the dtype.
+    torch.testing.assert_close(
+        fast(x).float(),
+        resized(coarse),
+        rtol=2**-7 if dtype is torch.bfloat16 else 1e-5,
+        atol=1e-5 * coarse.float().std().item(),
+    )
+    fast(images(2, 45, 83, seed=1))
+    assert torch.equal(coarse, kept), "in memory of the module"
+    assert torch.equal(resized(model.coarse_scores(x)), model(x))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -153,6 +153,10 @@ class Program:
         """Labels (N, H, W) uint8 of images."""
         return self._run(images, self.argmax)
 
+    def coarse_scores(self, images: Tensor) -> Tensor:
+        """Scores (N, classes, h, w) of images before the final resize, in memory of their own."""
+        return self._run(images, lambda scores, full, size: scores.clone())
+
     def _run(self, images: Tensor, finish: Callable[[Tensor, Extent, Extent], Tensor]) -> Tensor:
         n, h, w = image_size(images)
         full = padded(h), padded(w)

@@ -147,6 +147,14 @@ class GpuProgram:
             forward.done()
         return out
 
+    def coarse_scores(self, images: Tensor) -> Tensor:
+        """Scores (N, classes, h, w) of images on the device before the final resize."""
+        with self._on_device(), self._passes.borrow(self._key(images, labels=False)) as forward:
+            self._run(forward, images)
+            out = forward.scores.clone()
+            forward.done()
+        return out
+
     def _settle(self) -> None:
         self.runtime.synchronize(self.runtime.mark())
 

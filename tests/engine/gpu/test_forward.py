@@ -144,6 +144,15 @@ def test_a_graph_is_captured_once_and_replayed():
     assert kinds("capture") == 3
 
 
+@torch.no_grad()
+def test_coarse_scores_are_kept_from_the_next_pass():
+    model, x = build(CONFIGS["attention"]), images(1, 64, 64)
+    fast = program(model, Recording())
+    coarse = fast.coarse_scores(x)
+    fast.coarse_scores(images(1, 64, 64, seed=1))
+    torch.testing.assert_close(coarse, model.coarse_scores(x), rtol=1e-4, atol=1e-4)
+
+
 def count(runtime, kind):
     return sum(entry[0] == kind for entry in runtime.log)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from engines import BEHAVIOUR, ENGINES, device_of, needs_emulation, needs_gpu, options
 from models import CONFIGS, assert_as_exact_as_eager, build, images
+from torch.nn import functional as F
 
 import shelfkern
 from shelfkern.engine import tuning
@@ -45,6 +46,20 @@ def test_scores_in_other_dtypes(name, dtype, engine):
     with torch.backends.cudnn.flags(allow_tf32=False):
         fast = shelfkern.accelerate(model, dtype, **options(engine))
         assert_as_exact_as_eager(on_cpu(fast, engine), model, [images(1, 64, 64)], dtype)
+
+
+@behaviour
+@torch.no_grad()
+def test_coarse_scores_resized_are_the_scores(engine):
+    fast = shelfkern.accelerate(build(CONFIGS["attention"]), HALF, **options(engine))
+    x = images(1, 33, 40).to(device_of(engine))
+    coarse = fast.coarse_scores(x)
+    kept = coarse.clone()
+    resized = F.interpolate(coarse.float(), (64, 64), mode="bilinear", align_corners=True)[:, :, :33, :40]
+    # Resized in float32, then rounded to float16.
+    torch.testing.assert_close(fast(x).float(), resized, rtol=2**-10, atol=1e-4)
+    fast(images(1, 33, 40, seed=1).to(device_of(engine)))
+    assert torch.equal(coarse, kept), "in memory of the module"
 
 
 @engines

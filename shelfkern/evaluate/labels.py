@@ -1,0 +1,145 @@
+"""Labels of one image by a protocol, without full-size scores."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..engine import FastShelfNet
+from ..nn import ShelfNet
+from ..nn.shelfnet import STRIDE
+from ..ops import upsample_argmax, upsample_softmax_sum
+from .protocol import Protocol
+
+
+class Labeller:
+    """A network in eval mode that gives labels by a protocol.
+
+    Images are resized by Pillow, bilinear, as raw 8-bit RGB; shrinking averages. At every scale the
+    whole image is padded with the mean colour to multiples of 32, as the network itself does; windows
+    beyond the image's edge are padded with black, as published. Mirrored, an image is padded first. Scores
+    stay at the network's own resolution: `upsample_softmax_sum` adds their resize to one sum at the image's
+    size, or, for windows, at the resized image's, which is resized class by class.
+
+    Args:
+        model: a ShelfNet or an accelerated one, on any device.
+        protocol: scales, mirror, windows.
+
+    Raises:
+        TypeError: model is neither.
+    """
+
+    def __init__(self, model: ShelfNet | FastShelfNet, protocol: Protocol) -> None:
+        if not isinstance(model, (ShelfNet, FastShelfNet)):
+            kind = type(model).__qualname__
+            raise TypeError(f"model is a {kind}, it may be a ShelfNet or what accelerate gives")
+        self.model, self.protocol = model, protocol
+        source = model.source if isinstance(model, FastShelfNet) else model
+        self.num_classes = source.config.num_classes
+        self._align = source.align_corners
+        self._normalisation = source.normalisation
+        weight = next(source.parameters())
+        # Of the images; the accelerated model takes float32 whatever its own dtype.
+        self._dtype = torch.float32 if isinstance(model, FastShelfNet) else weight.dtype
+        self.device = model.device if isinstance(model, FastShelfNet) else weight.device
+
+    @torch.no_grad()
+    def __call__(self, pixels: np.ndarray) -> np.ndarray:
+        """Labels (H, W) uint8 (int64 beyond 256 classes) of raw uint8 RGB (H, W, 3)."""
+        height, width = pixels.shape[:2]
+        if not self.protocol.is_plain or self.num_classes > 256:
+            labels = self.sums(pixels).argmax(1)
+            labels = labels if self.num_classes > 256 else labels.to(torch.uint8)
+        elif isinstance(self.model, FastShelfNet) and min(height, width) >= STRIDE:
+            labels = self.model.predict(torch.from_numpy(pixels)[None].to(self.device))
+        else:
+            x = self._padded(self._normalised(pixels))
+            full = (x.shape[2], x.shape[3])
+            labels = upsample_argmax(self.model.coarse_scores(x), full, (height, width), self._align)
+        return labels[0].cpu().numpy()
+
+    @torch.no_grad()
+    def sums(self, pixels: np.ndarray) -> Tensor:
+        """Class probabilities of raw uint8 RGB (H, W, 3), for windows exp(scores), summed over all passes.
+
+        Returns:
+            (1, classes, H, W) float32, of a model in float64 float64, on the model's device.
+
+        Raises:
+            RuntimeError: the scores, or exp of them, are not finite.
+        """
+        dtype = torch.promote_types(self._dtype, torch.float32)
+        total = torch.zeros((1, self.num_classes, *pixels.shape[:2]), dtype=dtype, device=self.device)
+        add = self._add_whole if self.protocol.crop_size is None else self._add_windows
+        for scale in self.protocol.scales:
+            add(total, pixels, scale)
+        if not total.isfinite().all():
+            raise RuntimeError(
+                "scores, or for windows exp of them, are not finite: windows need scores below 88"
+            )
+        return total
+
+    def _add_whole(self, total: Tensor, pixels: np.ndarray, scale: float) -> None:
+        height, width = pixels.shape[:2]
+        scaled = _resized(pixels, max(1, round(height * scale)), max(1, round(width * scale)))
+        x = self._padded(self._normalised(scaled))
+        # What the padded image would be at scale 1, and no less than the image.
+        full = (max(height, round(x.shape[2] / scale)), max(width, round(x.shape[3] / scale)))
+        self._add_passes(x, full, total, exp=False)
+
+    def _add_windows(self, total: Tensor, pixels: np.ndarray, scale: float) -> None:
+        height, width = self.protocol.window_size(pixels.shape[0], pixels.shape[1], scale)
+        rows, columns = self._starts(height), self._starts(width)
+        side = self.protocol.crop_size
+        assert side is not None
+        beyond = ((0, rows[-1] + side - height), (0, columns[-1] + side - width), (0, 0))
+        x = self._normalised(np.pad(_resized(pixels, height, width), beyond))
+        sums = total.new_zeros((1, self.num_classes, height, width))
+        for top in rows:
+            for left in columns:
+                here = np.s_[:, :, top : top + side, left : left + side]
+                self._add_passes(x[here], (side, side), sums[here], exp=True)
+        sums /= _cover(rows, side, height).outer(_cover(columns, side, width)).to(sums)
+        for one in range(self.num_classes):
+            part = sums[:, one : one + 1]
+            total[:, one : one + 1] += F.interpolate(
+                part, total.shape[2:], mode="bilinear", align_corners=self._align
+            )
+
+    def _starts(self, extent: int) -> list[int]:
+        """Where windows begin along an extent; the last one reaches its end."""
+        assert self.protocol.crop_size is not None
+        steps = math.ceil(max(0, extent - self.protocol.crop_size) / self.protocol.stride())
+        return [step * self.protocol.stride() for step in range(steps + 1)]
+
+    def _add_passes(self, x: Tensor, full: tuple[int, int], out: Tensor, exp: bool) -> None:
+        for mirror in (False, True) if self.protocol.mirror else (False,):
+            scores = self.model.coarse_scores(x.flip(3) if mirror else x)
+            upsample_softmax_sum(scores, full, out, mirror=mirror, exp=exp, align_corners=self._align)
+
+    def _normalised(self, pixels: np.ndarray) -> Tensor:
+        x = torch.from_numpy(self._normalisation(pixels)).permute(2, 0, 1)[None]
+        return x.to(self.device, self._dtype)
+
+    @staticmethod
+    def _padded(x: Tensor) -> Tensor:
+        return F.pad(x, (0, -x.shape[3] % STRIDE, 0, -x.shape[2] % STRIDE))
+
+
+def _resized(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
+
+
+def _cover(starts: list[int], side: int, extent: int) -> Tensor:
+    """How many windows cover each pixel along an extent."""
+    count = torch.zeros(extent)
+    for start in starts:
+        count[start : start + side] += 1
+    return count
