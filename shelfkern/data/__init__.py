@@ -6,10 +6,22 @@ import os
 from collections.abc import Callable
 
 from .camvid import CamVid
+from .cityscapes import Cityscapes, CoarseCityscapes
+from .coco import COCO
+from .context import pascal_context
 from .dataset import IGNORE, Dataset, Sample, check, class_frequencies
+from .folder import Folder
+from .voc import VOC, AugmentedVOC
 
 DATASETS: dict[str, Callable[[str | os.PathLike[str], str], Dataset]] = {
+    "voc": VOC,
+    "voc_aug": AugmentedVOC,
+    "context": pascal_context,
+    "coco": COCO,
+    "cityscapes": Cityscapes,
+    "cityscapes_coarse": CoarseCityscapes,
     "camvid": CamVid,
+    "folder": Folder,
 }
 
 

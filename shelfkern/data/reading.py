@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,8 @@ class Item:
 
 class FileDataset:
     """Samples of one image and one mask file each: a `Dataset`.
+
+    Data sets whose masks are no images of indices replace `raw` or `_mask`.
 
     Args:
         items: where each sample is.
@@ -55,22 +58,23 @@ class FileDataset:
     def __getitem__(self, index: int) -> Sample:
         item = self.items[index]
         image = read_image(item.image)
-        return Sample(item.name, image, self._mask(item, image.size))
+        return Sample(item.name, image, self._mask(index, image.size))
 
     def mask(self, index: int) -> Image.Image:
-        item = self.items[index]
-        return self._mask(item, image_size(item.image))
+        return self._mask(index, image_size(self.items[index].image))
 
-    def _mask(self, item: Item, size: tuple[int, int]) -> Image.Image:
-        if item.mask is None:
-            return Image.new("L", size, IGNORE)
-        return self.read_mask(item.mask, size)
-
-    def read_mask(self, path: Path, size: tuple[int, int]) -> Image.Image:
+    def _mask(self, index: int, size: tuple[int, int]) -> Image.Image:
         """The mask of class indices of an image of `size`, which is (width, height) as PIL's are."""
-        raw = read_indices(path)
+        path = self.items[index].mask
+        if path is None:
+            return Image.new("L", size, IGNORE)
+        raw = self.raw(path)
         check_size(raw, size, path)
         return Image.fromarray(labels_of(raw, self.table, path, self.fix))
+
+    def raw(self, path: Path) -> np.ndarray:
+        """A mask file's values, (H, W) uint8."""
+        return read_indices(path)
 
 
 def label_table(labels: Mapping[int, int]) -> np.ndarray:
@@ -115,18 +119,10 @@ def read_image(path: Path) -> Image.Image:
         OSError: it is missing or cannot be decoded.
         ValueError: its pixels have more than 8 bits.
     """
-    with _decoding(path), Image.open(path) as file:
-        file.load()
-        image = file.copy()
+    image = decoded(path)
     if image.mode.startswith("I") or image.mode == "F":
         raise ValueError(f"{path} is of mode {image.mode}, it must be grey or RGB of 8 bits: convert it")
     return image.convert("RGB")
-
-
-def image_size(path: Path) -> tuple[int, int]:
-    """(width, height), from the head of the file alone."""
-    with _decoding(path), Image.open(path) as file:
-        return file.size
 
 
 def read_indices(path: Path) -> np.ndarray:
@@ -136,12 +132,27 @@ def read_indices(path: Path) -> np.ndarray:
         OSError: it is missing or cannot be decoded.
         ValueError: it does not hold indices of 8 bits.
     """
-    with _decoding(path), Image.open(path) as file:
-        file.load()
-        mask = file.copy()
+    return indices_of(decoded(path), path)
+
+
+def indices_of(mask: Image.Image, path: Path) -> np.ndarray:
+    """`read_indices` of a mask that is decoded already."""
     if mask.mode not in ("L", "P"):
         raise ValueError(f"{path} is of mode {mask.mode}, it must hold class indices: save it as 8-bit grey")
     return np.asarray(mask)
+
+
+def decoded(path: Path) -> Image.Image:
+    """What a file holds, in its own mode."""
+    with _decoding(path), Image.open(path) as file:
+        file.load()
+        return file.copy()
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(width, height), from the head of the file alone."""
+    with _decoding(path), Image.open(path) as file:
+        return file.size
 
 
 @contextmanager
@@ -163,6 +174,33 @@ def check_size(mask: np.ndarray, size: tuple[int, int], path: Path) -> None:
             f"{path} is {width} x {height}, its image {size[0]} x {size[1]}: "
             "scale the mask to the image, nearest neighbour"
         )
+
+
+def find_folder(root: str | os.PathLike[str], places: Sequence[str], marker: str) -> Path:
+    """The first of the places below `root` that holds `marker`.
+
+    Raises:
+        FileNotFoundError: none does.
+    """
+    for place in places:
+        if (Path(root) / place / marker).exists():
+            return Path(root) / place
+    looked = ", ".join(str(Path(root) / place) for place in places)
+    raise FileNotFoundError(f"root {root} is wrong: no {marker} in {looked}")
+
+
+def read_names(path: Path) -> list[str]:
+    """The lines of a list of samples.
+
+    Raises:
+        FileNotFoundError: there is no such list, or it is empty.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing, it lists the split")
+    names = path.read_text().split()
+    if not names:
+        raise FileNotFoundError(f"{path} is empty, it lists the split")
+    return names
 
 
 def images_in(folder: Path) -> list[Path]:

@@ -35,3 +35,10 @@ def with_palette(values: np.ndarray) -> Image.Image:
     mask = Image.fromarray(values)
     mask.putpalette(np.random.default_rng(0).integers(0, 256, 768, np.uint8).tolist())
     return mask
+
+
+def runs_of(inside: np.ndarray) -> dict:
+    """A region (H, W) as COCO's run lengths: down the columns, from a run outside on."""
+    flat = np.concatenate([[False], inside.T.ravel(), [not inside[-1, -1]]])
+    lengths = np.diff(np.flatnonzero(np.diff(flat)), prepend=0).tolist()
+    return {"size": list(inside.shape), "counts": lengths}
