@@ -78,7 +78,7 @@ class Job:
             return evaluate_model(
                 network, data, self.protocol, workers=self.workers, progress=progress, save=save
             )
-        except (OSError, RuntimeError, ValueError, TypeError) as error:
+        except (OSError, RuntimeError, ValueError, TypeError, ImportError) as error:
             raise click.ClickException(str(error)) from error
 
 

@@ -45,8 +45,9 @@ def save_confusion(matrix: ConfusionMatrix, classes: Sequence[str], path: str | 
 
 def _draw(axes, percent: np.ndarray, rows: Sequence[str], columns: Sequence[str]) -> None:  # type: ignore[no-untyped-def]  # matplotlib brings no types
     image = axes.imshow(percent, vmin=0, vmax=100, cmap="Blues", aspect="equal")
-    axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(rows)), rows)
+    names = dict(parse_math=False)
+    axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right", rotation_mode="anchor", **names)
+    axes.set_yticks(range(len(rows)), rows, **names)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     axes.figure.colorbar(image, ax=axes, label="% of the class's pixels", shrink=0.8)

@@ -9,22 +9,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..data import cityscapes, voc
 from ..files import replacing
 from ..visualise import label_image
 
-VOC_CLASSES = 21
-# The label id of each of the 19 classes that are trained (Cordts et al. 2016).
-CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 KINDS = ("voc", "cityscapes")
-
-
-def voc_palette() -> list[tuple[int, int, int]]:
-    """The 256 colours of VOC's label images: every third bit of an index belongs to one channel."""
-
-    def channel(index: int, first: int) -> int:
-        return sum((index >> (3 * level + first) & 1) << (7 - level) for level in range(3))
-
-    return [(channel(index, 0), channel(index, 1), channel(index, 2)) for index in range(256)]
 
 
 class VocSubmission:
@@ -40,11 +29,11 @@ class VocSubmission:
     def __init__(self, folder: str | os.PathLike[str], split: str = "test") -> None:
         self.folder = Path(folder) / "results" / "VOC2012" / "Segmentation" / f"comp6_{split}_cls"
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._palette = voc_palette()
+        self._palette = voc.palette(256)
 
     def __call__(self, name: str, labels: np.ndarray) -> None:
         """Writes one image's labels (H, W) of 0 to 20, in one step."""
-        _check(labels, VOC_CLASSES)
+        _check(labels, len(voc.CLASSES))
         _save(label_image(labels, self._palette), self.folder / f"{_file_name(name)}.png")
 
 
@@ -65,11 +54,11 @@ class CityscapesSubmission:
         Raises:
             ValueError: the name does not begin with a city, a sequence and a frame.
         """
-        _check(labels, len(CITYSCAPES_IDS))
+        _check(labels, len(cityscapes.CLASSES))
         match = re.match(r"[A-Za-z-]+_\d{6}_\d{6}(?!\d)", _file_name(name))
         if not match:
             raise ValueError(f"name is {name!r}, for Cityscapes it must be such as berlin_000000_000019")
-        ids = np.array(CITYSCAPES_IDS, np.uint8)[labels]
+        ids = np.array(cityscapes.LABEL_IDS, np.uint8)[labels]
         _save(Image.fromarray(ids), self.folder / f"{match[0]}_pred_labelIds.png")
 
 
@@ -84,7 +73,7 @@ def open_submission(
     """
     if kind not in KINDS:
         raise ValueError(f"submission is {kind!r}, it may be one of {', '.join(KINDS)}")
-    needed = VOC_CLASSES if kind == "voc" else len(CITYSCAPES_IDS)
+    needed = len((voc if kind == "voc" else cityscapes).CLASSES)
     if num_classes != needed:
         raise ValueError(f"submission {kind} is of {needed} classes, the model has {num_classes}")
     return VocSubmission(folder, split) if kind == "voc" else CityscapesSubmission(folder)

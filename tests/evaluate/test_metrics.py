@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
@@ -129,3 +131,75 @@ def test_a_prediction_that_is_no_class(strange: int) -> None:
 def test_shapes_that_differ() -> None:
     with pytest.raises(ValueError, match=r"^predicted is \(3, 2\), truth is \(2, 3\)"):
         ConfusionMatrix(4).update(np.zeros((2, 3), int), np.zeros((3, 2), int))
+
+
+def test_the_other_figures_by_hand() -> None:
+    matrix = matrix_of(TRUTH, FOUND)
+    assert_allclose(matrix.precision(), [1, 2 / 3, 1 / 2, np.nan])
+    assert_allclose(matrix.recall(), [1 / 2, 2 / 3, 1, np.nan])
+    # IoUs 1/2 of 2, 3 and 1 of 6 pixels.
+    assert matrix.frequency_weighted_iou() == pytest.approx(0.5)
+    uneven = ConfusionMatrix.of([[6, 2], [1, 1]])
+    assert uneven.frequency_weighted_iou() == pytest.approx(0.8 * 6 / 9 + 0.2 * 1 / 4)
+
+
+def test_a_class_that_is_only_found_or_only_true() -> None:
+    matrix = matrix_of(np.array([0, 0, 1]), np.array([0, 3, 0]))
+    assert_allclose(matrix.precision(), [1 / 2, np.nan, np.nan, 0])
+    assert_allclose(matrix.recall(), [1 / 2, 0, np.nan, np.nan])
+    assert matrix.frequency_weighted_iou() == pytest.approx(2 / 3 * 1 / 3)
+
+
+def test_nothing_labelled_has_no_figures() -> None:
+    matrix = ConfusionMatrix(3)
+    assert np.isnan(matrix.mean_iou()) and np.isnan(matrix.frequency_weighted_iou())
+    assert np.isnan(matrix.precision()).all() and np.isnan(matrix.recall()).all()
+
+
+def test_merging_is_counting_both() -> None:
+    truth, found = random_labels(5, 11, (2, 8, 9))
+    one, other = (matrix_of(*pair, 11) for pair in zip(truth, found, strict=True))
+    before = other.counts.copy()
+    one.merge(other)
+    assert_array_equal(one.counts, matrix_of(truth, found, 11).counts)
+    assert_array_equal(other.counts, before)
+    with pytest.raises(ValueError, match=r"^other has 4 classes, it must have 11$"):
+        one.merge(ConfusionMatrix(4))
+
+
+def test_counts_that_exceed_32_bits() -> None:
+    matrix = ConfusionMatrix.of([[2**40, 1], [0, 2**41]])
+    matrix.merge(matrix)
+    assert matrix.counts.tolist() == [[2**41, 2], [0, 2**42]]
+
+
+def test_a_file_and_back(tmp_path: Path) -> None:
+    path = tmp_path / "matrix.npz"
+    ConfusionMatrix(2).save(path)
+    matrix_of(TRUTH, FOUND).save(path)
+    loaded = ConfusionMatrix.load(path)
+    assert loaded.counts.tolist() == COUNTS and loaded.counts.dtype == np.int64
+    assert [file.name for file in tmp_path.iterdir()] == ["matrix.npz"]
+    with pytest.raises(FileNotFoundError):
+        ConfusionMatrix.load(tmp_path / "missing.npz")
+
+
+def test_files_of_something_else(tmp_path: Path) -> None:
+    good = tmp_path / "good.npz"
+    matrix_of(TRUTH, FOUND).save(good)
+    (tmp_path / "cut.npz").write_bytes(good.read_bytes()[:-40])
+    (tmp_path / "text.npz").write_text("not a matrix")
+    (tmp_path / "empty.npz").touch()
+    np.savez(tmp_path / "other.npz", other=np.zeros((2, 2), int))
+    np.savez(tmp_path / "real.npz", counts=np.zeros((2, 2)))
+    np.savez(tmp_path / "object.npz", counts=np.array([[{}]], object))
+    np.save(tmp_path / "array.npz.npy", np.zeros((2, 2), int))
+    for path in set(tmp_path.iterdir()) - {good}:
+        with pytest.raises(ValueError, match=f"^{path} holds no confusion matrix"):
+            ConfusionMatrix.load(path)
+
+
+@pytest.mark.parametrize("counts", [[[1, 2]], [[1.0]], [[-1]], [1], [[True]]])
+def test_what_are_no_counts(counts: list[object]) -> None:
+    with pytest.raises(ValueError, match=r"^counts "):
+        ConfusionMatrix.of(counts)
