@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -30,7 +31,6 @@ class BoundaryF1:
     """
 
     def __init__(self, num_classes: int, tolerance: float = 0.0075) -> None:
-        _kd_tree()
         self.num_classes = num_classes
         self.tolerance = tolerance
         self.sums = np.zeros(num_classes)
@@ -41,6 +41,7 @@ class BoundaryF1:
 
         Raises:
             ValueError: they are not two-dimensional and of one shape.
+            RuntimeError: scipy is missing.
         """
         if truth.ndim != 2 or truth.shape != predicted.shape:
             raise ValueError(
@@ -94,11 +95,16 @@ def _f1(true: np.ndarray | None, found: np.ndarray | None, reach: float) -> floa
 def _share_near(points: np.ndarray, others: np.ndarray, reach: float) -> float:
     """Share of points within `reach` of one of the others."""
     # The bound, exclusive, ends searches early: outlines are sparse, and most points have a neighbour near.
-    distances, _ = _kd_tree()(others).query(points, distance_upper_bound=np.nextafter(reach, np.inf))
+    distances, _ = kd_tree()(others).query(points, distance_upper_bound=np.nextafter(reach, np.inf))
     return float((distances <= reach).mean())
 
 
-def _kd_tree():  # type: ignore[no-untyped-def]  # scipy brings no types
+def kd_tree() -> Any:
+    """scipy's cKDTree.
+
+    Raises:
+        RuntimeError: scipy is missing.
+    """
     try:
         from scipy.spatial import cKDTree
     except ImportError:

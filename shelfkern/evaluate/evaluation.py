@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from ..data.dataset import Dataset
 from ..engine import FastShelfNet
 from ..nn import ShelfNet
-from .boundary import BoundaryF1
+from .boundary import BoundaryF1, kd_tree
 from .labels import Labeller
 from .metrics import ConfusionMatrix
 from .protocol import Protocol
@@ -98,7 +98,8 @@ class Evaluation:
 
     def summary(self) -> str:
         """One line: mIoU, pixel accuracy, frequency-weighted IoU, boundary F1, images and time."""
-        parts = [f"{_NAMES[name]} {100 * value:.2f} %" for name, value in self.figures().items()]
+        figures = {name: value for name, value in self.figures().items() if not np.isnan(value)}
+        parts = [f"{_NAMES[name]} {100 * value:.2f} %" for name, value in figures.items()]
         if not self.matrix.counts.sum():
             parts = ["no labelled pixels"]
         skipped = f", {len(self.skipped)} skipped" if self.skipped else ""
@@ -186,7 +187,7 @@ def evaluate(
         dataset: images, and masks of class indices with `IGNORE` for what does not count; images of test
             data, whose masks hold nothing else, are labelled for `save`.
         protocol: how labels are made; see `PROTOCOLS` for the usual ones.
-        device: where the model is moved first; by default it stays where it is.
+        device: where a ShelfNet is moved first; by default it stays where it is.
         workers: processes that read images ahead; 0 reads them here.
         progress: called after every image with the images done and those to do, of this process.
         save: called with the name and the labels (H, W) uint8 of every image, such as a submission's.
@@ -195,12 +196,12 @@ def evaluate(
 
     Raises:
         TypeError: model is neither of the two.
-        ValueError: model and data set have different numbers of classes, or there is no image.
-        RuntimeError: no image could be read; or as the model itself.
+        ValueError: model and data set have different numbers of classes, there is no image, or an
+            accelerated model is on another device.
+        RuntimeError: no image could be read, or scipy is missing, which the boundary F1 score needs; or as
+            the model itself.
     """
-    if device is not None:
-        model.to(device)
-    labeller = Labeller(model, protocol)
+    labeller = Labeller(_moved(model, device), protocol)
     classes = tuple(dataset.classes)
     _check(labeller, classes, len(dataset), workers)
     found = Evaluation(
@@ -226,6 +227,15 @@ def evaluate(
     return found
 
 
+def _moved(model: ShelfNet | FastShelfNet, device: torch.device | str | None) -> ShelfNet | FastShelfNet:
+    if device is None or not isinstance(model, FastShelfNet):
+        return model if device is None else model.to(device)
+    wanted = torch.device(device)
+    if wanted.type != model.device.type or wanted.index not in (None, model.device.index):
+        raise ValueError(f"device is {str(wanted)!r}, the accelerated model is on {str(model.device)!r}")
+    return model
+
+
 def _check(labeller: Labeller, classes: Sequence[str], images: int, workers: int) -> None:
     if labeller.num_classes != len(classes):
         raise ValueError(f"model has {labeller.num_classes} classes, dataset has {len(classes)}")
@@ -233,6 +243,8 @@ def _check(labeller: Labeller, classes: Sequence[str], images: int, workers: int
         raise ValueError("dataset has no images, it must have at least 1")
     if workers < 0:
         raise ValueError(f"workers is {workers}, it may be any integer from 0")
+    if labeller.protocol.boundary:
+        kd_tree()
 
 
 @dataclasses.dataclass
@@ -270,8 +282,12 @@ def _sentence(error: BaseException) -> str:
 
 def _read(dataset: Dataset, share: range, workers: int) -> Iterator[_Item]:
     reader: Any = _Reader(dataset, share)
-    # Items as they are: images of one batch would need one size.
-    return iter(DataLoader(reader, batch_size=None, num_workers=workers, collate_fn=_as_it_is))
+    # Items as they are: images of one batch would need one size. A generator of its own, for the loader draws
+    # a seed, and training goes on with the global one.
+    loader = DataLoader(
+        reader, batch_size=None, num_workers=workers, collate_fn=_as_it_is, generator=torch.Generator()
+    )
+    return iter(loader)
 
 
 def _as_it_is(item: Any) -> Any:

@@ -42,16 +42,19 @@ class Labeller:
         source = model.source if isinstance(model, FastShelfNet) else model
         self.num_classes = source.config.num_classes
         self._align = source.align_corners
-        self._normalisation = source.normalisation
         weight = next(source.parameters())
         # Of the images; the accelerated model takes float32 whatever its own dtype.
         self._dtype = torch.float32 if isinstance(model, FastShelfNet) else weight.dtype
+        self._sum_dtype = torch.promote_types(self._dtype, torch.float32)
         self.device = model.device if isinstance(model, FastShelfNet) else weight.device
+        statistics = source.normalisation.mean, source.normalisation.std
+        self._mean, self._std = torch.tensor(statistics, dtype=self._sum_dtype, device=self.device)
 
     @torch.no_grad()
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
         """Labels (H, W) uint8 (int64 beyond 256 classes) of raw uint8 RGB (H, W, 3)."""
         height, width = pixels.shape[:2]
+        pixels = _writable(pixels)
         if not self.protocol.is_plain or self.num_classes > 256:
             labels = self.sums(pixels).argmax(1)
             labels = labels if self.num_classes > 256 else labels.to(torch.uint8)
@@ -73,9 +76,10 @@ class Labeller:
         Raises:
             RuntimeError: the scores, or exp of them, are not finite.
         """
-        dtype = torch.promote_types(self._dtype, torch.float32)
-        total = torch.zeros((1, self.num_classes, *pixels.shape[:2]), dtype=dtype, device=self.device)
+        shape = (1, self.num_classes, *pixels.shape[:2])
+        total = torch.zeros(shape, dtype=self._sum_dtype, device=self.device)
         add = self._add_whole if self.protocol.crop_size is None else self._add_windows
+        pixels = _writable(pixels)
         for scale in self.protocol.scales:
             add(total, pixels, scale)
         if not total.isfinite().all():
@@ -123,18 +127,24 @@ class Labeller:
             upsample_softmax_sum(scores, full, out, mirror=mirror, exp=exp, align_corners=self._align)
 
     def _normalised(self, pixels: np.ndarray) -> Tensor:
-        x = torch.from_numpy(self._normalisation(pixels)).permute(2, 0, 1)[None]
-        return x.to(self.device, self._dtype)
+        raw = torch.from_numpy(pixels).to(self.device)
+        x = (raw.to(self._sum_dtype) / 255 - self._mean) / self._std
+        return x.permute(2, 0, 1)[None].to(self._dtype)
 
     @staticmethod
     def _padded(x: Tensor) -> Tensor:
         return F.pad(x, (0, -x.shape[3] % STRIDE, 0, -x.shape[2] % STRIDE))
 
 
+def _writable(pixels: np.ndarray) -> np.ndarray:
+    """As torch takes arrays: writable, though nobody writes, and contiguous."""
+    return np.require(pixels, requirements=("C", "W"))
+
+
 def _resized(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     if pixels.shape[:2] == (height, width):
         return pixels
-    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
+    return np.array(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
 
 
 def _cover(starts: list[int], side: int, extent: int) -> Tensor:

@@ -169,4 +169,4 @@ def test_shapes_that_do_not_fit() -> None:
 def test_without_scipy(monkeypatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "scipy.spatial", None)
     with pytest.raises(RuntimeError, match=r"^boundary F1 needs scipy: pip install 'shelfkern\[train\]'$"):
-        BoundaryF1(2)
+        BoundaryF1(2).update(halves(7), halves(7))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from scenes import CLASSES, Scenes, tiny
 
 import shelfkern
 from shelfkern.evaluate import BoundaryF1, ConfusionMatrix, Evaluation, Labeller, Protocol, evaluate
+from shelfkern.evaluate.evaluation import _read
 
 pytest.importorskip("scipy")
 
@@ -122,6 +124,37 @@ def test_train_mode_changes_nothing() -> None:
     assert_array_equal(evaluate(model, Scenes()).matrix.counts, expected)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_random_numbers_go_on_as_if_nothing_had_been(workers: int) -> None:
+    model = tiny()
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    evaluate(model, Scenes(2), workers=workers)
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_a_share_may_be_empty() -> None:
+    assert list(_read(Scenes(), range(5, 5, 6), 0)) == []
+
+
+def test_without_scipy(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "scipy.spatial", None)
+    found = evaluate(tiny(), Scenes(1))
+    Evaluation.from_json(found.to_json())
+    with pytest.raises(RuntimeError, match="needs scipy"):
+        evaluate(
+            tiny(), Scenes(1), Protocol(boundary=True), save=lambda *_: pytest.fail("after the first image")
+        )
+
+
+def test_an_accelerated_model_stays_where_it_is() -> None:
+    fast = shelfkern.accelerate(tiny())
+    evaluate(fast, Scenes(1), device="cpu")
+    with pytest.raises(ValueError, match=r"^device is 'cuda:1', the accelerated model is on 'cpu'$"):
+        evaluate(fast, Scenes(1), device="cuda:1")
 
 
 def test_what_does_not_fit() -> None:

@@ -122,12 +122,12 @@ def test_float64_against_brute_force(protocol: Protocol, size: tuple[int, int]) 
     expected = by_hand(tiny(torch.float64), pixels, protocol)
     labeller = Labeller(without_full_size_scores(tiny(torch.float64)), protocol)
     found = labeller.sums(pixels)
-    # The normalisation is rounded to float32.
     assert found.dtype is torch.float64
-    assert_close(found, expected, rtol=1e-5, atol=1e-5 * expected.mean().item())
+    assert_close(found, expected, rtol=1e-9, atol=1e-9 * expected.mean().item())
     labels = labeller(pixels)
     assert labels.dtype == np.uint8 and labels.shape == size
-    assert (labels == expected.argmax(1)[0].numpy()).mean() > 0.999
+    # Without sums labels come from scores that are resized in float32.
+    assert (labels == expected.argmax(1)[0].numpy()).mean() > (0.999 if protocol.is_plain else 0.999999)
     assert len(np.unique(labels)) > 1
 
 
@@ -219,11 +219,18 @@ def test_the_mirror_of_an_image_gives_mirrored_labels() -> None:
         assert_close(one, other.flip(3), rtol=1e-9, atol=1e-9)
 
 
-def test_the_image_is_left_alone() -> None:
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("protocol", [WHOLE[0], WHOLE[-1], WINDOWS[1]], ids=str)
+def test_arrays_of_any_strides_that_are_left_alone(protocol: Protocol) -> None:
     pixels = picture(70, 90)
     before = pixels.copy()
-    for protocol in (WHOLE[-1], WINDOWS[1]):
-        Labeller(tiny(), protocol)(pixels)
+    labeller = Labeller(tiny(), protocol)
+    expected = labeller(pixels)
+    pixels.flags.writeable = False
+    hostile = [pixels, np.ascontiguousarray(pixels[::-1])[::-1], np.repeat(pixels, 2, 1)[:, ::2]]
+    hostile.append(np.asfortranarray(pixels))
+    for array in hostile:
+        assert (labeller(array) == expected).all()
     assert (pixels == before).all()
 
 
