@@ -20,7 +20,7 @@ from ..data import DATASETS, open_dataset
 from ..engine import FastShelfNet, accelerate
 from ..evaluate import PROTOCOLS, Evaluation, Protocol
 from ..evaluate import evaluate as evaluate_model
-from ..evaluate.plot import save_confusion
+from ..evaluate.plot import check_plot, save_confusion
 from ..evaluate.submission import KINDS, open_submission
 from ..files import replacing
 from ..nn import ShelfNet
@@ -123,10 +123,7 @@ def _started(job: Job, processes: int) -> Iterator[None]:
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         place = (Path(folder, "store"), processes, max(1, threads // processes))
-        others = [
-            context.Process(target=_other, args=(rank, *place, job), daemon=True)
-            for rank in range(1, processes)
-        ]
+        others = [context.Process(target=_other, args=(rank, *place, job)) for rank in range(1, processes)]
         for other in others:
             other.start()
         try:
@@ -137,7 +134,8 @@ def _started(job: Job, processes: int) -> Iterator[None]:
         finally:
             for other in others:
                 other.terminate()
-            distributed.destroy_process_group()
+            if distributed.is_initialized():
+                distributed.destroy_process_group()
             torch.set_num_threads(threads)
 
 
@@ -180,6 +178,11 @@ def _check_outputs(submission: str | None, out: Path | None, files: dict[str, Pa
     for name, path in files.items():
         if path is not None and not path.parent.is_dir():
             raise click.ClickException(f"{name} {path} cannot be written: {path.parent} is not a folder")
+    if files["plot"] is not None:
+        try:
+            check_plot(files["plot"])
+        except (RuntimeError, ValueError) as error:
+            raise click.ClickException(str(error)) from error
 
 
 def _report(found: Evaluation, json_path: Path | None, plot: Path | None) -> None:

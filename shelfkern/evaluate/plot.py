@@ -15,6 +15,17 @@ from .metrics import ConfusionMatrix
 NUMBERED = 30
 
 
+def check_plot(path: str | os.PathLike[str]) -> None:
+    """Says what `save_confusion` would, before there is a matrix.
+
+    Raises:
+        RuntimeError: matplotlib is missing.
+        ValueError: path's suffix is no kind of picture.
+    """
+    if Path(path).suffix[1:] not in _figure_type()().canvas.get_supported_filetypes():
+        raise ValueError(f"plot {path} is of no kind of picture, it may end in .png, .svg or .pdf")
+
+
 def save_confusion(matrix: ConfusionMatrix, classes: Sequence[str], path: str | os.PathLike[str]) -> None:
     """Draws where the pixels of each class went: a heat map whose rows sum to 100 %.
 
@@ -27,20 +38,17 @@ def save_confusion(matrix: ConfusionMatrix, classes: Sequence[str], path: str | 
         ValueError: path's suffix is no kind of picture; or no pixel is labelled.
         FileNotFoundError: the folder does not exist.
     """
-    figure_type = _figure_type()
+    check_plot(path)
     present = np.flatnonzero(matrix.counts.sum(1)).tolist()
     if not present:
         raise ValueError("matrix has no labelled pixel, a plot needs one")
     rows = matrix.counts[present]
     percent = 100 * rows / rows.sum(1, keepdims=True)
-    width = 2.5 + 0.42 * len(classes)
-    figure = figure_type(figsize=(width, 1.8 + 0.42 * len(present)), layout="constrained")
-    kind = Path(path).suffix[1:]
-    if kind not in figure.canvas.get_supported_filetypes():
-        raise ValueError(f"plot {path} is of no kind of picture, it may end in .png, .svg or .pdf")
+    size = (2.5 + 0.42 * len(classes), 1.8 + 0.42 * len(present))
+    figure = _figure_type()(figsize=size, layout="constrained")
     _draw(figure.add_subplot(), percent, [classes[index] for index in present], classes)
     with replacing(path) as temporary:
-        figure.savefig(temporary, format=kind, dpi=150)
+        figure.savefig(temporary, format=Path(path).suffix[1:], dpi=150)
 
 
 def _draw(axes, percent: np.ndarray, rows: Sequence[str], columns: Sequence[str]) -> None:  # type: ignore[no-untyped-def]  # matplotlib brings no types

@@ -141,7 +141,7 @@ def test_the_published_protocol_by_name(run, monkeypatch) -> None:
 
 
 def test_two_processes(run, model, root, tmp_path) -> None:
-    result = run("--processes", 2, "--boundary", "--json", tmp_path / "found.json")
+    result = run("--processes", 2, "--workers", 1, "--boundary", "--json", tmp_path / "found.json")
     assert result.exit_code == 0 and complaints(result) == []
     found, alone = Evaluation.from_json((tmp_path / "found.json").read_text()), expected(model, root)
     assert_array_equal(found.matrix.counts, alone.matrix.counts)
@@ -245,7 +245,6 @@ def test_images_that_cannot_be_read(run, model, root, tmp_path) -> None:
         ),
         ("--json nosuch/file.json", "json nosuch/file.json cannot be written: nosuch is not a folder"),
         ("--plot nosuch/file.png", "plot nosuch/file.png cannot be written: nosuch is not a folder"),
-        ("--plot file.txt", "plot file.txt is of no kind of picture"),
         ("--accelerate --dtype float16", "dtype is torch.float16, on a CPU it may be"),
         ("--processes 2 --device cuda", "processes is 2 and device cuda, use torchrun for GPUs"),
     ],
@@ -256,6 +255,11 @@ def test_options_that_cannot_be(options: str, said: str, run, tmp_path, monkeypa
     assert result.exit_code in (1, 2) and said in result.stderr
     assert result.stderr.count("Error: ") == 1 and "Traceback" not in result.stderr
     assert {file.name for file in tmp_path.iterdir()} == {"data"}
+
+
+def test_a_plot_that_cannot_be_is_refused_before_the_work(run, tmp_path) -> None:
+    result = run("--plot", tmp_path / "file.txt", weights=tmp_path / "nosuch.safetensors")
+    assert result.exit_code == 1 and "file.txt is of no kind of picture" in complaints(result)[0]
 
 
 def test_weights_and_data_that_do_not_fit(run, tmp_path) -> None:
