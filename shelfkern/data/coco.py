@@ -29,7 +29,8 @@ LEAST_LABELLED = 1000
 
 
 class COCO(DrawnDataset):
-    """COCO with VOC's classes. Opening draws masks, to count their pixels: a minute for all.
+    """COCO with VOC's classes. Opening draws masks, to count their pixels: a minute or two of
+    train2017.
 
     Args:
         root: the folder that holds `annotations` and the images.

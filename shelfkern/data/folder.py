@@ -78,8 +78,8 @@ def _items(root: Path, split: str) -> list[Item]:
     if root.suffix.lower() == ".csv":
         _check_split(split, [WHOLE], root)
         return _listed(root)
-    parts = sorted(path.parent.name for path in root.glob("*/images"))
-    parts += sorted(path.stem for path in root.glob("*.csv"))
+    parts = sorted(path.parent.name for path in root.glob("[!.]*/images"))
+    parts += sorted(path.stem for path in root.glob("[!.]*.csv"))
     parts += [WHOLE] * (root / "images").is_dir()
     _check_split(split, parts, root)
     if (root / f"{split}.csv").is_file():
@@ -97,7 +97,7 @@ def _paired(folder: Path) -> list[Item]:
     """Images and masks of the same names."""
     masks = folder / "masks"
     found: dict[str, Path] = {}
-    for path in sorted(masks.glob("*")):
+    for path in sorted(masks.glob("[!.]*")):
         if path.suffix.lower() in IMAGE_SUFFIXES and found.setdefault(path.stem, path) != path:
             raise ValueError(f"{masks} holds {found[path.stem].name} and {path.name}, an image has one mask")
     items = []

@@ -204,12 +204,12 @@ def read_names(path: Path) -> list[str]:
 
 
 def images_in(folder: Path) -> list[Path]:
-    """The image files of a folder, by name.
+    """The image files of a folder, by name; hidden ones are not, which copies from a Mac bring.
 
     Raises:
         FileNotFoundError: there are none.
     """
-    found = sorted(path for path in folder.glob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    found = sorted(path for path in folder.glob("[!.]*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if not found:
         state = "holds no image" if folder.is_dir() else "is no folder"
         raise FileNotFoundError(f"{folder} {state}, there must be files of {', '.join(IMAGE_SUFFIXES)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -158,6 +159,15 @@ def test_masks_of_colours(tmp_path) -> None:
     assert_array_equal(found, np.array(list(COLOURS.values()))[which])
 
 
+def test_every_channel_counts_in_its_place(tmp_path) -> None:
+    colours = [list(colour) for colour in itertools.permutations((0, 1, 2, 255), 3)]
+    write_map(tmp_path, {"classes": [{"name": str(colour), "colour": colour} for colour in colours]})
+    _, path = add(tmp_path / "train", "a", 0)
+    which = values_of(5, range(24))
+    save(path, np.array(colours, np.uint8)[which])
+    assert_array_equal(np.asarray(Folder(tmp_path, "train")[0].mask), which)
+
+
 def test_masks_of_colours_that_mean_nothing(tmp_path) -> None:
     labels = write_map(tmp_path)
     _, path = add(tmp_path / "train", "a", 0)
@@ -207,6 +217,17 @@ def test_names_must_be_of_one_image_and_one_mask(tmp_path) -> None:
     save(tmp_path / "val" / "images" / "a.jpg", pixels_of(0))
     with pytest.raises(ValueError, match="images names a twice"):
         Folder(tmp_path, "val")
+
+
+def test_hidden_files_are_passed_over(tmp_path) -> None:
+    write_map(tmp_path)
+    image, mask = add(tmp_path / "train", "a", 0)
+    for path in (image, mask, tmp_path / "train.csv"):
+        path.with_name(f"._{path.name}").write_bytes(b"of a Mac")
+    save(tmp_path / ".trash" / "images" / "b.png", pixels_of(0))
+    assert Folder(tmp_path, "train").names == ("a",)
+    with pytest.raises(ValueError, match=r"has train$"):
+        Folder(tmp_path, ".trash")
 
 
 @needs_toml

@@ -167,6 +167,16 @@ def test_a_turned_window_is_one_of_the_turned_image(degrees: float, window) -> N
     assert np.mean(expected != np.asarray(labels)) <= 0.005
 
 
+@pytest.mark.parametrize(
+    ("size", "degrees"), [((16, 16), 12.8), ((40, 30), 6.55), ((40, 30), 3.2), ((23, 17), 9.25)]
+)
+def test_no_label_without_its_colour(size: tuple[int, int], degrees: float) -> None:
+    """At turns where Pillow's bilinear and nearest sampling disagree on where the image ends."""
+    image, mask, window = Image.new("RGB", size, (255, 255, 255)), Image.new("L", size, 3), (0, 0, *size)
+    found, labels = (np.asarray(one) for one in turned(image, mask, window, window, rotation(size, degrees)))
+    assert set(np.unique(labels)) == {3, IGNORE} and (found[labels == 3] == 255).all()
+
+
 def test_only_what_a_window_shows_is_resampled() -> None:
     size = (400, 300)
     left, top, right, bottom = source_box((180, 140, 220, 160), size, rotation(size, 10))
