@@ -37,7 +37,7 @@ from results import about
 from table import replaced
 
 import shelfkern.nn
-from shelfkern.data import camvid
+from shelfkern.data import Dataset, Sample, camvid
 from shelfkern.engine.gpu.program import GpuProgram, Options
 from shelfkern.engine.gpu.timing import tuner_of
 from shelfkern.engine.lower import lower
@@ -86,13 +86,13 @@ def deployed(range_images: RangeImages) -> list[tuple[str, Peer, torch.dtype]]:
     ]
 
 
-def spread(frames: Sequence[camvid.Frame], count: int) -> list[camvid.Frame]:
+def spread(dataset: Dataset, count: int) -> list[Sample]:
     """So many frames, evenly over the film: neighbours are alike."""
-    count = min(count, len(frames))
-    return [frames[index * len(frames) // count] for index in range(count)]
+    count = min(count, len(dataset))
+    return [dataset[index * len(dataset) // count] for index in range(count)]
 
 
-def raw(frames: Sequence[camvid.Frame]) -> Tensor:
+def raw(frames: Sequence[Sample]) -> Tensor:
     """uint8 (N, H, W, 3)."""
     return torch.from_numpy(np.stack([np.asarray(frame.image) for frame in frames]))
 
@@ -110,14 +110,14 @@ def program_of(
 
 
 @torch.no_grad()
-def labels_of(program: GpuProgram, frames: Sequence[camvid.Frame], device: torch.device) -> np.ndarray:
+def labels_of(program: GpuProgram, frames: Sequence[Sample], device: torch.device) -> np.ndarray:
     """uint8 (N, H, W)."""
     parts = [frames[start : start + BATCH] for start in range(0, len(frames), BATCH)]
     return np.concatenate([program.labels(raw(part).to(device)).cpu().numpy() for part in parts])
 
 
 @torch.no_grad()
-def labels_by(peer: Peer, model: ShelfNet, dtype: torch.dtype, frames: Sequence[camvid.Frame]) -> np.ndarray:
+def labels_by(peer: Peer, model: ShelfNet, dtype: torch.dtype, frames: Sequence[Sample]) -> np.ndarray:
     """uint8 (N, H, W), frame by frame."""
     images = normalised(raw(frames[:1]), model)
     run = peer.prepare(model, images, dtype, labels=True)
@@ -129,7 +129,7 @@ def labels_by(peer: Peer, model: ShelfNet, dtype: torch.dtype, frames: Sequence[
 
 
 def row(
-    variant: Variant, labels: np.ndarray, exact: np.ndarray, frames: Sequence[camvid.Frame], seconds: float
+    variant: Variant, labels: np.ndarray, exact: np.ndarray, frames: Sequence[Sample], seconds: float
 ) -> Row:
     """One variant's figures; `exact` are float32's labels."""
     matrix = ConfusionMatrix(len(camvid.CLASSES))
@@ -184,7 +184,7 @@ def write_page(rows: list[Row]) -> None:
 
 
 def rows_of_deployed(
-    model: ShelfNet, pictures: Sequence[Tensor], frames: Sequence[camvid.Frame], exact: np.ndarray
+    model: ShelfNet, pictures: Sequence[Tensor], frames: Sequence[Sample], exact: np.ndarray
 ) -> Iterator[Row]:
     """A row for each of `deployed`; with a reason where it has no labels."""
 
@@ -216,9 +216,9 @@ def main(data: Path, weights: str, device: str, calibration: int, frames: int | 
     where = torch.device(device)
     model = shelfkern.nn.from_weights(weights, where)
     facts = {"weights": weights, "digest": digest(model)} | about(where.type)
-    every = camvid.load_split(data, "val")
+    every = camvid.CamVid(data, "val")
     chosen = spread(every, frames or len(every))
-    to_calibrate = spread(camvid.load_split(data, "train"), calibration)
+    to_calibrate = spread(camvid.CamVid(data, "train"), calibration)
     pictures = [raw([frame]) for frame in to_calibrate]
     rows: list[Row] = []
 

@@ -11,7 +11,7 @@ import torch
 from cases import SHIPPED, build
 from PIL import Image
 
-from shelfkern.data import camvid
+from shelfkern.data import Sample, camvid
 
 
 @pytest.fixture(scope="module")
@@ -20,17 +20,8 @@ def frames():
     values = np.random.default_rng(0)
     image = values.integers(0, 256, (2, 64, 96, 3), dtype=np.uint8)
     mask = values.integers(0, len(camvid.CLASSES), (2, 64, 96), dtype=np.uint8)
-    return [
-        Pictures(Image.fromarray(one), Image.fromarray(other)) for one, other in zip(image, mask, strict=True)
-    ]
-
-
-@dataclasses.dataclass(frozen=True)
-class Pictures:
-    """Of a frame what is used."""
-
-    image: Image.Image
-    mask: Image.Image
+    pairs = zip(image, mask, strict=True)
+    return [Sample("noise", Image.fromarray(one), Image.fromarray(other)) for one, other in pairs]
 
 
 @dataclasses.dataclass(frozen=True)
