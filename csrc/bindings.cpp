@@ -108,6 +108,28 @@ void quantize(Address x, Address codes, int dtype, int64_t count, float codes_sc
         {pointer(x), pointer<int8_t>(codes), static_cast<DType>(dtype), count, codes_scale, threads});
 }
 
+void bn_act_dropout(Address x, Address residual, Address weight, Address bias, Address noise, Address out,
+                    Address mean, Address var, Address mask, int dtype, int64_t n, int64_t hw, int64_t c,
+                    float eps, float slope, int threads) {
+    const py::gil_scoped_release unlocked;
+    kernels().bn_act_dropout({pointer(x), pointer(residual), pointer<float>(weight), pointer<float>(bias),
+                              pointer<float>(noise), pointer(out), pointer<float>(mean), pointer<float>(var),
+                              pointer<uint8_t>(mask), static_cast<DType>(dtype), n, hw, c, eps, slope,
+                              threads});
+}
+
+void bn_act_dropout_backward(Address grad, Address x, Address weight, Address mean, Address var,
+                             Address noise, Address mask, Address grad_x, Address grad_residual,
+                             Address grad_weight, Address grad_bias, int dtype, int64_t n, int64_t hw,
+                             int64_t c, float eps, float slope, int threads) {
+    const py::gil_scoped_release unlocked;
+    kernels().bn_act_dropout_backward({pointer(grad), pointer(x), pointer<float>(weight),
+                                       pointer<float>(mean), pointer<float>(var), pointer<float>(noise),
+                                       pointer<uint8_t>(mask), pointer(grad_x), pointer(grad_residual),
+                                       pointer<float>(grad_weight), pointer<float>(grad_bias),
+                                       static_cast<DType>(dtype), n, hw, c, eps, slope, threads});
+}
+
 Product product_of(const std::string& kind) {
     static const std::map<std::string, Product> products = {
         {"float32", Product::floats}, {"bfloat16", Product::pairs}, {"int8", Product::quads}};
@@ -218,6 +240,8 @@ PYBIND11_MODULE(_native, m) {
     m.def("upsample_softmax_sum", &upsample_softmax_sum);
     m.def("conv_bn_act", &conv_bn_act);
     m.def("quantize", &quantize);
+    m.def("bn_act_dropout", &bn_act_dropout);
+    m.def("bn_act_dropout_backward", &bn_act_dropout_backward);
     m.def("has_product", &has_product);
     m.def("peak", &peak);
     m.def("stem", &stem);

@@ -27,6 +27,7 @@ from torch import Tensor
 from . import native
 from .ops import _conv_triton as conv
 from .ops import _triton
+from .ops.bn_act_dropout import bn_act_dropout_backward_triton, bn_act_dropout_triton
 from .ops.conv_bn_act import conv_bn_act_triton
 from .ops.deconv_add import deconv_add_triton
 from .ops.quantize import quantize_triton
@@ -51,7 +52,13 @@ REGISTER_UNIT, SHARED_UNIT = 256, 128
 
 _NO_TOOL = "there is no cuobjdump, which comes with Triton and with CUDA"
 _FLOATING = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-_TYPES = {**_FLOATING, torch.int8: "i8", torch.float8_e4m3fn: "fp8e4nv", torch.int32: "i32"}
+_TYPES = {
+    **_FLOATING,
+    torch.int8: "i8",
+    torch.float8_e4m3fn: "fp8e4nv",
+    torch.int32: "i32",
+    torch.uint8: "u8",
+}
 # Of convolutions: dtypes, and how float32 is multiplied.
 _PRECISIONS = [*((dtype, "tf32") for dtype in _FLOATING), (torch.float32, "ieee")]
 # Codes, and for which of ARCHS their kernels are.
@@ -143,7 +150,15 @@ def _tool() -> str | None:
 
 def cases() -> list[Case]:
     """Every Triton kernel at every configuration that can be chosen."""
-    return [*_convolutions(), *_codes(), *_blocks(), *_deconvolutions(), *_resamplings(), *_quantizations()]
+    return [
+        *_convolutions(),
+        *_codes(),
+        *_blocks(),
+        *_deconvolutions(),
+        *_resamplings(),
+        *_norms(),
+        *_quantizations(),
+    ]
 
 
 # Kernel size, stride, padding, input and output channels.
@@ -297,6 +312,28 @@ def _launch_bilinear_backward(dtype: torch.dtype, align: bool) -> None:
     size = (8 * _HEIGHT + 1, 8 * _WIDTH + 1)
     gradient, out = _meta((2, 19, *size), dtype), _meta((2, 19, _HEIGHT, _WIDTH), dtype)
     upsample_bilinear_backward_triton(gradient, size, out, align)
+
+
+def _norms() -> Iterator[Case]:
+    for dtype in _FLOATING:
+        for words, channels in (("", 128), (", 21 channels", 21)):
+            # All that there can be, and the least.
+            for slope, full in ((0.01, True), (0.0, False), (None, False)):
+                act = "no activation" if slope is None else f"slope {slope:g}"
+                variant = f"{_name(dtype)}{words}, {act}{', residual, dropout' if full else ''}"
+                launch = functools.partial(_launch_norm, dtype, channels, slope, full)
+                yield Case("bn_act_dropout", variant, launch)
+
+
+def _launch_norm(dtype: torch.dtype, channels: int, slope: float | None, full: bool) -> None:
+    x, vector = _images(dtype, channels), _meta((channels,))
+    n, _, h, w = x.shape
+    noise, weight, residual = (_meta((n, channels)), vector, x) if full else (None, None, None)
+    mask = None if slope is None else _meta((n, h, w, (channels + 7) // 8), torch.uint8)
+    bn_act_dropout_triton(x, weight, weight, residual, noise, 1e-5, slope, x, vector, vector, mask)
+    bn_act_dropout_backward_triton(
+        x, x, weight, vector, vector, noise, mask, 1e-5, slope, x, residual, vector, vector
+    )
 
 
 def _quantizations() -> Iterator[Case]:

@@ -136,6 +136,35 @@ struct Quantize {
     int threads;
 };
 
+// out = act((x - mean) / sqrt(var + eps) * weight + bias + residual) * noise, mean and var being found: those
+// of each channel over n x hw pixels. x, residual, out: n hw c; noise: n c; the rest: c. residual, weight,
+// bias and noise may be null. mask, or null: for each pixel (c + 7) / 8 bytes, whose bits say where the
+// activation's argument was positive.
+struct BnActDropout {
+    const void *x, *residual;
+    const float *weight, *bias, *noise;
+    void* out;
+    float *mean, *var;
+    uint8_t* mask;
+    DType dtype;
+    int64_t n, hw, c;
+    float eps, slope;
+    int threads;
+};
+
+// Its gradients from grad, that of out. grad_residual may be null; null mask: no activation.
+struct BnActDropoutBackward {
+    const void *grad, *x;
+    const float *weight, *mean, *var, *noise;
+    const uint8_t* mask;
+    void *grad_x, *grad_residual;
+    float *grad_weight, *grad_bias;
+    DType dtype;
+    int64_t n, hw, c;
+    float eps, slope;
+    int threads;
+};
+
 // Operations a second of products alone, on as many threads.
 struct Peak {
     Product product;
@@ -157,6 +186,8 @@ struct Kernels {
     void (*winograd)(const Winograd&);
     void (*winograd_block)(const WinogradBlock&);
     void (*quantize)(const Quantize&);
+    void (*bn_act_dropout)(const BnActDropout&);
+    void (*bn_act_dropout_backward)(const BnActDropoutBackward&);
     double (*peak)(const Peak&);
 };
 

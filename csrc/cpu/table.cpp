@@ -24,6 +24,8 @@ void stem(const Stem&);
 void winograd(const Winograd&);
 void winograd_block(const WinogradBlock&);
 void quantize(const Quantize&);
+void bn_act_dropout(const BnActDropout&);
+void bn_act_dropout_backward(const BnActDropoutBackward&);
 double peak(const Peak&);
 
 #if defined(__AVX512BF16__)
@@ -64,6 +66,8 @@ const Kernels table = {SHELFKERN_NAME(SHELFKERN_ISA),
                        winograd,
                        winograd_block,
                        quantize,
+                       bn_act_dropout,
+                       bn_act_dropout_backward,
                        peak};
 #endif
 

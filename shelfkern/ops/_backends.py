@@ -21,6 +21,7 @@ BACKENDS = ("auto", "native", "cuda", "triton", "emulated", "reference")
 # Every op and the backends that have a kernel of it, on each device the one that "auto" prefers first.
 KERNELS = {
     "attention_gate": ("native", "cuda", "emulated"),
+    "bn_act_dropout": ("native", "triton"),
     "conv_bn_act": ("native", "triton"),
     "deconv_add": ("native", "triton"),
     "quantize": ("native", "triton"),

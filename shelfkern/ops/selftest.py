@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import native
 from . import (
@@ -16,6 +16,8 @@ from . import (
     _triton,
     attention_gate,
     attention_gate_reference,
+    bn_act_dropout,
+    bn_act_dropout_reference,
     conv_bn_act,
     conv_bn_act_reference,
     deconv_add,
@@ -72,6 +74,12 @@ def _cases() -> dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], tu
     stem_weights = (_random(20, 3, 7, 7) / 12, _random(20), _random(20), mean, std)
     return {
         "attention_gate": (attention_gate, attention_gate_reference, (x, _random(5, 19), *_pair(5)), {}),
+        "bn_act_dropout": (
+            _with_norm(bn_act_dropout),
+            _with_norm(bn_act_dropout_reference),
+            (x, *norms[:2], _random(2, 19, 7, 9)),
+            dict(slope=0.01),
+        ),
         "conv_bn_act": (
             conv_bn_act,
             conv_bn_act_reference,
@@ -112,6 +120,27 @@ def _cases() -> dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], tu
             dict(size=size, crop=(12, 17), mirror=True),
         ),
     }
+
+
+class _Normalised(nn.Module):
+    def __init__(self, op: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.op, self.bn = op, nn.BatchNorm2d(19, track_running_stats=False)
+
+    def forward(self, x: Tensor, residual: Tensor, **arguments: Any) -> Tensor:
+        return self.op(x, self.bn, residual, **arguments)
+
+
+def _with_norm(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """An op of a batch norm in training, as one of the norm's parameters."""
+    module = _Normalised(op)
+
+    def normalised(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, **arguments: Any) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        parameters = {"bn.weight": weight.to(wide), "bn.bias": bias.to(wide)}
+        return torch.func.functional_call(module, parameters, (x, residual), arguments)
+
+    return normalised
 
 
 def _into_zeros(add: Callable[..., None]) -> Callable[..., Tensor]:

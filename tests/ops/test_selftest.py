@@ -14,6 +14,7 @@ pytestmark = needs_native
 # For each op: the native function that it calls, and which of its arguments is the address of its output.
 OUTPUTS = {
     "attention_gate": ("attention_gate", 4),
+    "bn_act_dropout": ("bn_act_dropout", 5),
     "conv_bn_act": ("conv_bn_act", 6),
     "deconv_add": ("conv_bn_act", 6),
     "quantize": ("quantize", 1),
