@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from layouts import SIZE, pixels_of, save, values_of, with_palette
 from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
-from shelfkern.data import IGNORE, check, class_frequencies, open_dataset
+from shelfkern.data import DATASETS, IGNORE, check, class_frequencies, open_dataset
 from shelfkern.data.camvid import CLASSES, CamVid
 from shelfkern.data.reading import ranges
 
@@ -217,3 +218,8 @@ def test_ranges_for_people() -> None:
     assert (
         ranges([]) == "" and ranges([3]) == "3" and ranges([0, 1, 2, 5, 254, 255]) == "0 to 2, 5, 254 to 255"
     )
+
+
+def test_the_page_names_every_dataset() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "datasets.md").read_text()
+    assert re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE) == list(DATASETS)
