@@ -44,12 +44,17 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     if path.suffix == ".safetensors":
         return dict(read_safetensors(path)[0])
     try:
-        return published.unwrap(_load_torch(path))
+        return published.unwrap(load_torch(path))
     except TypeError as error:
         raise RuntimeError(f"{path} holds no state dict: {error}") from error
 
 
-def _load_torch(path: Path) -> Any:
+def load_torch(path: Path) -> Any:
+    """What torch.save wrote, onto the CPU, where it is tensors and plain values.
+
+    Raises:
+        RuntimeError: the file is cut short, of another kind, or holds more than that.
+    """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

@@ -13,6 +13,7 @@ from .evaluate import evaluate
 from .export import export
 from .resources import resources
 from .segment import segment
+from .train import train
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -24,6 +25,7 @@ def commands() -> None:
 commands.add_command(segment)
 commands.add_command(evaluate)
 commands.add_command(bench)
+commands.add_command(train)
 commands.add_command(doctor)
 commands.add_command(export)
 commands.add_command(resources)

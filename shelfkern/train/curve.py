@@ -1,4 +1,4 @@
-"""Draws a run's learning curve: `python -m shelfkern.train.curve RUN/log.csv curve.png` (extra `train`)."""
+"""Draws a run's learning curve: `python -m shelfkern.train.curve RUN/STAGE ... curve.svg` (extra `train`)."""
 
 from __future__ import annotations
 
@@ -7,12 +7,39 @@ from pathlib import Path
 
 import click
 
+Points = list[tuple[float, float]]
+
+
+def read(log: Path) -> tuple[Points, Points]:
+    """(step, loss) and (step, mIoU) of a stage's folder, or of one CSV file with both."""
+    files = [log / "train.csv", log / "validation.csv"] if log.is_dir() else [log]
+    loss: Points = []
+    miou: Points = []
+    for path in files:
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                for name, points in (("loss", loss), ("miou", miou)):
+                    if name in row:
+                        points.append((float(row["step"]), float(row[name])))
+    return loss, miou
+
+
+def joined(logs: tuple[Path, ...]) -> tuple[Points, Points]:
+    """The points of stages that followed each other, their steps counted on."""
+    loss: Points = []
+    miou: Points = []
+    for log in logs:
+        done = max((step for step, _ in (*loss, *miou)), default=0.0)
+        for points, more in zip((loss, miou), read(log), strict=True):
+            points += [(done + step, value) for step, value in more]
+    return loss, miou
+
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("log", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("logs", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
 @click.argument("picture", type=click.Path(dir_okay=False, path_type=Path))
-def main(log: Path, picture: Path) -> None:
-    """Loss and validation mIoU by step, from LOG, which the training writes, to PICTURE (png, svg, pdf)."""
+def main(logs: tuple[Path, ...], picture: Path) -> None:
+    """Loss and validation mIoU by step, from the folders of stages in their order, to PICTURE (png, svg)."""
     try:
         import matplotlib
     except ImportError:
@@ -20,14 +47,16 @@ def main(log: Path, picture: Path) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
-    with log.open(newline="") as file:
-        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-    steps = [row["step"] for row in rows]
+    try:
+        loss, miou = joined(logs)
+    except (OSError, ValueError, KeyError) as error:
+        raise click.ClickException(f"logs cannot be read: {error}") from error
     figure, left = plt.subplots(figsize=(6, 3.5), layout="constrained")
-    left.plot(steps, [row["loss"] for row in rows], color="#b8c4ce", label="loss")
+    left.plot([step for step, _ in loss], [value for _, value in loss], color="#b8c4ce")
     left.set(xlabel="step", ylabel="training loss")
     right = left.twinx()
-    right.plot(steps, [100 * row["miou"] for row in rows], color="#1b6ca8", marker="o", markersize=3)
+    percent = [100 * value for _, value in miou]
+    right.plot([step for step, _ in miou], percent, color="#1b6ca8", marker="o", markersize=3)
     right.set_ylabel("validation mIoU, %", color="#1b6ca8")
     figure.savefig(picture)
 

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from .recipe import Schedule
 
-def poly_with_warmup(step: int, total: int, base: float, warmup: int, power: float = 0.9) -> float:
-    """base * (1 - step / total)^power, rising linearly from 0 over the first `warmup` steps.
 
-    Poly decay as published for ShelfNet; `step` counts from 0.
-    """
-    return base * min(1.0, (step + 1) / max(warmup, 1)) * (1 - step / total) ** power
+def factor(step: int, total: int, schedule: Schedule) -> float:
+    """What the highest rate is multiplied by at a step, counted from 0, of `total`."""
+    if schedule.warmup_shape == "linear":
+        return min(1.0, (step + 1) / max(schedule.warmup, 1)) * poly(step, total, schedule.power)
+    if step < schedule.warmup:
+        return schedule.warmup_from ** (1 - step / schedule.warmup)
+    return poly(step - schedule.warmup, max(total - schedule.warmup, 1), schedule.power)
+
+
+def poly(step: int, total: int, power: float) -> float:
+    """(1 - step / total)^power, as published for ShelfNet."""
+    return (1 - step / total) ** power

@@ -138,7 +138,7 @@ def files_in(folder: Path) -> set[str]:
 
 
 def package_files() -> set[str]:
-    kinds = re.compile(r"shelfkern/(.+\.py|py\.typed|weights/[^/]+\.(safetensors|md))")
+    kinds = re.compile(r"shelfkern/(.+\.py|py\.typed|weights/[^/]+\.(safetensors|md)|train/recipes/[^/]+\.toml)")
     return set(filter(kinds.fullmatch, tracked()))
 
 

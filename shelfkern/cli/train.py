@@ -1,0 +1,97 @@
+"""`shelfkern train`: a recipe from its first step to its last weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ..data import check as check_dataset
+from ..train import recipe as recipes
+from ..train.distributed import joined
+from ..train.trainer import Options, open_split
+from ..train.trainer import train as run_stages
+
+
+def _roots(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, Path]:
+    """The folder of every dataset; a bare one is that of all that are not named."""
+    roots: dict[str, Path] = {}
+    for value in values:
+        name, equals, folder = value.rpartition("=")
+        if not Path(folder).is_dir():
+            raise click.BadParameter(f"{folder!r} is not a folder")
+        roots[name if equals else ""] = Path(folder)
+    return roots
+
+
+def _check(recipe: recipes.Recipe, roots: dict[str, Path]) -> None:
+    """Names every sample that cannot be trained on; ends with status 1 if there are any."""
+    problems: list[str] = []
+    for data in dict.fromkeys(stage.data for stage in recipe.stages):
+        for split in filter(None, (data.train, data.validation)):
+            found = open_split(data.dataset, roots, split)
+            strange = check_dataset(found)
+            click.echo(f"{data.dataset} {split}: {len(found)} samples, {len(strange)} of them unfit")
+            problems += strange
+    for problem in problems:
+        click.echo(problem, err=True)
+    if problems:
+        raise click.exceptions.Exit(1)
+
+
+@click.command()
+@click.argument("config")
+@click.option(
+    "--data", "roots", multiple=True, required=True, callback=_roots, metavar="[NAME=]DIR",
+    help="Where a dataset lies; with NAME= where a recipe has several.",
+)  # fmt: skip
+@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="For results.")
+@click.option(
+    "--set", "changes", multiple=True, metavar="[STAGE:]FIELD=VALUE",
+    help="Another value for a field of the recipe, such as optimizer.lr=0.005; may be repeated.",
+)  # fmt: skip
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="A GPU where there is one, by default.")
+@click.option(
+    "--every", default=Options.every, show_default=True, type=click.IntRange(1),
+    help="Steps between checkpoints, each with a validation.",
+)  # fmt: skip
+@click.option(
+    "--log-every", default=Options.log_every, show_default=True, type=click.IntRange(1),
+    help="Steps between rows of the log.",
+)  # fmt: skip
+@click.option(
+    "--workers", default=Options.workers, show_default=True, type=click.IntRange(0),
+    help="Processes that decode and augment images.",
+)  # fmt: skip
+@click.option("--check", is_flag=True, help="Read every image and mask, name those that do not do, and end.")
+def train(
+    config: str,
+    roots: dict[str, Path],
+    out: Path,
+    changes: tuple[str, ...],
+    device: str | None,
+    every: int,
+    log_every: int,
+    workers: int,
+    check: bool,
+) -> None:
+    """Trains by CONFIG, a shipped recipe or a TOML file; goes on where an earlier run in OUT stopped.
+
+    Every stage of the recipe leaves in OUT/STAGE: best.safetensors and last.safetensors, train.csv and
+    validation.csv, TensorBoard's events, and checkpoint.pt, from which it goes on. torchrun starts it on
+    several GPUs or machines: `torchrun --nproc-per-node 8 -m shelfkern train ...`.
+    """
+    try:
+        recipe = recipes.load(config, changes)
+        named = {stage.data.dataset for stage in recipe.stages}
+        if "" in roots:
+            roots |= {name: roots[""] for name in named if name not in roots}
+        if check:
+            _check(recipe, roots)
+            return
+        with joined(device) as processes:
+            run_stages(recipe, Options(out, roots, every, log_every, workers), processes)
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise click.ClickException(str(error)) from error
+    except KeyboardInterrupt:
+        raise click.Abort from None

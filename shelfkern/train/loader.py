@@ -1,0 +1,99 @@
+"""Batches of a run: every choice in them follows from the seed and the step, so that a run can be resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import signal
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import data
+
+from ..data.dataset import Dataset
+from ..data.transforms import Augmentation
+from .recipe import Stage
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """The `position`-th image of a step, of all processes together: which it is, and its random seed."""
+
+    index: int
+    seed: tuple[int, int, int]
+
+
+class Keys:
+    """The parts of a run's steps that fall to a process, in order, each a list of `Key`.
+
+    Every image is seen once an epoch, each epoch in an order of its own.
+    """
+
+    def __init__(self, stage: Stage, images: int, steps: range, rank: int = 0, count: int = 1) -> None:
+        self.stage, self.images, self.steps = stage, images, steps
+        self.rank, self.count = rank, count
+        self._order = functools.lru_cache(2)(self._new_order)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        parts = self.count * self.stage.accumulate
+        size = self.stage.batch // parts
+        for step in self.steps:
+            for part in range(self.rank, parts, self.count):
+                yield [self._key(step, position) for position in range(part * size, (part + 1) * size)]
+
+    def _key(self, step: int, position: int) -> Key:
+        epoch, place = divmod(step * self.stage.batch + position, self.images)
+        return Key(int(self._order(epoch)[place]), (self.stage.seed, step, position))
+
+    def _new_order(self, epoch: int) -> np.ndarray:
+        # Of its own stream: (seed, step, position) seeds the augmentation.
+        return np.random.default_rng((self.stage.seed, 77, epoch)).permutation(self.images)
+
+
+class Augmented(data.Dataset[tuple[np.ndarray, np.ndarray]]):
+    """Augmented images by `Key`."""
+
+    def __init__(self, source: Dataset, augmentation: Augmentation) -> None:
+        self.source, self.augmentation = source, augmentation
+
+    def __getitem__(self, key: Key) -> tuple[np.ndarray, np.ndarray]:
+        sample = self.source[key.index]
+        return self.augmentation(sample.image, sample.mask, np.random.default_rng(key.seed))
+
+
+def batches(
+    source: Dataset, stage: Stage, steps: range, rank: int = 0, count: int = 1, workers: int = 0
+) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """The parts of each step that fall to a process.
+
+    Args:
+        steps: which to give.
+        rank, count: the process and how many there are.
+        workers: processes that decode and augment; 0 for this one. It does not change what is given.
+
+    Yields:
+        for each step `stage.accumulate` pairs of images (N, h, w, 3) and labels (N, h, w), both uint8.
+    """
+    loader = data.DataLoader(
+        Augmented(source, stage.augmentation),
+        batch_sampler=Keys(stage, len(source), steps, rank, count),
+        num_workers=workers,
+        collate_fn=_stacked,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_deaf_to_ctrl_c,
+    )
+    parts = iter(loader)
+    for _ in steps:
+        yield [next(parts) for _ in range(stage.accumulate)]
+
+
+def _deaf_to_ctrl_c(worker: int) -> None:
+    # The training process ends its step first, and then its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _stacked(samples: list[tuple[np.ndarray, np.ndarray]]) -> tuple[Tensor, Tensor]:
+    images, labels = zip(*samples, strict=True)
+    return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(labels))

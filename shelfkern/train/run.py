@@ -1,0 +1,246 @@
+"""One stage of a training run: the model, its moving average, the optimiser, and how far it is."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import checkpoints
+from .. import nn as models
+from ..data import class_frequencies
+from ..data.dataset import Dataset
+from ..files import replacing
+from ..nn import ShelfNet, from_weights, shipped_weights
+from . import optimizer, schedule
+from .average import Average
+from .distributed import Processes, sync_norms
+from .losses import PARTS, Objective, class_weights, shares
+from .recipe import Model, Stage
+
+AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+# Of a recipe these may differ between a checkpoint and the run that goes on from it.
+LENGTH = ("steps", "epochs")
+
+
+class Run:
+    """A stage in training.
+
+    Args:
+        stage: what is trained and how.
+        source: the training images.
+        processes: this process among those that train together.
+        start: a state dict to begin with, in place of what `stage.model` names.
+
+    Raises:
+        OSError, RuntimeError, ValueError: the weights to begin with cannot be read or do not fit; the batch
+            cannot be shared among the processes.
+
+    Attributes:
+        step: steps done.
+        steps: steps of the whole stage.
+        best: the best validation mIoU so far, with the step it was measured at.
+    """
+
+    def __init__(
+        self, stage: Stage, source: Dataset, processes: Processes, start: dict[str, Tensor] | None = None
+    ) -> None:
+        parts = processes.count * stage.accumulate
+        if stage.batch % parts:
+            raise ValueError(f"batch is {stage.batch}, it must be a multiple of {parts}, the parts of a step")
+        torch.manual_seed(stage.seed)
+        self.stage, self.source, self.processes = stage, source, processes
+        self.step, self.steps = 0, stage.total_steps(len(source))
+        self.best, self.best_step = 0.0, 0
+        self._terms, self._counted = torch.zeros(len(PARTS)), 0
+        self.dtype = torch.float64 if stage.precision == "float64" else torch.float32
+        self.model = self._model(start)
+        self.average = Average(self.model, stage.average)
+        self.optimizer = optimizer.build(self.model, stage.optimizer)
+        device = processes.device.type
+        self.scaler = torch.amp.GradScaler(device, enabled=stage.precision == "float16")
+        margin = stage.loss.class_margin
+        self.weights = class_weights(class_frequencies(source), margin) if margin else None
+        self.objective = self._objective()
+
+    def _model(self, start: dict[str, Tensor] | None) -> ShelfNet:
+        model = build_model(self.stage.model, self.source, start)
+        if self.stage.sync_norms and self.processes.count > 1:
+            sync_norms(model, self.processes.device)
+        model.to(self.processes.device, self.dtype)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
+        return model
+
+    def _objective(self) -> nn.Module:
+        stage, processes = self.stage, self.processes
+        backend = "auto" if stage.fused else "reference"
+        autocast = AUTOCAST.get(stage.precision)
+        objective = Objective(self.model, stage.loss, self.weights, autocast, backend)
+        objective.to(processes.device, self.dtype)
+        if processes.count == 1:
+            return objective
+        idle = not stage.loss.presence and self.model.presence_head is not None
+        idle |= not stage.loss.auxiliary and len(self.model.aux_heads) > 0
+        return nn.parallel.DistributedDataParallel(objective, find_unused_parameters=idle)
+
+    def advance(self, batch: list[tuple[Tensor, Tensor]]) -> None:
+        """One step on this process's parts of a batch, as `loader.batches` gives them."""
+        stage = self.stage
+        optimizer.set_rate(
+            self.optimizer,
+            stage.optimizer.lr * schedule.factor(self.step, self.steps, stage.schedule),
+        )
+        self.model.train()
+        self.optimizer.zero_grad()
+        terms = [
+            self._backward(index, *part, share)
+            for index, (part, share) in enumerate(zip(batch, self._shares(batch), strict=True))
+        ]
+        if stage.optimizer.clip:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), stage.optimizer.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.step += 1
+        self.average.update(self.model, self.step)
+        self._terms = self._terms.to(self.processes.device) + torch.stack(terms).sum(0)
+        self._counted += 1
+
+    def take_terms(self) -> Tensor:
+        """The mean terms of the loss, as `losses.PARTS`, over the steps since the last call.
+
+        Of this process; their mean over all processes is the whole batch's.
+        """
+        mean = self._terms / max(self._counted, 1)
+        self._terms, self._counted = torch.zeros_like(self._terms), 0
+        return mean
+
+    def _shares(self, batch: list[tuple[Tensor, Tensor]]) -> list[float]:
+        own = shares(self.stage.loss, [labels for _, labels in batch], self.weights)
+        total = float(self.processes.sum(own.sum()))
+        parts = len(batch) * self.processes.count
+        return [parts * float(part) / total if total else 0.0 for part in own]
+
+    def _backward(self, index: int, images: Tensor, labels: Tensor, share: float) -> Tensor:
+        stage, device = self.stage, self.processes.device
+        objective = self.objective
+        alone: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if isinstance(objective, nn.parallel.DistributedDataParallel) and index + 1 < stage.accumulate:
+            alone = objective.no_sync()
+        # Dropout's draws follow from the step and the part, so that a resumed run repeats them.
+        part = self.processes.rank * stage.accumulate + index
+        torch.manual_seed((stage.seed * 1_000_003 + self.step) * 1_009 + part)
+        x = normalised(images.to(device, non_blocking=True), self.model)
+        target = labels.to(device, non_blocking=True)
+        with alone:
+            terms = objective(x, target, share) / stage.accumulate
+            self.scaler.scale(terms.sum()).backward()
+        return terms.detach()
+
+    def save(self, path: Path) -> None:
+        """Writes a checkpoint in one step."""
+        state = {
+            "model": self.model.state_dict(),
+            "average": self.average.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "step": self.step,
+            "best": (self.best, self.best_step),
+            "terms": (self._terms, self._counted),
+            "stage": dataclasses.asdict(self.stage),
+        }
+        with replacing(path) as temporary:
+            torch.save(state, temporary)
+
+    def resume(self, path: Path) -> None:
+        """Takes up a checkpoint of `save`.
+
+        Raises:
+            RuntimeError: it is cut short or damaged.
+            ValueError: it is of a run with another recipe; only the length may differ.
+        """
+        state = read_checkpoint(path)
+        for name, before in _flat(state["stage"]).items():
+            now = _flat(dataclasses.asdict(self.stage)).get(name)
+            if now != before and name not in LENGTH:
+                raise ValueError(f"{path} is of a run with {name} {before}, it cannot go on with {now}")
+        self.model.load_state_dict(state["model"])
+        self.average.model.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step = state["step"]
+        self.best, self.best_step = state["best"]
+        self._terms, self._counted = state["terms"]
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What `Run.save` wrote, on the CPU.
+
+    Raises:
+        RuntimeError: the file is cut short, damaged, or no checkpoint of a run.
+    """
+    state = checkpoints.load_torch(path)
+    if not isinstance(state, dict) or not {"model", "average", "stage", "step"} <= state.keys():
+        raise RuntimeError(f"{path} is no checkpoint of a training run")
+    return state
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def normalised(images: Tensor, model: ShelfNet) -> Tensor:
+    """(N, 3, H, W) in channels_last and the model's dtype, of raw images (N, H, W, 3) uint8."""
+    dtype = model.backbone.conv1.weight.dtype
+    mean, std = (images.new_tensor(v, dtype=dtype) for v in dataclasses.astuple(model.normalisation))
+    return ((images.to(dtype) / 255 - mean) / std).permute(0, 3, 1, 2)
+
+
+def build_model(recipe: Model, source: Dataset, start: dict[str, Tensor] | None = None) -> ShelfNet:
+    """The model that a stage begins with: named, for the classes of the data.
+
+    Raises:
+        OSError, RuntimeError, ValueError: as `Run`.
+    """
+    try:
+        model: ShelfNet = getattr(models, recipe.name)(len(source.classes), **recipe.changes)
+    except TypeError as error:
+        raise ValueError(
+            f"model.changes is {recipe.changes}, it may hold fields of ShelfNetConfig"
+        ) from error
+    model.classes, model.palette = tuple(source.classes), tuple(source.palette)
+    if start is not None:
+        _take(start, model, "the stage before")
+    elif recipe.start:
+        first = _opened(recipe.start)
+        model.normalisation = first.normalisation
+        _take(first.state_dict(), model, recipe.start)
+    elif recipe.backbone:
+        checkpoints.load_resnet(model.backbone, recipe.backbone)
+    return model
+
+
+def _opened(start: str) -> ShelfNet:
+    ours = start in shipped_weights() or Path(start).suffix == ".safetensors" or not Path(start).exists()
+    return from_weights(start) if ours else checkpoints.from_published(start)
+
+
+def _take(state: dict[str, Tensor], model: ShelfNet, origin: str) -> None:
+    """Loads what fits; only the layers that name classes may not."""
+    own = model.state_dict()
+    strange = sorted(name for name in own if name not in state or state[name].shape != own[name].shape)
+    other = [name for name in strange if ".classify." not in name]
+    if other:
+        raise ValueError(f"model.start {origin} has no {other[0]} of {tuple(own[other[0]].shape)}")
+    fitting = {name: value for name, value in state.items() if name in own and name not in strange}
+    model.load_state_dict(fitting, strict=False)

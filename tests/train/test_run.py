@@ -1,0 +1,248 @@
+"""A stage's steps: exact resumption, rates, averages, parts, precision, beginnings."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from numpy.testing import assert_allclose
+from stages import SMALLEST, tiny
+from torch import nn
+
+from shelfkern import checkpoints
+from shelfkern.data import Dataset, open_dataset
+from shelfkern.nn import save_weights, shelfnet18_lw, shelfnet50
+from shelfkern.train.distributed import Processes
+from shelfkern.train.loader import batches
+from shelfkern.train.recipe import Loss, Model, Optimizer, Stage
+from shelfkern.train.run import Run, build_model
+from shelfkern.train.schedule import factor
+
+ALONE = Processes(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture
+def source(data) -> Dataset:
+    return open_dataset("camvid", data, "train")
+
+
+def advanced(run: Run, steps: int) -> list[list[float]]:
+    """The terms of the loss of each step."""
+    losses = []
+    for batch in batches(run.source, run.stage, range(run.step, run.step + steps)):
+        run.advance(batch)
+        losses.append(run.take_terms().tolist())
+    return losses
+
+
+def assert_same(one: object, other: object, where: str = "") -> None:
+    assert type(one) is type(other), where
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_same(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), where
+        for index, pair in enumerate(zip(one, other, strict=True)):
+            assert_same(*pair, f"{where}[{index}]")
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    else:
+        assert one == other, where
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"precision": "bfloat16", "loss": Loss(lovasz=0.5, class_margin=1.1)},
+        {"precision": "float16", "optimizer": Optimizer("sgd", momentum=0.9, clip=1.0), "accumulate": 2},
+        {"loss": Loss("ohem"), "average": 0.0, "fused": False},
+    ],
+)
+def test_a_resumed_run_equals_one_never_stopped(changes, source, tmp_path) -> None:
+    stage = tiny(batch=4, **changes)
+    straight, first = Run(stage, source, ALONE), Run(stage, source, ALONE)
+    losses = advanced(straight, 5)
+    resumed = advanced(first, 2)
+    first.save(tmp_path / "checkpoint.pt")
+    torch.manual_seed(1234)
+    second = Run(stage, source, ALONE)
+    second.resume(tmp_path / "checkpoint.pt")
+    resumed += advanced(second, 3)
+    assert resumed == losses and len(set(map(tuple, losses))) == 5
+    for run, name in ((straight, "a"), (second, "b")):
+        run.save(tmp_path / name)
+    assert_same(*(torch.load(tmp_path / name, weights_only=True) for name in "ab"))
+    assert sorted(path.name for path in tmp_path.glob("*")) == ["a", "b", "checkpoint.pt", "data"]
+
+
+def test_pending_losses_survive_a_stop(source, tmp_path) -> None:
+    straight, first = Run(tiny(), source, ALONE), Run(tiny(), source, ALONE)
+    for run, steps in ((straight, 4), (first, 3)):
+        for batch in batches(source, tiny(), range(steps)):
+            run.advance(batch)
+    first.save(tmp_path / "checkpoint.pt")
+    second = Run(tiny(), source, ALONE)
+    second.resume(tmp_path / "checkpoint.pt")
+    for batch in batches(source, tiny(), range(3, 4)):
+        second.advance(batch)
+    assert second.take_terms().tolist() == straight.take_terms().tolist()
+
+
+def test_the_seed_decides(source) -> None:
+    one, other = Run(tiny(), source, ALONE), Run(tiny(seed=1), source, ALONE)
+    assert not torch.equal(next(one.model.parameters()), next(other.model.parameters()))
+
+
+def test_the_loss_falls(source) -> None:
+    stage = tiny(steps=40, batch=4, optimizer=Optimizer("adamw", lr=1e-2), average=0.0)
+    losses = [sum(terms) for terms in advanced(Run(stage, source, ALONE), 30)]
+    assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
+
+
+def test_a_step_has_the_rates_of_the_schedule(source) -> None:
+    stage = tiny(optimizer=Optimizer("sgd", lr=0.1, head_factor=10.0))
+    run = Run(stage, source, ALONE)
+    for step in range(3):
+        advanced(run, 1)
+        expected = 0.1 * factor(step, 6, stage.schedule)
+        rates = sorted({group["lr"] for group in run.optimizer.param_groups})
+        assert rates == pytest.approx([expected, 10 * expected])
+
+
+@pytest.mark.parametrize("decay_norms", [False, True])
+def test_groups(decay_norms: bool, source) -> None:
+    recipe = Optimizer("sgd", head_factor=10.0, weight_decay=0.01, decay_norms=decay_norms)
+    run = Run(tiny(optimizer=recipe), source, ALONE)
+    names = {id(parameter): name for name, parameter in run.model.named_parameters()}
+    seen = []
+    for group in run.optimizer.param_groups:
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            seen.append(name)
+            assert group["factor"] == (1.0 if name.startswith("backbone.") else 10.0), name
+            decays = decay_norms or parameter.ndim > 1
+            assert group["weight_decay"] == (0.01 if decays else 0.0), name
+    assert sorted(seen) == sorted(names.values())
+
+
+def test_the_average_by_hand(source) -> None:
+    run = Run(tiny(average=0.25), source, ALONE)
+    expected = {name: value.double() for name, value in run.average.model.state_dict().items()}
+    for step in (1, 2, 3, 4):
+        advanced(run, 1)
+        decay = min(0.25, step / (step + 9))
+        for name, value in run.model.state_dict().items():
+            expected[name] = decay * expected[name] + (1 - decay) * value.double()
+    for name, value in run.average.model.state_dict().items():
+        if value.is_floating_point():
+            assert_allclose(value, expected[name], rtol=1e-4, atol=1e-6)
+    assert run.average.model.backbone.bn1.num_batches_tracked == 4 and not run.average.model.training
+
+
+def frozen_norms(run: Run) -> Run:
+    """Batch norms that do not see how a batch is cut."""
+    for module in run.model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.train = lambda mode=True, module=module: module  # type: ignore[method-assign]
+            module.training = False
+    return run
+
+
+def test_parts_give_the_gradient_of_the_whole_batch(source) -> None:
+    """Though their labelled pixels differ in number and class."""
+    model = Model("shelfnet18_lw", {**SMALLEST, "dropout": 0.0})
+    runs = []
+    for accumulate in (1, 2, 4):
+        stage = tiny(model=model, batch=4, accumulate=accumulate, loss=Loss(class_margin=1.1), fused=False)
+        run = frozen_norms(Run(stage, source, ALONE))
+        (batch,) = batches(source, stage, range(1))
+        batch[0][1][0, :20] = 255
+        run.advance(batch)
+        runs.append((run.take_terms(), [p.grad for p in run.model.parameters()]))
+    for terms, gradients in runs[1:]:
+        assert_allclose(terms, runs[0][0], rtol=1e-5)
+        for found, expected in zip(gradients, runs[0][1], strict=True):
+            assert_allclose(found, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_the_gradient_is_clipped(source) -> None:
+    run = Run(tiny(optimizer=Optimizer("sgd", lr=1e-3, clip=0.01)), source, ALONE)
+    advanced(run, 1)
+    norm = torch.stack([p.grad.norm() for p in run.model.parameters()]).norm()
+    assert_allclose(norm, 0.01, rtol=1e-3)
+
+
+def test_a_batch_that_cannot_be_shared(source) -> None:
+    with pytest.raises(ValueError, match="batch is 2, it must be a multiple of 3"):
+        Run(tiny(), source, Processes(0, 3, torch.device("cpu")))
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"seed": 1}, "seed 0, it cannot go on with 1"),
+        ({"optimizer": Optimizer("adamw", lr=2e-3)}, "optimizer.lr 0.001, it cannot go on with 0.002"),
+        ({"batch": 4}, "batch 2, it cannot go on with 4"),
+    ],
+)
+def test_a_run_does_not_go_on_with_another_recipe(changes, words, source, tmp_path) -> None:
+    Run(tiny(), source, ALONE).save(tmp_path / "checkpoint.pt")
+    with pytest.raises(ValueError, match=words):
+        Run(tiny(**changes), source, ALONE).resume(tmp_path / "checkpoint.pt")
+    Run(tiny(steps=9), source, ALONE).resume(tmp_path / "checkpoint.pt")
+
+
+def test_damaged_checkpoints(source, tmp_path) -> None:
+    run, path = Run(tiny(), source, ALONE), tmp_path / "checkpoint.pt"
+    run.save(path)
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(RuntimeError, match=r"checkpoint\.pt is cut short"):
+        run.resume(path)
+    torch.save({"weights": torch.ones(3)}, path)
+    with pytest.raises(RuntimeError, match=r"checkpoint\.pt is no checkpoint of a training run"):
+        run.resume(path)
+
+
+def stage_from(model: Model) -> Stage:
+    return dataclasses.replace(tiny(), model=model)
+
+
+def test_beginning_with_weights_of_other_classes(source, tmp_path) -> None:
+    first = shelfnet18_lw(5, **SMALLEST)
+    save_weights(first, tmp_path / "five.safetensors", dtype=torch.float32)
+    model = build_model(Model("shelfnet18_lw", SMALLEST, start=str(tmp_path / "five.safetensors")), source)
+    assert model.config.num_classes == 11 and model.classes == source.classes
+    for name, value in first.state_dict().items():
+        same = torch.equal(model.state_dict()[name], value) if ".classify." not in name else True
+        assert same, name
+
+
+def test_beginning_with_an_authors_checkpoint(source, tmp_path) -> None:
+    first = shelfnet18_lw()
+    checkpoints.save_published(first, tmp_path / "authors.pth")
+    model = build_model(Model("shelfnet18_lw", start=str(tmp_path / "authors.pth")), source)
+    assert torch.equal(model.backbone.conv1.weight, first.backbone.conv1.weight)
+
+
+def test_beginning_with_a_backbone(source, tmp_path) -> None:
+    first = shelfnet50(backbone_width=8)
+    checkpoints.save(first.backbone, tmp_path / "resnet.pth")
+    changes = {"backbone_width": 8, "widths": [8, 16, 32, 64]}
+    model = build_model(Model("shelfnet50", changes, backbone=str(tmp_path / "resnet.pth")), source)
+    assert torch.equal(model.backbone.conv1.weight, first.backbone.conv1.weight)
+
+
+@pytest.mark.parametrize(
+    "model, words",
+    [
+        (Model("shelfnet18_lw", {"depth": 3}), r"model.changes is {'depth': 3}, it may hold fields of"),
+        (Model("shelfnet18_lw", start="nowhere"), "weights 'nowhere' is neither a file nor a shipped name"),
+        (Model("shelfnet18_lw", start="camvid"), r"model.start camvid has no .* of \("),
+    ],
+)
+def test_beginnings_that_do_not_fit(model: Model, words: str, source) -> None:
+    with pytest.raises((ValueError, OSError), match=words):
+        Run(stage_from(model), source, ALONE)
