@@ -206,7 +206,7 @@ def test_no_validation_split(recipe, data, tmp_path) -> None:
     "more, words",
     [
         (("--set", "seed=-1"), "seed is -1, it may be any integer from 0"),
-        (("--set", "data.dataset=kitti"), "dataset is 'kitti', it may be camvid"),
+        (("--set", "data.dataset=kitti"), "dataset is 'kitti', it may be "),
         (("--set", "data.train=dev"), "split is 'dev'"),
         (("--set", "loss.presence=0.2"), "presence is above 0, the model has no SE head"),
         (("--set", "model.start=nowhere"), "weights 'nowhere' is neither a file"),
