@@ -138,7 +138,8 @@ def files_in(folder: Path) -> set[str]:
 
 
 def package_files() -> set[str]:
-    kinds = re.compile(r"shelfkern/(.+\.py|py\.typed|weights/[^/]+\.(safetensors|md)|train/recipes/[^/]+\.toml)")
+    data = r"weights/[^/]+\.(safetensors|md)|train/recipes/[^/]+\.toml"
+    kinds = re.compile(rf"shelfkern/(.+\.py|py\.typed|{data})")
     return set(filter(kinds.fullmatch, tracked()))
 
 
