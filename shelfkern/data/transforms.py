@@ -187,21 +187,6 @@ def padded(image: Image.Image, mask: Image.Image, size: tuple[int, int]) -> tupl
     return full, full_mask
 
 
-def augment(
-    image: Image.Image,
-    mask: Image.Image,
-    size: tuple[int, int],
-    ignore: int,
-    rng: np.random.Generator,
-    light: float = 0.0,
-) -> tuple[np.ndarray, np.ndarray]:
-    """As published for the lw models, with another index than `IGNORE` in the padding."""
-    scales = (0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
-    augmentation = Augmentation(size, scales, jitter=(0.5, 0.5, 0.5), light=light)
-    pixels, labels = augmentation(image, mask, rng)
-    return pixels, np.where(labels == IGNORE, np.uint8(ignore), labels)
-
-
 def jitter(image: Image.Image, amounts: tuple[float, float, float], rng: np.random.Generator) -> Image.Image:
     """Brightness, contrast and saturation, each times 1 - amount to 1 + amount."""
     enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)

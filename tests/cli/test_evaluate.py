@@ -70,7 +70,7 @@ def root(tmp_path) -> Path:
         (tmp_path / "data" / "val" / name).mkdir(parents=True)
     for index in range(4):
         picture(seed=index).save(tmp_path / "data" / "val" / "images" / f"{index}.jpg")
-        labels = np.random.default_rng(index).integers(0, camvid.IGNORE + 1, (7, 9)).astype(np.uint8)
+        labels = np.random.default_rng(index).integers(0, camvid.UNLABELLED + 1, (7, 9)).astype(np.uint8)
         mask = Image.fromarray(labels).resize((90, 70), Image.Resampling.NEAREST)
         mask.save(tmp_path / "data" / "val" / "labels" / f"{index}.png")
     return tmp_path / "data"

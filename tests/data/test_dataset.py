@@ -84,25 +84,6 @@ def test_splits_are_apart_and_other_files_are_passed_over(tmp_path) -> None:
     assert CamVid(tmp_path, "train").names == ("a",) and CamVid(tmp_path, "val").names == ("b",)
 
 
-def test_a_test_split_may_lack_masks(tmp_path) -> None:
-    save(tmp_path / "test" / "images" / "a.png", pixels_of(0))
-    dataset = CamVid(tmp_path, "test")
-    assert not dataset.labelled
-    assert_array_equal(np.asarray(dataset[0].mask), np.full(SIZE[::-1], IGNORE))
-    with pytest.raises(ValueError, match="no labelled pixel"):
-        class_frequencies(dataset)
-    save(tmp_path / "test" / "labels" / "a.png", values_of(0, RAW))
-    assert CamVid(tmp_path, "test").labelled
-
-
-def test_the_layout_of_the_segnet_authors(tmp_path) -> None:
-    save(tmp_path / "val" / "a.png", pixels_of(3))
-    save(tmp_path / "valannot" / "a.png", values_of(3, range(11)))
-    (sample,) = iter(CamVid(tmp_path, "val"))
-    assert_array_equal(np.asarray(sample.image), pixels_of(3))
-    assert_array_equal(np.asarray(sample.mask), values_of(3, range(11)))
-
-
 def test_unknown_names_and_splits(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"^dataset is 'kitti', it may be .*camvid"):
         open_dataset("kitti", tmp_path, "train")

@@ -12,7 +12,6 @@ from PIL import Image, ImageFilter
 from shelfkern.data import IGNORE
 from shelfkern.data.transforms import (
     Augmentation,
-    augment,
     jitter,
     padded,
     random_window,
@@ -442,15 +441,6 @@ def test_both_published_sets_can_be_written_in_toml() -> None:
     """
     read = pydantic.TypeAdapter(dict[str, Augmentation]).validate_python(tomllib.loads(text))
     assert read == {"deep": published((512, 512), 540), "lw": published_lw((1024, 1024))}
-
-
-def test_augment_ignores_what_it_is_told() -> None:
-    image, mask = random_pair(6, 8)
-    for seed in range(4):
-        pixels, labels = augment(image, mask, (20, 20), 11, rng(seed))
-        expected, found = published_lw((20, 20))(image, mask, rng(seed))
-        assert_array_equal(pixels, expected)
-        assert_array_equal(labels, np.where(found == IGNORE, 11, found))
 
 
 def grey(value: int = 128, size: int = 16) -> Image.Image:
