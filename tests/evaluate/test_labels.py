@@ -28,7 +28,7 @@ WHOLE = (
 )
 WINDOWS = (
     Protocol((1.0,), False, 64, 64),
-    Protocol((0.5, 1.0, 1.75), True, 80, 64),
+    Protocol((0.5, 1.0, 1.75), True, 81, 64),
     Protocol((0.7, 2.0), True, 100, 32),
 )
 
@@ -176,6 +176,20 @@ def test_accelerated_is_as_exact_as_brute_force(dtype: torch.dtype, protocol: Pr
     found = Labeller(shelfkern.accelerate(tiny(), dtype), protocol).sums(pixels)
     assert found.dtype is torch.float32
     assert_as_exact_as_brute_force(found, pixels, protocol, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("protocol", [WHOLE[0], WHOLE[-1], WINDOWS[1]], ids=str)
+def test_on_a_gpu(protocol: Protocol) -> None:
+    pixels = picture(70, 90)
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        found = Labeller(tiny().cuda(), protocol).sums(pixels)
+        assert found.is_cuda
+        assert_as_exact_as_brute_force(found.cpu(), pixels, protocol, torch.float32)
+    fast = Labeller(shelfkern.accelerate(tiny(), torch.float16, "cuda"), protocol)
+    assert_as_exact_as_brute_force(fast.sums(pixels).cpu(), pixels, protocol, torch.float16)
+    assert (fast(pixels) == fast.sums(pixels).argmax(1)[0].cpu().numpy()).mean() > 0.999
 
 
 @needs_native
