@@ -24,13 +24,14 @@ class Augmentation:
     """A random crop of a randomly scaled, turned, mirrored, blurred and recoloured image.
 
     As published for ShelfNet50 and 101: `base_size`, `scale_range` (0.5, 2), `mirror` 0.5, `rotation` 10,
-    `blur` 0.5. For the lw models: `scales` 0.75 to 2 by 0.25, `mirror` 0.5, `jitter` 0.5 of each.
+    `blur` 0.5. For the lw models: `scales` 0.75 to 2 by 0.25, `fill`, `mirror` 0.5, `jitter` 0.5 of each.
 
     Attributes:
         crop: (height, width) of the result; what it has beyond the image is black and `IGNORE`.
         scales: factors of which one is chosen.
         scale_range: lowest and highest factor, in place of `scales`; without either it is 1.
         base_size: pixels of the image's shorter side at a factor of 1; None for those it has.
+        fill: whether an image that is scaled below the crop is enlarged to it, so that nothing is beyond.
         mirror: probability of left for right.
         rotation: most degrees, either way, about the image's centre; corners that come in are black and
             `IGNORE`.
@@ -43,6 +44,7 @@ class Augmentation:
     scales: tuple[float, ...] = ()
     scale_range: tuple[float, float] | None = None
     base_size: int | None = None
+    fill: bool = False
     mirror: float = 0.5
     rotation: float = 0.0
     blur: float = 0.0
@@ -104,9 +106,11 @@ class Augmentation:
             factor = float(rng.choice(self.scales))
         elif self.scale_range:
             factor = rng.uniform(*self.scale_range)
-        if self.base_size is None:
-            return factor
-        return round(factor * self.base_size) / min(image.size)
+        if self.base_size is not None:
+            factor = round(factor * self.base_size) / min(image.size)
+        if self.fill:
+            factor = max(factor, self.crop[0] / image.height, self.crop[1] / image.width)
+        return factor
 
     def _recoloured(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         image = jitter(image, self.jitter, rng)

@@ -22,7 +22,7 @@ CLASSES = (
     "tvmonitor",
 )  # fmt: skip
 SPLITS = ("train", "val", "trainval", "test")
-AUGMENTED_SPLITS = ("train", "train_noval", "val")
+AUGMENTED_SPLITS = ("train_aug", "trainval_aug", "train_noval", "val")
 
 
 def palette(count: int) -> tuple[Colour, ...]:
@@ -62,8 +62,9 @@ class AugmentedVOC(FileDataset):
 
     Args:
         root: the folder above `VOCdevkit` and SBD's `benchmark_RELEASE`, `dataset` or `sbd`.
-        split: "train" is all of SBD and VOC's train without VOC's val, VOC's own masks where there are such;
-            "train_noval" is SBD's list of that name, masks too; "val" is VOC's.
+        split: "train_aug" is all of SBD and VOC's train without VOC's val, VOC's own masks where there are
+            such; "trainval_aug" the same with VOC's val, 12 031, for its test server; "train_noval" is
+            SBD's list of that name, masks too; "val" is VOC's.
 
     Raises:
         ValueError: there is no such split.
@@ -87,7 +88,7 @@ class AugmentedVOC(FileDataset):
         if split == "train_noval":
             return sbd_items(folder, read_names(folder / "train_noval.txt"))
         voc = voc_folder(root)
-        own = split_names(voc, "train")
+        own = split_names(voc, split.removesuffix("_aug"))
         others = set(read_names(folder / "train.txt")) | set(read_names(folder / "val.txt"))
         others -= set(own) | set(split_names(voc, "val"))
         items = voc_items(voc, own) + sbd_items(folder, sorted(others))

@@ -15,6 +15,7 @@ from PIL import Image
 from shelfkern.data import DATASETS, IGNORE, check, class_frequencies, open_dataset
 from shelfkern.data.camvid import CLASSES, CamVid
 from shelfkern.data.reading import ranges
+from shelfkern.train import recipe as recipes
 
 RAW = tuple(range(12))
 
@@ -199,6 +200,15 @@ def test_ranges_for_people() -> None:
     assert (
         ranges([]) == "" and ranges([3]) == "3" and ranges([0, 1, 2, 5, 254, 255]) == "0 to 2, 5, 254 to 255"
     )
+
+
+@pytest.mark.parametrize("name", recipes.shipped())
+def test_recipes_name_splits_that_there_are(tmp_path, name: str) -> None:
+    for stage in recipes.load(name).stages:
+        for split in (stage.data.train, stage.data.validation):
+            # Of the files, not of the split.
+            with pytest.raises(FileNotFoundError):
+                open_dataset(stage.data.dataset, tmp_path, split)
 
 
 def test_the_page_names_every_dataset() -> None:

@@ -132,6 +132,26 @@ def test_a_factor_of_the_base_size_is_of_the_shorter_side(size: tuple[int, int])
     assert sides == set(range(10, 41))
 
 
+@pytest.mark.parametrize("crop", [(30, 20), (7, 61), (13, 13)])
+def test_an_image_below_the_crop_is_enlarged_to_it(crop: tuple[int, int]) -> None:
+    image, mask = random_pair(10, 13)
+    factor = max(0.75, crop[0] / 10, crop[1] / 13)
+    for seed in range(6):
+        filled = plain(crop, scales=(0.75,), fill=True)(image, mask, rng(seed))
+        assert (filled[1] != IGNORE).all()
+        for found, expected in zip(
+            filled, plain(crop, scales=(factor,))(image, mask, rng(seed)), strict=True
+        ):
+            assert_array_equal(found, expected)
+
+
+def test_an_image_above_the_crop_is_not_enlarged() -> None:
+    image, mask = random_pair(20, 24)
+    for seed in range(6):
+        found = plain((15, 10), scales=(0.75,), fill=True)(image, mask, rng(seed))
+        assert_array_equal(found[0], plain((15, 10), scales=(0.75,))(image, mask, rng(seed))[0])
+
+
 def test_factors_are_spread_evenly() -> None:
     image, mask = random_pair(20, 20)
     augmentation = plain((60, 60), scale_range=(1.0, 3.0))
@@ -437,10 +457,14 @@ def test_both_published_sets_can_be_written_in_toml() -> None:
     [lw]
     crop = [1024, 1024]
     scales = [0.75, 1, 1.25, 1.5, 1.75, 2]
+    fill = true
     jitter = [0.5, 0.5, 0.5]
     """
     read = pydantic.TypeAdapter(dict[str, Augmentation]).validate_python(tomllib.loads(text))
-    assert read == {"deep": published((512, 512), 540), "lw": published_lw((1024, 1024))}
+    assert read == {
+        "deep": published((512, 512), 540),
+        "lw": dataclasses.replace(published_lw((1024, 1024)), fill=True),
+    }
 
 
 def grey(value: int = 128, size: int = 16) -> Image.Image:

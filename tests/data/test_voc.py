@@ -97,7 +97,7 @@ def test_voc_refuses_other_indices(tmp_path) -> None:
     assert second.startswith(f"{other} is of mode RGB, it must hold class indices")
 
 
-LISTS = {"train": "a d e", "val": "f g"}
+LISTS = {"train": "a d e", "val": "f g", "trainval": "a d e f g"}
 SBD_LISTS = {"train": "a b f", "val": "c g h", "train_noval": "a b"}
 
 
@@ -105,7 +105,7 @@ SBD_LISTS = {"train": "a b f", "val": "c g h", "train_noval": "a b"}
 def test_augmented_voc_is_both_without_val(tmp_path, folder: str) -> None:
     make_voc(tmp_path, LISTS)
     make_sbd(tmp_path, SBD_LISTS, folder)
-    dataset = open_dataset("voc_aug", tmp_path, "train")
+    dataset = open_dataset("voc_aug", tmp_path, "train_aug")
     assert list(dataset.names) == ["a", "b", "c", "d", "e", "h"]
     for index, name in enumerate(dataset.names):
         sample = dataset[index]
@@ -122,16 +122,19 @@ def test_augmented_voc_has_other_splits(tmp_path) -> None:
     make_sbd(tmp_path, SBD_LISTS)
     noval, val = AugmentedVOC(tmp_path, "train_noval"), AugmentedVOC(tmp_path, "val")
     assert noval.names == ("a", "b") and val.names == ("f", "g")
+    whole = AugmentedVOC(tmp_path, "trainval_aug")
+    assert whole.names == tuple("abcdefgh")
+    assert_array_equal(np.asarray(whole[5].mask), values_of(ord("f"), VALUES))
     assert_array_equal(np.asarray(noval[0].mask), values_of(ord("a") + 1000, range(21)))
     assert_array_equal(np.asarray(val[0].mask), values_of(ord("f"), VALUES))
-    with pytest.raises(ValueError, match="augmented VOC has train, train_noval, val"):
+    with pytest.raises(ValueError, match="augmented VOC has train_aug, trainval_aug, train_noval, val"):
         AugmentedVOC(tmp_path, "test")
 
 
 def test_sbd_missing(tmp_path) -> None:
     make_voc(tmp_path, LISTS)
     with pytest.raises(FileNotFoundError, match=f"no cls in {tmp_path / 'benchmark_RELEASE'}"):
-        AugmentedVOC(tmp_path, "train")
+        AugmentedVOC(tmp_path, "train_aug")
 
 
 @pytest.mark.parametrize(
