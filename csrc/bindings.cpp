@@ -110,11 +110,11 @@ void quantize(Address x, Address codes, int dtype, int64_t count, float codes_sc
 
 void bn_act_dropout(Address x, Address residual, Address weight, Address bias, Address noise, Address out,
                     Address mean, Address var, Address mask, int dtype, int64_t n, int64_t hw, int64_t c,
-                    float eps, float slope, int threads) {
+                    float eps, float slope, bool given, int threads) {
     const py::gil_scoped_release unlocked;
     kernels().bn_act_dropout({pointer(x), pointer(residual), pointer<float>(weight), pointer<float>(bias),
                               pointer<float>(noise), pointer(out), pointer<float>(mean), pointer<float>(var),
-                              pointer<uint8_t>(mask), static_cast<DType>(dtype), n, hw, c, eps, slope,
+                              pointer<uint8_t>(mask), static_cast<DType>(dtype), n, hw, c, eps, slope, given,
                               threads});
 }
 

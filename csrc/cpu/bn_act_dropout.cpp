@@ -218,7 +218,7 @@ template <typename T>
 void forward(const BnActDropout& a) {
     const Pieces pieces(a.n, a.hw);
     float* scratch = static_cast<float*>(thread_scratch(0, (2 * pieces.count + 2) * a.c * 4));
-    find_moments<T>(a, pieces, scratch + 2 * a.c);
+    if (!a.given) find_moments<T>(a, pieces, scratch + 2 * a.c);
     float *scale = scratch, *shift = scratch + a.c;
     for (int64_t i = 0; i < a.c; ++i) {
         scale[i] = (a.weight ? a.weight[i] : 1) / sqrtf(a.var[i] + a.eps);

@@ -136,10 +136,10 @@ struct Quantize {
     int threads;
 };
 
-// out = act((x - mean) / sqrt(var + eps) * weight + bias + residual) * noise, mean and var being found: those
-// of each channel over n x hw pixels. x, residual, out: n hw c; noise: n c; the rest: c. residual, weight,
-// bias and noise may be null. mask, or null: for each pixel (c + 7) / 8 bytes, whose bits say where the
-// activation's argument was positive.
+// out = act((x - mean) / sqrt(var + eps) * weight + bias + residual) * noise; unless they are given, mean and
+// var are found: those of each channel over n x hw pixels. x, residual, out: n hw c; noise: n c; the rest: c.
+// residual, weight, bias and noise may be null. mask, or null: for each pixel (c + 7) / 8 bytes, whose bits
+// say where the activation's argument was positive.
 struct BnActDropout {
     const void *x, *residual;
     const float *weight, *bias, *noise;
@@ -149,6 +149,7 @@ struct BnActDropout {
     DType dtype;
     int64_t n, hw, c;
     float eps, slope;
+    bool given;
     int threads;
 };
 

@@ -7,6 +7,7 @@ from .conv_bn_act import PackedConv, conv_bn_act, conv_bn_act_native, conv_bn_ac
 from .deconv_add import deconv_add, deconv_add_native, deconv_add_reference, pack_deconv
 from .quantize import quantize, quantize_reference, quantize_weight
 from .shared_block import shared_block, shared_block_native, shared_block_reference
+from .shared_block_train import shared_block_train, shared_block_train_reference
 from .stem import stem, stem_native, stem_reference
 from .upsample_add import upsample_add, upsample_add_native, upsample_add_reference
 from .upsample_argmax import upsample_argmax, upsample_argmax_native, upsample_argmax_reference
@@ -44,6 +45,8 @@ __all__ = [
     "shared_block",
     "shared_block_native",
     "shared_block_reference",
+    "shared_block_train",
+    "shared_block_train_reference",
     "stem",
     "stem_native",
     "stem_reference",

@@ -49,19 +49,24 @@ def bn_act_dropout_reference(
 
 def can_run(x: Tensor, bn: nn.Module) -> backends.Reasons:
     """Why each kernel cannot take x and the norm bn; None for those that can."""
-    unfit = _unfit(x, bn)
+    return norm_reasons(x, bn, "bn")
+
+
+def norm_reasons(x: Tensor, bn: nn.Module, name: str) -> backends.Reasons:
+    """The same for a norm that is the argument `name`."""
+    unfit = _unfit(x, bn, name)
     return dict.fromkeys(backends.KERNELS[OP], unfit) if unfit else backends.reasons(OP, x)
 
 
-def _unfit(x: Tensor, bn: nn.Module) -> str | None:
+def _unfit(x: Tensor, bn: nn.Module, name: str) -> str | None:
     if type(bn) is not nn.BatchNorm2d:
-        return f"bn is {type(bn).__name__}, the kernels are for BatchNorm2d"
+        return f"{name} is {type(bn).__name__}, the kernels are for BatchNorm2d"
     if not bn.training:
-        return "bn is in eval mode, the kernels are for training"
-    for name in ("weight", "bias", "running_mean", "running_var"):
-        value = getattr(bn, name)
+        return f"{name} is in eval mode, the kernels are for training"
+    for part in ("weight", "bias", "running_mean", "running_var"):
+        value = getattr(bn, part)
         if value is not None and value.dtype is not torch.float32:
-            return f"bn.{name} is {value.dtype}, the kernels take float32"
+            return f"{name}.{part} is {value.dtype}, the kernels take float32"
     return "x has no pixels" if x.numel() == 0 else None
 
 
@@ -77,8 +82,12 @@ def bn_act_dropout_native(
     mean: Tensor,
     var: Tensor,
     mask: Tensor | None,
+    given: bool = False,
 ) -> None:
-    """The native kernel into the last four, unchecked: NHWC storage; parameters and noise float32."""
+    """The native kernel into the last four, unchecked: NHWC storage; parameters and noise float32.
+
+    given: whether mean and var are, so that only `out` and `mask` are made.
+    """
     n, c, h, w = x.shape
     native.module.bn_act_dropout(
         *map(native.address, (x, residual, weight, bias, noise, out, mean, var, mask)),
@@ -86,6 +95,7 @@ def bn_act_dropout_native(
         n, h * w, c,
         eps,
         common.native_slope(slope),
+        given,
         torch.get_num_threads(),
     )  # fmt: skip
 
@@ -186,7 +196,7 @@ def merge_moments_kernel(
 @jit
 def apply_kernel(
     x, weight, bias, residual, noise, mean, var, out, mask, pixels, channels, image_pixels, eps, slope,
-    AFFINE: tl.constexpr, RESIDUAL: tl.constexpr, NOISE: tl.constexpr, ACT: tl.constexpr,
+    AFFINE: tl.constexpr, RESIDUAL: tl.constexpr, NOISE: tl.constexpr, ACT: tl.constexpr, MASK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """A tile of the result, and its bits."""
@@ -202,7 +212,7 @@ def apply_kernel(
         values *= scale[None, :]
     if RESIDUAL:
         values += tl.load(residual + at, mask=valid, other=0.0).to(tl.float32)
-    if ACT != "none":
+    if MASK:
         bits = (values > 0).to(tl.int32).reshape(BLOCK_M, BLOCK_C // 8, 8)
         byte = tl.sum(bits << tl.arange(0, 8)[None, None, :], 2)
         row_bytes = (channels + 7) // 8
@@ -211,6 +221,7 @@ def apply_kernel(
         tl.store(
             mask + to, byte.to(tl.uint8), mask=(rows < pixels)[:, None] & (positions < row_bytes)[None, :]
         )
+    if ACT != "none":
         # Comparing so keeps NaN.
         values = tl.where(values < 0, values * slope if ACT == "leaky" else 0.0, values)
     if NOISE:
@@ -332,25 +343,30 @@ def bn_act_dropout_triton(
     mean: Tensor,
     var: Tensor,
     mask: Tensor | None,
+    given: bool = False,
 ) -> None:
-    """Three launches into the last four, unchecked: NHWC storage; parameters and noise float32."""
+    """Three launches into the last four, unchecked: NHWC storage; parameters and noise float32.
+
+    given: whether mean and var are, so that one launch makes only `out` and `mask`.
+    """
     n, c, h, w = x.shape
     pixels = n * h * w
     block_m, block_c = _blocks(x)
-    pieces, tiles = _pieces(pixels, block_m)
-    means, squares = mean.new_empty((2, pieces, c))
     act, slope = conv.activation(slope)
     size = dict(BLOCK_M=block_m, BLOCK_C=block_c, num_warps=4)
     columns = conv.cdiv(c, block_c)
     with _triton.on_device_of(x):
-        moments_kernel[(pieces, columns)](x, means, squares, pixels, c, tiles, **size)
-        merge_moments_kernel[(columns,)](
-            means, squares, mean, var, pieces, block_m * tiles, pixels, c, **size
-        )
+        if not given:
+            pieces, tiles = _pieces(pixels, block_m)
+            means, squares = mean.new_empty((2, pieces, c))
+            moments_kernel[(pieces, columns)](x, means, squares, pixels, c, tiles, **size)
+            merge_moments_kernel[(columns,)](
+                means, squares, mean, var, pieces, block_m * tiles, pixels, c, **size
+            )
         apply_kernel[(conv.cdiv(pixels, block_m), columns)](
             x, weight, bias, residual, noise, mean, var, out, mask, pixels, c, h * w, eps, slope,
             AFFINE=weight is not None, RESIDUAL=residual is not None, NOISE=noise is not None, ACT=act,
-            **size,
+            MASK=mask is not None, **size,
         )  # fmt: skip
 
 
@@ -392,14 +408,14 @@ def bn_act_dropout_backward_triton(
         )  # fmt: skip
 
 
-def _empty_mask(x: Tensor, slope: float | None) -> Tensor:
+def empty_mask(x: Tensor, slope: float | None) -> Tensor:
     """Memory for a bit an element, each pixel's in whole bytes; none where nothing is activated."""
     n, c, h, w = x.shape
     shape = (n, h, w, (c + 7) // 8) if conv.activation(slope)[0] != "none" else (0,)
     return x.new_empty(shape, dtype=torch.uint8)
 
 
-def _forward(
+def forward(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -409,7 +425,8 @@ def _forward(
     slope: float | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    out, mask = common.empty_channels_last(x, tuple(x.shape)), _empty_mask(x, slope)
+    """The result in NHWC storage, mean, biased variance, and the bits (no elements where slope is None)."""
+    out, mask = common.empty_channels_last(x, tuple(x.shape)), empty_mask(x, slope)
     mean, var = (x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(2))
     kernel = bn_act_dropout_triton if backend == "triton" else bn_act_dropout_native
     kernel(
@@ -423,7 +440,32 @@ def _forward(
     return out, mean, var, mask
 
 
-_op = backends.custom_op(OP)(_forward)
+def repeat(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    noise: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    slope: float | None,
+    backend: str,
+) -> Tensor:
+    """The result of `forward` without a residual once more, by the statistics that it found."""
+    out = common.empty_channels_last(x, tuple(x.shape))
+    kernel = bn_act_dropout_triton if backend == "triton" else bn_act_dropout_native
+    kernel(
+        common.channels_last(x),
+        _contiguous(weight), _contiguous(bias),
+        None,
+        _contiguous(noise),
+        eps, slope, out, mean, var, None,
+        given=True,
+    )  # fmt: skip
+    return out
+
+
+_op = backends.custom_op(OP)(forward)
 
 
 @_op.register_fake
@@ -438,10 +480,10 @@ def _(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     mean, var = (x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(2))
-    return common.empty_channels_last(x, tuple(x.shape)), mean, var, _empty_mask(x, slope)
+    return common.empty_channels_last(x, tuple(x.shape)), mean, var, empty_mask(x, slope)
 
 
-def _gradients(
+def gradients(
     grad: Tensor,
     x: Tensor,
     weight: Tensor | None,
@@ -454,6 +496,7 @@ def _gradients(
     with_residual: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, the residual (no elements without one), weight and bias, from that of the result."""
     grad_x, grad_residual = _empty_gradients(x, with_residual)
     grad_weight, grad_bias = torch.empty_like(mean), torch.empty_like(mean)
     kernel = bn_act_dropout_backward_triton if backend == "triton" else bn_act_dropout_backward_native
@@ -471,7 +514,7 @@ def _gradients(
     return grad_x, grad_residual, grad_weight, grad_bias
 
 
-_backward_op = backends.custom_op(OP + "_backward")(_gradients)
+_backward_op = backends.custom_op(OP + "_backward")(gradients)
 
 
 @_backward_op.register_fake
@@ -519,15 +562,15 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor 
 
 
 def _saved(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    """Arguments of `_gradients`."""
+    """Arguments of `gradients`."""
     x, weight, mean, var, noise, mask = ctx.saved_tensors
     eps, slope, backend = ctx.options
     return grad, x, weight, mean, var, noise, mask, eps, slope, ctx.with_residual, backend
 
 
-def _unpacked(ctx: Any, gradients: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-    """Results of `_gradients` as the gradients of the inputs of `_forward`."""
-    grad_x, grad_residual, grad_weight, grad_bias = gradients
+def _unpacked(ctx: Any, found: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    """Results of `gradients` as the gradients of the inputs of `forward`."""
+    grad_x, grad_residual, grad_weight, grad_bias = found
     parameters = (grad_weight, grad_bias) if ctx.affine else (None, None)
     return grad_x, *parameters, grad_residual if ctx.with_residual else None, None, None, None, None
 
@@ -540,14 +583,14 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        output = _forward(*inputs)
+        output = forward(*inputs)
         _save(ctx, inputs, output)
         return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (None,) * 8 if grad is None else _unpacked(ctx, _gradients(*_saved(ctx, grad)))
+        return (None,) * 8 if grad is None else _unpacked(ctx, gradients(*_saved(ctx, grad)))
 
 
 def bn_act_dropout(
@@ -607,13 +650,14 @@ def check_dropout(op: str, p: float) -> None:
         raise ValueError(f"{op}: p is {p}, it may be from 0 to 1")
 
 
-def check_norm(op: str, x: Tensor, bn: nn.BatchNorm2d) -> None:
+def check_norm(op: str, x: Tensor, bn: nn.BatchNorm2d, name: str = "bn") -> None:
     """Raises unless x has the norm's channels, and more than one value in each, as torch's norm does."""
-    if x.shape[1] != bn.num_features:
-        raise ValueError(f"{op}: bn has {bn.num_features} channels, x of {tuple(x.shape)} needs {x.shape[1]}")
+    c = x.shape[1]
+    if bn.num_features != c:
+        raise ValueError(f"{op}: {name} has {bn.num_features} channels, x of {tuple(x.shape)} needs {c}")
     if bn.weight is not None:
-        common.check_device(op, "bn", bn.weight, x)
-    if x.numel() == x.shape[1]:
+        common.check_device(op, name, bn.weight, x)
+    if x.numel() == c:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
 
 
