@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from shelfkern.data import open_dataset
 from shelfkern.train import recipe as recipes
 from shelfkern.train.recipe import Augmentation, Data, Loss, Model, Optimizer, Recipe, Schedule, Stage, load
 from shelfkern.train.schedule import factor
@@ -135,6 +136,14 @@ def test_every_shipped_recipe_loads() -> None:
     names = recipes.shipped()
     assert names == ["camvid", "cityscapes", "cityscapes_lw", "context", "voc"]
     assert all(isinstance(load(name), Recipe) for name in names)
+
+
+def test_the_shipped_recipes_name_splits_that_there_are(tmp_path) -> None:
+    for stage in (stage for name in recipes.shipped() for stage in load(name).stages):
+        for split in (stage.data.train, stage.data.validation):
+            # A ValueError would say that there is no such data set or split.
+            with pytest.raises(FileNotFoundError):
+                open_dataset(stage.data.dataset, tmp_path, split)
 
 
 def assert_as_published_for_50(stage: Stage) -> None:
