@@ -63,6 +63,39 @@ void upsample_softmax_sum(Address scores, Address out, int dtype, int64_t n, int
                                     exp});
 }
 
+py::tuple upsample_cross_entropy(Address scores, int dtype, int64_t n, int64_t h, int64_t w, int64_t c,
+                                 int64_t full_h, int64_t full_w, int64_t out_h, int64_t out_w,
+                                 bool align_corners, int threads, Address target, bool wide_target,
+                                 int64_t ignore_index, Address weight, float label_smoothing, Address losses,
+                                 Address gradient, Address kept_of, float cutoff, float share) {
+    CrossEntropySums sums;
+    {
+        const py::gil_scoped_release unlocked;
+        sums = kernels().upsample_cross_entropy({{pointer(scores), nullptr, static_cast<DType>(dtype), n, h,
+                                                  w, c, full_h, full_w, out_h, out_w, align_corners, threads},
+                                                 pointer(target),
+                                                 wide_target,
+                                                 ignore_index,
+                                                 pointer<float>(weight),
+                                                 label_smoothing,
+                                                 pointer<float>(losses),
+                                                 pointer<float>(gradient),
+                                                 pointer<float>(kept_of),
+                                                 cutoff,
+                                                 share});
+    }
+    return py::make_tuple(sums.loss, sums.weight, sums.unknown);
+}
+
+py::tuple select_hardest(Address losses, int64_t count, int64_t least, float threshold, int threads) {
+    Hardest hardest;
+    {
+        const py::gil_scoped_release unlocked;
+        hardest = kernels().select_hardest({pointer<float>(losses), count, least, threshold, threads});
+    }
+    return py::make_tuple(hardest.cutoff, hardest.share, hardest.loss, hardest.kept);
+}
+
 void conv_bn_act(Address x, Address weight, Address scale, Address shift, Address residual, Address skip,
                  Address out, int dtype, int product, int64_t n, int64_t h, int64_t w, int64_t c,
                  int64_t out_h, int64_t out_w, int64_t out_c, int64_t kernel_h, int64_t kernel_w,
@@ -238,6 +271,8 @@ PYBIND11_MODULE(_native, m) {
     m.def("upsample_bilinear_backward", &resize<&Kernels::upsample_bilinear_backward>);
     m.def("upsample_argmax", &resize<&Kernels::upsample_argmax>);
     m.def("upsample_softmax_sum", &upsample_softmax_sum);
+    m.def("upsample_cross_entropy", &upsample_cross_entropy);
+    m.def("select_hardest", &select_hardest);
     m.def("conv_bn_act", &conv_bn_act);
     m.def("quantize", &quantize);
     m.def("bn_act_dropout", &bn_act_dropout);

@@ -34,6 +34,7 @@ from .ops.quantize import quantize_triton
 from .ops.shared_block import shared_block_triton
 from .ops.upsample_add import upsample_add_triton
 from .ops.upsample_bilinear import upsample_bilinear_backward_triton, upsample_bilinear_triton
+from .ops.upsample_cross_entropy import Ohem, Problem, upsample_cross_entropy_triton
 
 # Of A100; of L4 and RTX 4090, the first that multiply float8; and of H100 and H200.
 ARCHS = (80, 89, 90)
@@ -52,13 +53,8 @@ REGISTER_UNIT, SHARED_UNIT = 256, 128
 
 _NO_TOOL = "there is no cuobjdump, which comes with Triton and with CUDA"
 _FLOATING = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-_TYPES = {
-    **_FLOATING,
-    torch.int8: "i8",
-    torch.float8_e4m3fn: "fp8e4nv",
-    torch.int32: "i32",
-    torch.uint8: "u8",
-}
+_LABELS = {torch.uint8: "u8", torch.int64: "i64"}
+_TYPES = {**_FLOATING, **_LABELS, torch.int8: "i8", torch.float8_e4m3fn: "fp8e4nv", torch.int32: "i32"}
 # Of convolutions: dtypes, and how float32 is multiplied.
 _PRECISIONS = [*((dtype, "tf32") for dtype in _FLOATING), (torch.float32, "ieee")]
 # Codes, and for which of ARCHS their kernels are.
@@ -156,6 +152,7 @@ def cases() -> list[Case]:
         *_blocks(),
         *_deconvolutions(),
         *_resamplings(),
+        *_losses(),
         *_norms(),
         *_quantizations(),
     ]
@@ -334,6 +331,27 @@ def _launch_norm(dtype: torch.dtype, channels: int, slope: float | None, full: b
     bn_act_dropout_backward_triton(
         x, x, weight, vector, vector, noise, mask, 1e-5, slope, x, residual, vector, vector
     )
+
+
+def _losses() -> Iterator[Case]:
+    # With all that takes a register, and with nothing, where labels are wide and classes few.
+    for dtype in _FLOATING:
+        words = f"{_name(dtype)}, weights, smoothing, mining"
+        yield Case(
+            "upsample_cross_entropy", words, functools.partial(_launch_loss, dtype, torch.uint8, 19, True)
+        )
+    for labels in _LABELS:
+        for classes in (2, 19):
+            words = f"float32, {classes} classes in {_name(labels)}"
+            launch = functools.partial(_launch_loss, torch.float32, labels, classes, False)
+            yield Case("upsample_cross_entropy", words, launch)
+
+
+def _launch_loss(dtype: torch.dtype, labels: torch.dtype, classes: int, full: bool) -> None:
+    size = (8 * _HEIGHT + 1, 8 * _WIDTH + 1)
+    options = (_meta((classes,)), 0.1, Ohem()) if full else (None, 0.0, None)
+    problem = Problem(_images(dtype, classes), _meta((2, *size), labels), size, not full, 255, *options)
+    upsample_cross_entropy_triton(problem, _meta((2, classes, _HEIGHT, _WIDTH)))
 
 
 def _quantizations() -> Iterator[Case]:

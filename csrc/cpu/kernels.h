@@ -52,6 +52,43 @@ struct SoftmaxSum {
     bool exp;
 };
 
+// Cross-entropy of the resize, whose size is the target's: n out_h out_w, uint8 or int64. Each pixel's loss
+// is (1 - label_smoothing) weight[t] (log-sum-exp - score[t]) + label_smoothing / c times the sum over
+// classes of weight (log-sum-exp - score). Pixels of ignore_index have none.
+struct UpsampleCrossEntropy {
+    Resize resize;  // its out is not used
+    const void* target;
+    bool wide_target;  // int64
+    int64_t ignore_index;
+    const float* weight;  // per class; null: 1
+    float label_smoothing;
+    float* losses;    // n out_h out_w, -1 where ignored; or null
+    float* gradient;  // of the sum of losses: n c h w; or null
+    // Or null: earlier losses, of which only those above cutoff have a gradient, and a share of those equal.
+    const float* kept_of;
+    float cutoff, share;
+};
+
+struct CrossEntropySums {
+    double loss, weight;  // weights of the labels; 0 where ignored
+    int64_t unknown;      // index of the first label that is neither a class nor ignored, -1 if all are
+};
+
+// The losses that hard example mining keeps: those above the threshold, but the `least` greatest at least.
+struct SelectHardest {
+    const float* losses;  // -1: ignored
+    int64_t count, least;
+    float threshold;
+    int threads;
+};
+
+// Kept are the losses above cutoff, and `share` of each that equals it.
+struct Hardest {
+    float cutoff, share;
+    double loss;  // the kept losses' sum
+    int64_t kept;
+};
+
 // out = act(scale * conv(x, weight) + shift + residual) + skip.
 //
 // x: n h w c of dtype, for quads int8. out, codes, residual and skip share strides (in elements), so that a
@@ -182,6 +219,8 @@ struct Kernels {
     void (*upsample_bilinear_backward)(const Resize&);
     void (*upsample_argmax)(const Resize&);
     void (*upsample_softmax_sum)(const SoftmaxSum&);
+    CrossEntropySums (*upsample_cross_entropy)(const UpsampleCrossEntropy&);
+    Hardest (*select_hardest)(const SelectHardest&);
     void (*conv_bn_act)(const Conv&);
     void (*stem)(const Stem&);
     void (*winograd)(const Winograd&);

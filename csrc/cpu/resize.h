@@ -73,6 +73,25 @@ static inline void make_columns(const Resize& a, Columns* columns, int64_t* firs
     }
 }
 
+// Those of a whole row, and its taps one by one.
+struct ColumnTaps {
+    Columns* columns;
+    int64_t *first, *next;
+};
+
+// In this thread's scratch memory, in the slot given.
+static inline ColumnTaps make_column_taps(const Resize& a, int slot) {
+    const int64_t vectors = (a.out_w + kLanes - 1) / kLanes;
+    const int64_t column_bytes = vectors * static_cast<int64_t>(sizeof(Columns));
+    const int64_t index_bytes = vectors * kLanes * 8;
+    char* memory = static_cast<char*>(thread_scratch(slot, column_bytes + 2 * index_bytes));
+    const ColumnTaps taps = {reinterpret_cast<Columns*>(memory),
+                             reinterpret_cast<int64_t*>(memory + column_bytes),
+                             reinterpret_cast<int64_t*>(memory + column_bytes + index_bytes)};
+    make_columns(a, taps.columns, taps.first, taps.next);
+    return taps;
+}
+
 static inline vf gather(const float* row, const int64_t* index) {
     vf v;
     for (int lane = 0; lane < kLanes; ++lane) v[lane] = row[index[lane]];
@@ -119,14 +138,7 @@ constexpr int64_t kRowsPerTask = 8;
 // Calls row(n, y, blended, columns, first, next) for every result row, in parallel.
 template <typename T, typename Row>
 static void for_each_row(const Resize& a, const Row& row) {
-    const int64_t vectors = (a.out_w + kLanes - 1) / kLanes;
-    const int64_t column_bytes = vectors * static_cast<int64_t>(sizeof(Columns));
-    const int64_t index_bytes = vectors * kLanes * 8;
-    char* memory = static_cast<char*>(thread_scratch(0, column_bytes + 2 * index_bytes));
-    Columns* columns = reinterpret_cast<Columns*>(memory);
-    int64_t* first = reinterpret_cast<int64_t*>(memory + column_bytes);
-    int64_t* next = reinterpret_cast<int64_t*>(memory + column_bytes + index_bytes);
-    make_columns(a, columns, first, next);
+    const ColumnTaps taps = make_column_taps(a, 0);
     const int64_t pieces = (a.out_h + kRowsPerTask - 1) / kRowsPerTask;
     const int64_t blended_bytes = a.c * blended_stride(a) * 4;
     parallel_for(a.threads, a.n * pieces, [&](int64_t task) {
@@ -134,7 +146,7 @@ static void for_each_row(const Resize& a, const Row& row) {
         float* blended = static_cast<float*>(thread_scratch(1, blended_bytes));
         for (int64_t y = begin; y < begin + kRowsPerTask && y < a.out_h; ++y) {
             blend_rows(a, static_cast<const T*>(a.scores), n, y, blended);
-            row(n, y, blended, columns, first, next);
+            row(n, y, blended, taps.columns, taps.first, taps.next);
         }
     });
 }

@@ -19,6 +19,8 @@ void upsample_bilinear(const Resize&);
 void upsample_bilinear_backward(const Resize&);
 void upsample_argmax(const Resize&);
 void upsample_softmax_sum(const SoftmaxSum&);
+CrossEntropySums upsample_cross_entropy(const UpsampleCrossEntropy&);
+Hardest select_hardest(const SelectHardest&);
 void conv_bn_act(const Conv&);
 void stem(const Stem&);
 void winograd(const Winograd&);
@@ -61,6 +63,8 @@ const Kernels table = {SHELFKERN_NAME(SHELFKERN_ISA),
                        upsample_bilinear_backward,
                        upsample_argmax,
                        upsample_softmax_sum,
+                       upsample_cross_entropy,
+                       select_hardest,
                        conv_bn_act,
                        stem,
                        winograd,

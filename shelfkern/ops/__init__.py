@@ -12,6 +12,7 @@ from .stem import stem, stem_native, stem_reference
 from .upsample_add import upsample_add, upsample_add_native, upsample_add_reference
 from .upsample_argmax import upsample_argmax, upsample_argmax_native, upsample_argmax_reference
 from .upsample_bilinear import upsample_bilinear, upsample_bilinear_native, upsample_bilinear_reference
+from .upsample_cross_entropy import Ohem, upsample_cross_entropy, upsample_cross_entropy_reference
 from .upsample_softmax_sum import (
     upsample_softmax_sum,
     upsample_softmax_sum_native,
@@ -24,6 +25,7 @@ __all__ = [
     "BACKENDS",
     "KERNELS",
     "NAMES",
+    "Ohem",
     "PackedConv",
     "attention_gate",
     "attention_gate_native",
@@ -59,6 +61,8 @@ __all__ = [
     "upsample_bilinear",
     "upsample_bilinear_native",
     "upsample_bilinear_reference",
+    "upsample_cross_entropy",
+    "upsample_cross_entropy_reference",
     "upsample_softmax_sum",
     "upsample_softmax_sum_native",
     "upsample_softmax_sum_reference",

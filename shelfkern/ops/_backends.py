@@ -30,6 +30,7 @@ KERNELS = {
     "upsample_add": ("native", "cuda", "triton", "emulated"),
     "upsample_argmax": ("native", "cuda", "emulated"),
     "upsample_bilinear": ("native", "triton"),
+    "upsample_cross_entropy": ("native", "triton"),
     "upsample_softmax_sum": ("native", "cuda", "emulated"),
 }
 

@@ -34,6 +34,8 @@ from . import (
     upsample_argmax_reference,
     upsample_bilinear,
     upsample_bilinear_reference,
+    upsample_cross_entropy,
+    upsample_cross_entropy_reference,
     upsample_softmax_sum,
     upsample_softmax_sum_reference,
 )
@@ -113,6 +115,12 @@ def _cases() -> dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], tu
             (x,),
             dict(size=size, crop=(12, 17)),
         ),
+        "upsample_cross_entropy": (
+            _and_gradient(upsample_cross_entropy),
+            _and_gradient(upsample_cross_entropy_reference),
+            (x, torch.arange(2 * 12 * 17).view(2, 12, 17) * 7 % 19),
+            dict(size=size, ignore_index=5, label_smoothing=0.1),
+        ),
         "upsample_softmax_sum": (
             _into_zeros(upsample_softmax_sum),
             _into_zeros(upsample_softmax_sum_reference),
@@ -157,6 +165,19 @@ def _into_zeros(add: Callable[..., None]) -> Callable[..., Tensor]:
 
 def _pair(channels: int) -> tuple[Tensor, Tensor]:
     return _random(channels), _random(channels, 1)[:, 0]
+
+
+def _and_gradient(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A loss, and its gradient where each pixel has one of about 1."""
+
+    def both(scores: Tensor, target: Tensor, **arguments: Any) -> Tensor:
+        scores = scores.detach().requires_grad_()
+        with torch.enable_grad():
+            result = loss(scores, target, **arguments)
+            (gradient,) = torch.autograd.grad(result * target.numel(), scores)
+        return torch.cat([result.detach().double().view(1), gradient.double().flatten()])
+
+    return both
 
 
 @functools.cache

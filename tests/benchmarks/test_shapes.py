@@ -125,7 +125,7 @@ def test_problems_are_distinct_and_so_are_their_names():
 
 def test_every_op_has_a_few_quick_problems():
     quick = collections.Counter(entry.problem.op for entry in table() if entry.quick)
-    assert set(quick) == set(ops.NAMES) - {"quantize", "bn_act_dropout"}
+    assert set(quick) == set(ops.NAMES) - {"quantize", "bn_act_dropout", "upsample_cross_entropy"}
     assert max(quick.values()) <= 3
 
 

@@ -29,6 +29,13 @@ INTERPRETED = _triton.INTERPRETED
 _no_triton = _triton.why_not or (
     None if INTERPRETED or torch.cuda.is_available() else "no GPU, and TRITON_INTERPRET is not 1"
 )
+TRITON = pytest.param(
+    "triton",
+    marks=[
+        pytest.mark.skipif(_no_triton is not None, reason=f"no Triton: {_no_triton}"),
+        *([] if INTERPRETED else [pytest.mark.gpu]),
+    ],
+)
 _no_gpu = _no_triton or ("the kernels are interpreted" if INTERPRETED else None)
 DTYPES = [torch.float32, torch.bfloat16]
 CUDA_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
