@@ -1,6 +1,7 @@
 """From modules to a plan: each block type's own fused form. No tracing.
 
-A module is lowered by its exact type, since a subclass may compute something else.
+A module is lowered by its exact type, since a subclass may compute something else; blocks that train fused
+are in eval mode what their plain ones are.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from ..nn import blocks, shelf
 from ..nn.backbone import BasicBlock, Bottleneck, ResNet
+from ..nn.fused import plain_type
 from ..nn.shelfnet import ShelfNet
 from . import plan as p
 from .fold import fold_batch_norm
@@ -47,11 +49,11 @@ class Lowering:
             TypeError: its type has no fused form.
         """
         self.expect(module, *_RULES)
-        return _RULES[type(module)](self, module, *inputs)
+        return _RULES[plain_type(module)](self, module, *inputs)
 
     def expect(self, module: nn.Module, *types: type[nn.Module]) -> None:
         """Raises TypeError unless the module's type is exactly one of these."""
-        if type(module) not in types:
+        if plain_type(module) not in types:
             kind = type(module).__qualname__
             raise TypeError(f"model has a {kind} at {self.name(module)!r}, which has no fused form")
 
@@ -196,7 +198,7 @@ def _shared_block(lowering: Lowering, block: blocks.SharedBlock, x: p.Value) -> 
         shift2,
         _activation(block.act),
         lowering.value(x.channels, x.stride),
-        skip=type(block) is blocks.EntryBlock,
+        skip=plain_type(block) is blocks.EntryBlock,
     )
     return lowering.emit(step)
 

@@ -1,5 +1,6 @@
 """The reference model: plain torch.nn modules, written to be read beside the paper."""
 
+from .fused import fuse_for_training
 from .paths import count_paths
 from .shelfnet import (
     ShelfNet,
@@ -18,6 +19,7 @@ __all__ = [
     "ShelfNetOutput",
     "count_paths",
     "from_weights",
+    "fuse_for_training",
     "save_weights",
     "shelfnet18_lw",
     "shelfnet34_lw",

@@ -106,9 +106,13 @@ class ResNet(nn.Module):
         """The four stages, at strides 4, 8, 16 and 32."""
         return [self.get_submodule(f"layer{i}") for i in range(1, 5)]
 
+    def stem(self, x: Tensor) -> Tensor:
+        """The first convolution, its norm and activation: stride 2."""
+        return self.act(self.bn1(self.conv1(x)))
+
     def forward(self, x: Tensor) -> list[Tensor]:
         """(N, 3, H, W) -> features at strides 2, 4, 8, 16, 32 with `self.channels` channels."""
-        features = [self.act(self.bn1(self.conv1(x)))]
+        features = [self.stem(x)]
         x = self.maxpool(features[0])
         for stage in self.stages:
             x = stage(x)

@@ -6,6 +6,7 @@ and more levels give more of them.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 
 import torch.fx
@@ -40,7 +41,7 @@ def count_paths(model: ShelfNet) -> int:
     Counted on the model's own graph of blocks: 29 for the published shelf of four levels, 4 for a
     single encoder-decoder pair of four levels (paper 3.2).
     """
-    graph = _BlockTracer().trace(_Trunk(model))
+    graph = _BlockTracer().trace(_Trunk(copy.deepcopy(model).eval()))
     source = _finest_feature(graph, model.backbone, model.config.levels)
     paths: Counter[torch.fx.Node] = Counter({source: 1})
     for node in graph.nodes:

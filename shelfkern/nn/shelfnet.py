@@ -14,6 +14,7 @@ from ..normalisation import Normalisation
 from . import published
 from .backbone import RESNET_STAGES, ResNet, init_weights
 from .blocks import BackboneHead, ConvHead, LinearHead, PresenceHead
+from .fused import fuse_for_training
 from .shelf import MERGES, Shelf
 
 STRIDE = 32
@@ -111,6 +112,10 @@ class ShelfNet(nn.Module):
 
     `load_state_dict` takes this model's own keys or a checkpoint of the authors as it is.
 
+    Args:
+        config: ShelfNet50's by default.
+        fused: whether it trains by fused ops, as `fuse_for_training` makes any model do.
+
     Attributes:
         config: what the model is made of.
         classes: a name per class, where known; `from_weights` sets it.
@@ -122,7 +127,7 @@ class ShelfNet(nn.Module):
     palette: tuple[tuple[int, int, int], ...] | None = None
     normalisation: Normalisation = Normalisation()
 
-    def __init__(self, config: ShelfNetConfig | None = None) -> None:
+    def __init__(self, config: ShelfNetConfig | None = None, *, fused: bool = False) -> None:
         super().__init__()
         self.config = config = config or ShelfNetConfig()
         self.backbone = ResNet(config.backbone, config.backbone_width, config.negative_slope)
@@ -141,6 +146,8 @@ class ShelfNet(nn.Module):
         self.head, self.aux_heads = self._heads()
         self.presence_head = PresenceHead(config.widths[-1], config.num_classes) if config.presence else None
         init_weights(self)
+        if fused:
+            fuse_for_training(self)
 
     def _heads(self) -> tuple[nn.Module, nn.ModuleList]:
         config = self.config
@@ -252,28 +259,29 @@ _REAL_TIME = ShelfNetConfig(
 )
 
 
-def shelfnet18_lw(num_classes: int = 19, **changes: Any) -> ShelfNet:
+def shelfnet18_lw(num_classes: int = 19, *, fused: bool = False, **changes: Any) -> ShelfNet:
     """ShelfNet18-lw, the real-time model: 14.6 M parameters, 12.5 GMAC at 512x512.
 
-    `changes` are other fields of `ShelfNetConfig`.
+    `changes` are other fields of `ShelfNetConfig`; fused is `ShelfNet`'s.
     """
-    return ShelfNet(dataclasses.replace(_REAL_TIME, num_classes=num_classes, **changes))
+    return ShelfNet(dataclasses.replace(_REAL_TIME, num_classes=num_classes, **changes), fused=fused)
 
 
-def shelfnet34_lw(num_classes: int = 19, **changes: Any) -> ShelfNet:
+def shelfnet34_lw(num_classes: int = 19, *, fused: bool = False, **changes: Any) -> ShelfNet:
     """ShelfNet34-lw: 33.8 M parameters, 30.3 GMAC at 512x512; no lateral convolutions, no dropout."""
     published_fields = dict(
         backbone="resnet34", widths=(128, 256, 512), lateral=False, dropout=0.0, head_width=128
     )
     fields = {**published_fields, **changes}
-    return ShelfNet(dataclasses.replace(_REAL_TIME, num_classes=num_classes, **fields))
+    return ShelfNet(dataclasses.replace(_REAL_TIME, num_classes=num_classes, **fields), fused=fused)
 
 
-def shelfnet50(num_classes: int = 21, **changes: Any) -> ShelfNet:
+def shelfnet50(num_classes: int = 21, *, fused: bool = False, **changes: Any) -> ShelfNet:
     """ShelfNet50: 41.1 M parameters, 42.1 GMAC at 512x512."""
-    return ShelfNet(ShelfNetConfig(num_classes=num_classes, **changes))
+    return ShelfNet(ShelfNetConfig(num_classes=num_classes, **changes), fused=fused)
 
 
-def shelfnet101(num_classes: int = 21, **changes: Any) -> ShelfNet:
+def shelfnet101(num_classes: int = 21, *, fused: bool = False, **changes: Any) -> ShelfNet:
     """ShelfNet101: 60.1 M parameters, 61.5 GMAC at 512x512."""
-    return ShelfNet(ShelfNetConfig(**{"num_classes": num_classes, "backbone": "resnet101", **changes}))
+    fields = {"num_classes": num_classes, "backbone": "resnet101", **changes}
+    return ShelfNet(ShelfNetConfig(**fields), fused=fused)
