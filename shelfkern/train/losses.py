@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -12,6 +10,7 @@ from torch.nn import functional as F
 from .. import ops
 from ..data.dataset import IGNORE
 from ..nn import ShelfNet
+from ..ops.upsample_cross_entropy import Ohem
 from .recipe import Loss
 
 # What `Objective` gives, in this order.
@@ -70,14 +69,16 @@ class Objective(nn.Module):
         if not share:
             return wide(scores).sum() * 0
         loss = self.loss
-        crop = (target.shape[1], target.shape[2])
-        full = ops.upsample_bilinear(wide(scores), size, crop, self.model.align_corners, backend=self.backend)
-        if loss.kind == "ohem":
-            losses = F.cross_entropy(full, target.long(), reduction="none", ignore_index=IGNORE)
-            return share * hardest(losses.flatten(), loss.threshold, loss.min_kept)
-        smoothing = loss.label_smoothing
-        return share * F.cross_entropy(
-            full, target.long(), self.weights, ignore_index=IGNORE, label_smoothing=smoothing
+        return share * ops.upsample_cross_entropy(
+            scores,
+            target,
+            size,
+            align_corners=self.model.align_corners,
+            ignore_index=IGNORE,
+            weight=self.weights,
+            label_smoothing=loss.label_smoothing,
+            ohem=Ohem(loss.threshold, loss.min_kept) if loss.kind == "ohem" else None,
+            backend=self.backend,
         )
 
     def _lovasz(self, scores: Tensor, target: Tensor, size: tuple[int, int]) -> Tensor:
@@ -86,13 +87,6 @@ class Objective(nn.Module):
         stride = self.loss.lovasz_stride
         y, x = (int(first) for first in torch.randint(stride, (2,)))
         return lovasz_softmax(full[:, :, y::stride, x::stride], target[:, y::stride, x::stride])
-
-
-def hardest(losses: Tensor, threshold: float, min_kept: float) -> Tensor:
-    """The mean of the losses above -log(threshold), or if they are fewer of the largest `min_kept` of all."""
-    hard = losses[losses > -math.log(threshold)]
-    count = int(min_kept * len(losses))
-    return hard.mean() if len(hard) > count else losses.topk(count).values.mean()
 
 
 def wide(x: Tensor) -> Tensor:

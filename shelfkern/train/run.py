@@ -15,7 +15,7 @@ from .. import nn as models
 from ..data import class_frequencies
 from ..data.dataset import Dataset
 from ..files import replacing
-from ..nn import ShelfNet, from_weights, shipped_weights
+from ..nn import ShelfNet, from_weights, fuse_for_training, shipped_weights
 from . import optimizer, schedule
 from .average import Average
 from .distributed import Processes, sync_norms
@@ -71,6 +71,8 @@ class Run:
         model = build_model(self.stage.model, self.source, start)
         if self.stage.sync_norms and self.processes.count > 1:
             sync_norms(model, self.processes.device)
+        if self.stage.fused:
+            fuse_for_training(model)
         model.to(self.processes.device, self.dtype)
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
         return model
