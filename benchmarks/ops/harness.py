@@ -191,7 +191,7 @@ class Op:
         """Why a backend has no kernel for the case; None if it has."""
         can_run = self._module.can_run
         names = inspect.signature(can_run).parameters
-        return can_run(*(case.tensors[name] for name in names))[backend]
+        return can_run(*(case.tensors[name] for name in names if name in case.tensors))[backend]
 
     @property
     def _module(self) -> Any:

@@ -130,8 +130,24 @@ def _problems_of_step(step: Step, batch: int, size: Size) -> Iterator[Problem]:
         skip=fields.get("skip", False),
     )
     yield problem
+    if "scale" in problem.vectors and problem.op == "conv_bn_act":
+        yield _norm_of(problem)
     if not step.inputs:
         yield dataclasses.replace(problem, reads=((batch, *size, 3),), raw=True)
+
+
+def _norm_of(conv: Problem) -> Problem:
+    """What training puts in the place of a convolution's epilogue: its gradient is read too."""
+    reads = (conv.writes,) * (3 if conv.residual else 2)
+    return Problem(
+        "bn_act_dropout",
+        reads,
+        conv.writes,
+        0,
+        vectors=("weight", "bias"),
+        slope=conv.slope,
+        residual=conv.residual,
+    )
 
 
 def _problems_of_scores(scores: Shape, size: Size) -> Iterator[Problem]:
@@ -165,5 +181,8 @@ def _quick(op: str, uses: dict[Problem, collections.Counter[str]]) -> list[Probl
         name = use(model, SIZES[0])
         found = [problem for problem in uses if problem.op == op and uses[problem][name]]
         if found:
-            return sorted(found, key=lambda problem: -uses[problem][name] * problem.macs)[:QUICK_PROBLEMS]
+            # Where nothing is multiplied, those that move the most.
+            work = [(problem.macs or problem.bytes(torch.float32)) * uses[problem][name] for problem in found]
+            order = sorted(range(len(found)), key=lambda i: -work[i])
+            return [found[i] for i in order[:QUICK_PROBLEMS]]
     return []

@@ -47,18 +47,18 @@ def bn_act_dropout_reference(
     return F.dropout2d(common.activate(y, slope), p)
 
 
-def can_run(x: Tensor, bn: nn.Module) -> backends.Reasons:
-    """Why each kernel cannot take x and the norm bn; None for those that can."""
+def can_run(x: Tensor, bn: nn.Module | None = None) -> backends.Reasons:
+    """Why each kernel cannot take x and the norm bn, None for any that fits; None for those that can."""
     return norm_reasons(x, bn, "bn")
 
 
-def norm_reasons(x: Tensor, bn: nn.Module, name: str) -> backends.Reasons:
+def norm_reasons(x: Tensor, bn: nn.Module | None, name: str) -> backends.Reasons:
     """The same for a norm that is the argument `name`."""
-    unfit = _unfit(x, bn, name)
+    unfit = "x has no pixels" if x.numel() == 0 else None if bn is None else _unfit(bn, name)
     return dict.fromkeys(backends.KERNELS[OP], unfit) if unfit else backends.reasons(OP, x)
 
 
-def _unfit(x: Tensor, bn: nn.Module, name: str) -> str | None:
+def _unfit(bn: nn.Module, name: str) -> str | None:
     if type(bn) is not nn.BatchNorm2d:
         return f"{name} is {type(bn).__name__}, the kernels are for BatchNorm2d"
     if not bn.training:
@@ -67,7 +67,7 @@ def _unfit(x: Tensor, bn: nn.Module, name: str) -> str | None:
         value = getattr(bn, part)
         if value is not None and value.dtype is not torch.float32:
             return f"{name}.{part} is {value.dtype}, the kernels take float32"
-    return "x has no pixels" if x.numel() == 0 else None
+    return None
 
 
 def bn_act_dropout_native(

@@ -264,7 +264,7 @@ def test_every_isa_writes_all_of_the_outputs(**drawn):
 @needs_triton
 @pytest.mark.skipif(not INTERPRETED, reason="the check is on the CPU")
 @given(**sizes, dtype=st.sampled_from(CUDA_DTYPES))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_triton_writes_all_of_the_outputs(**drawn):
     check_drawn(bn_act_dropout_triton, bn_act_dropout_backward_triton, **drawn)
 
