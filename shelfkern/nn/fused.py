@@ -11,6 +11,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from ..ops.bn_act_dropout import bn_act_dropout
+from ..ops.conv_train import conv_train
 from ..ops.shared_block_train import shared_block_train
 from .backbone import BasicBlock, Bottleneck, ResNet
 from .blocks import BackboneHead, ConvBNAct, EntryBlock, SharedBlock
@@ -30,7 +31,7 @@ class _Fused(nn.Module):
 
 class FusedConvBNAct(_Fused, ConvBNAct):
     def fused(self, x: Tensor) -> Tensor:
-        return norm_act(self.conv(x), self.bn, self.act)
+        return norm_act(conv_train(x, self.conv), self.bn, self.act)
 
 
 class FusedSharedBlock(_Fused, SharedBlock):
@@ -49,21 +50,23 @@ class FusedEntryBlock(_Fused, EntryBlock):
 class FusedBackboneHead(_Fused, BackboneHead):
     def fused(self, x: Tensor) -> Tensor:
         features = self.features
-        return self.classify(norm_act(features.conv(x), features.bn, features.act, dropout=self.dropout))
+        return self.classify(
+            norm_act(conv_train(x, features.conv), features.bn, features.act, dropout=self.dropout)
+        )
 
 
 class FusedBasicBlock(_Fused, BasicBlock):
     def fused(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
-        x = norm_act(self.conv1(x), self.bn1, self.act)
-        return norm_act(self.conv2(x), self.bn2, self.relu, shortcut)
+        x = norm_act(conv_train(x, self.conv1), self.bn1, self.act)
+        return norm_act(conv_train(x, self.conv2), self.bn2, self.relu, shortcut)
 
 
 class FusedBottleneck(_Fused, Bottleneck):
     def fused(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
         x = norm_act(self.conv1(x), self.bn1, self.act)
-        x = norm_act(self.conv2(x), self.bn2, self.act)
+        x = norm_act(conv_train(x, self.conv2), self.bn2, self.act)
         return norm_act(self.conv3(x), self.bn3, self.relu, shortcut)
 
 

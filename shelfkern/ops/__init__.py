@@ -4,6 +4,7 @@ from ._backends import BACKENDS, KERNELS
 from .attention_gate import attention_gate, attention_gate_native, attention_gate_reference
 from .bn_act_dropout import bn_act_dropout, bn_act_dropout_native, bn_act_dropout_reference
 from .conv_bn_act import PackedConv, conv_bn_act, conv_bn_act_native, conv_bn_act_reference, pack_conv
+from .conv_train import conv_train
 from .deconv_add import deconv_add, deconv_add_native, deconv_add_reference, pack_deconv
 from .quantize import quantize, quantize_reference, quantize_weight
 from .shared_block import shared_block, shared_block_native, shared_block_reference
@@ -36,6 +37,7 @@ __all__ = [
     "conv_bn_act",
     "conv_bn_act_native",
     "conv_bn_act_reference",
+    "conv_train",
     "deconv_add",
     "deconv_add_native",
     "deconv_add_reference",

@@ -9,7 +9,6 @@ forward and backward, an eighth of the block's time (5.5 of 41 ms, 4x64x64x64 in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from .bn_act_dropout import (
     repeat,
     track_statistics,
 )
+from .conv_train import convolve, convolve_backward, is_3x3
 
 OP = "shared_block_train"
 
@@ -56,27 +56,9 @@ def can_run(x: Tensor, conv: nn.Module, bn1: nn.Module, bn2: nn.Module) -> backe
 
 
 def _unfit(conv: nn.Module) -> str | None:
-    if type(conv) is not nn.Conv2d:
-        return f"conv is {type(conv).__name__}, the op is for Conv2d"
-    found = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
-    if found != ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros"):
-        return f"conv is {conv}, the op is for 3x3 convolutions of stride 1 and padding 1 with zeros"
-    return None
-
-
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return common.channels_last(F.conv2d(x, weight, bias, padding=1))
-
-
-def _convolve_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, with_bias: bool, needed: Sequence[bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, weight and bias, those that are needed."""
-    sizes = [weight.shape[0]] if with_bias else None
-    mask = [needed[0], needed[1], with_bias and needed[2]]
-    return torch.ops.aten.convolution_backward(
-        grad, x, weight, sizes, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, mask
-    )
+    if is_3x3(conv):
+        return None
+    return f"conv is {conv}, the op is for Conv2d of 3x3, stride 1 and padding 1 with zeros"
 
 
 def _forward(
@@ -96,9 +78,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The result, and what is kept: both convolutions' results, and mean, variance and bits of each norm."""
     x = common.channels_last(x)
-    first = _convolve(x, weight, bias)
+    first = convolve(x, weight, bias)
     h, *kept1 = forward(first, weight1, bias1, None, noise, eps1, slope, backend)
-    second = _convolve(h, weight, bias)
+    second = convolve(h, weight, bias)
     out, *kept2 = forward(second, weight2, bias2, x, None, eps2, 0.0, backend)
     if skip:
         out += x
@@ -161,14 +143,14 @@ def _gradients(
     )
     h = repeat(first, weight1, bias1, noise, mean1, var1, eps1, slope, backend)
     parts = [True, *needed[1:]]
-    grad_h, *of_second = _convolve_backward(grad_second, h, weight, with_bias, parts)
+    grad_h, *of_second = convolve_backward(grad_second, h, weight, with_bias, parts)
     assert grad_h is not None
     del h, grad_second
     grad_first, _, grad_weight1, grad_bias1 = gradients(
         grad_h, first, weight1, mean1, var1, noise, mask1, eps1, slope, False, backend
     )
     del grad_h
-    more_x, *of_first = _convolve_backward(grad_first, common.channels_last(x), weight, with_bias, needed)
+    more_x, *of_first = convolve_backward(grad_first, common.channels_last(x), weight, with_bias, needed)
     if more_x is not None:
         grad_x += more_x
     if skip:
@@ -272,7 +254,7 @@ def shared_block_train(
 ) -> Tensor:
     """h = dropout2d(act(bn1(conv(x)))), y = relu(bn2(conv(h)) + x), + x if `skip`; with its gradient.
 
-    The convolutions are torch's; the norms, and what is around them, as `bn_act_dropout`, whose seeds,
+    The convolutions are `conv_train`'s; the norms, and what is around them, as `bn_act_dropout`, whose seeds,
     statistics and backends these are.
 
     Args:
