@@ -65,9 +65,8 @@ def convolve_backward(
     grad: Tensor, x: Tensor, weight: Tensor, with_bias: bool, needed: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, weight and bias, those that are needed."""
-    turned = weight.flip(2, 3).transpose(0, 1)
-    filtered = needed[0] and takes_winograd(grad, turned)
-    grad_x = _filtered(grad, turned, None) if filtered else None
+    filtered = needed[0] and takes_winograd(grad, weight.transpose(0, 1))
+    grad_x = _filtered(grad, weight.flip(2, 3).transpose(0, 1), None) if filtered else None
     mask = [needed[0] and not filtered, needed[1], with_bias and needed[2]]
     if not any(mask):
         return grad_x, None, None
