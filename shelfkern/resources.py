@@ -328,6 +328,8 @@ def _launch_norm(dtype: torch.dtype, channels: int, slope: float | None, full: b
     noise, weight, residual = (_meta((n, channels)), vector, x) if full else (None, None, None)
     mask = None if slope is None else _meta((n, h, w, (channels + 7) // 8), torch.uint8)
     bn_act_dropout_triton(x, weight, weight, residual, noise, 1e-5, slope, x, vector, vector, mask)
+    # What the shared block's gradient makes again.
+    bn_act_dropout_triton(x, weight, weight, None, noise, 1e-5, slope, x, vector, vector, None, given=True)
     bn_act_dropout_backward_triton(
         x, x, weight, vector, vector, noise, mask, 1e-5, slope, x, residual, vector, vector
     )
