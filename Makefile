@@ -3,6 +3,7 @@
 # make bench  a few networks beside their peers, in minutes; prints them and leaves them in build/bench
 # make bench-cpu  all networks on a CPU; writes benchmarks/results, the README's table and docs/cpu.md
 # make bench-ops  ops beside their peers, at a few of the networks' shapes; ARGS='-m ""' takes all
+# make bench-training  training steps beside torch's; writes benchmarks/results and docs/training_speed.md
 # make lint   ruff, mypy, clang-format
 #
 # Each installs what it needs into .venv.
@@ -15,7 +16,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test bench bench-cpu bench-ops lint format clean
+.PHONY: demo test bench bench-cpu bench-ops bench-training lint format clean
 
 demo: .venv/.demo
 	$(BIN)/python demo/run.py $(IMAGE)
@@ -35,6 +36,10 @@ bench-cpu: .venv/.bench
 bench-ops: .venv/.bench
 	$(BIN)/python -m pytest benchmarks/ops -m quick --benchmark-quiet $(ARGS)
 	$(BIN)/python benchmarks/ops/plot.py benchmarks/results/ops_*.jsonl
+
+bench-training: .venv/.bench
+	$(BIN)/python benchmarks/training.py --memory $(ARGS)
+	$(BIN)/python benchmarks/training_page.py
 
 lint: .venv/.lint
 	$(BIN)/ruff check .

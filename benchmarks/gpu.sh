@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # All that needs a GPU, in one go of under eight minutes and without a network: build, self-test, tests,
-# compute-sanitizer, benchmarks of ops and models. Results go to ${OUT:-benchmarks/results}: gpu.log, and
-# rows, plots and the tuner's measurements, eight files in all.
+# compute-sanitizer, benchmarks of ops, models and training. Results go to ${OUT:-benchmarks/results}:
+# gpu.log, and rows, plots and the tuner's measurements, seven files, or nine with each layer's.
 #
 # GPU_STAGES names the stages to run, in their order, such as "build models". MODELS_SECONDS is the time for
 # benchmarks of models: from 200 on they take every case, tune, and time each layer. For the rest:
 #   GPU_STAGES="build models" MODELS_SECONDS=480 benchmarks/gpu.sh
+# TRAINING_SECONDS is the time for training steps: from 200 on they are compiled too.
 #
 # Needs python3 with torch, triton, pybind11, setuptools, pytest, pytest-benchmark, hypothesis, matplotlib,
 # click and rich (and uses pytest-xdist where it is), and cmake, ninja, a C++ compiler and nvcc. A stage that
@@ -14,11 +15,12 @@
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 
-readonly ALL_STAGES="build doctor tests memcheck racecheck ops models"
+readonly ALL_STAGES="build doctor tests memcheck racecheck ops models training"
 readonly PYTHON=${PYTHON:-python3}
 OUT=${OUT:-benchmarks/results}
 GPU_STAGES=${GPU_STAGES:-$ALL_STAGES}
 MODELS_SECONDS=${MODELS_SECONDS:-45}
+TRAINING_SECONDS=${TRAINING_SECONDS:-40}
 # Kept from run to run, so that nothing is tuned twice.
 SHELFKERN_CACHE=${SHELFKERN_CACHE:-$PWD/build/cache}
 
@@ -142,20 +144,30 @@ models() {
     return $status
 }
 
-# Of benchmarks/ops: the seconds after which it skips the rest, and its status after a broken context.
-OPS_BUDGET=130
-CONTEXT_LOST=70
-export PYTHON OUT OPS_BUDGET CONTEXT_LOST MODELS_SECONDS SHELFKERN_CACHE
-export -f build device_tests sanitize ops models
+training() {
+    local options=(--device cuda)
+    [ "$TRAINING_SECONDS" -ge 200 ] || options+=(--dtype bfloat16 --case-seconds 0.5 --variant eager
+        --variant "eager channels_last" --variant shelfkern)
+    # Kept back: for imports before its clock starts.
+    "$PYTHON" benchmarks/training.py "${options[@]}" --seconds $((TRAINING_SECONDS - 12)) \
+        --out "$OUT/training_gpu.jsonl"
+}
 
-# With 45 s for models 450 seconds at most.
+# Of benchmarks/ops: the seconds after which it skips the rest, and its status after a broken context.
+OPS_BUDGET=115
+CONTEXT_LOST=70
+export PYTHON OUT OPS_BUDGET CONTEXT_LOST MODELS_SECONDS TRAINING_SECONDS SHELFKERN_CACHE
+export -f build device_tests sanitize ops models training
+
+# With 45 s for models and 40 s for training 475 seconds at most.
 stage build 80 bash -c build
 stage doctor 20 "$PYTHON" -m shelfkern doctor
 stage tests 70 bash -c device_tests
 stage memcheck 35 bash -c 'sanitize memcheck'
 stage racecheck 35 bash -c 'sanitize racecheck'
-stage ops 165 bash -c ops
+stage ops 150 bash -c ops
 stage models "$MODELS_SECONDS" bash -c models
+stage training "$TRAINING_SECONDS" bash -c training
 
 cp -f "$SHELFKERN_CACHE"/tuning-*.json "$OUT" 2>/dev/null
 printf '%s\n' '' "${summary[@]}" | tee -a "$OUT/gpu.log"
