@@ -52,6 +52,7 @@ class Run:
         parts = processes.count * stage.accumulate
         if stage.batch % parts:
             raise ValueError(f"batch is {stage.batch}, it must be a multiple of {parts}, the parts of a step")
+        self._check_norms(stage, processes)
         torch.manual_seed(stage.seed)
         self.stage, self.source, self.processes = stage, source, processes
         self.step, self.steps = 0, stage.total_steps(len(source))
@@ -66,6 +67,16 @@ class Run:
         margin = stage.loss.class_margin
         self.weights = class_weights(class_frequencies(source), margin) if margin else None
         self.objective = self._objective()
+
+    @staticmethod
+    def _check_norms(stage: Stage, processes: Processes) -> None:
+        # The gates of the real-time models have one value an image.
+        together = 1 if stage.sync_norms else processes.count
+        if stage.model.name.endswith("_lw") and stage.batch // (stage.accumulate * together) < 2:
+            raise ValueError(
+                f"batch is {stage.batch}, each part of a {stage.model.name}'s must have two images or more, "
+                "for its batch norms"
+            )
 
     def _model(self, start: dict[str, Tensor] | None) -> ShelfNet:
         model = build_model(self.stage.model, self.source, start)

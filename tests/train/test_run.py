@@ -156,7 +156,7 @@ def test_parts_give_the_gradient_of_the_whole_batch(source) -> None:
     model = Model("shelfnet18_lw", {**SMALLEST, "dropout": 0.0})
     runs = []
     for accumulate in (1, 2, 4):
-        stage = tiny(model=model, batch=4, accumulate=accumulate, loss=Loss(class_margin=1.1), fused=False)
+        stage = tiny(model=model, batch=8, accumulate=accumulate, loss=Loss(class_margin=1.1), fused=False)
         run = frozen_norms(Run(stage, source, ALONE))
         (batch,) = batches(source, stage, range(1))
         batch[0][1][0, :20] = 255
@@ -178,6 +178,12 @@ def test_the_gradient_is_clipped(source) -> None:
 def test_a_batch_that_cannot_be_shared(source) -> None:
     with pytest.raises(ValueError, match="batch is 2, it must be a multiple of 3"):
         Run(tiny(), source, Processes(0, 3, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("changes", [{"batch": 1}, {"batch": 2, "accumulate": 2}])
+def test_norms_of_gates_need_two_images(changes, source) -> None:
+    with pytest.raises(ValueError, match=r"batch is \d, each part of a shelfnet18_lw's must have two images"):
+        Run(tiny(**changes), source, ALONE)
 
 
 @pytest.mark.parametrize(
