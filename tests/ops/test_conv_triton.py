@@ -240,9 +240,11 @@ from shelfkern import ops
 x, ones = torch.ones(1, 2, 4, 4), torch.ones(2)
 w, twice = torch.ones(2, 2, 3, 3), torch.ones(1, 2, 8, 8)
 for op, arguments in dict(
-    conv_bn_act=(x, w), deconv_add=(x, w, ones, twice), quantize=(x, 1.0),
+    bn_act_dropout=(x, torch.nn.BatchNorm2d(2)), conv_bn_act=(x, w),
+    deconv_add=(x, w, ones, twice), quantize=(x, 1.0),
     shared_block=(x, w, ones, ones, ones, ones),
     upsample_add=(x, twice), upsample_bilinear=(x, (8, 8)),
+    upsample_cross_entropy=(x, torch.zeros(1, 8, 8, dtype=torch.uint8), (8, 8)),
 ).items():
     assert getattr(ops, op)(*arguments).isfinite().all()
     try:
