@@ -204,6 +204,9 @@ class Step:
         self._variant, wide = variant, torch.float64 if case.dtype == "float64" else torch.float32
         # Calibrated as there, for roundings of a network as it is first made grow from block to block.
         model = copy.deepcopy(build(case.model)).to(case.device, wide).train()
+        for norm in model.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.momentum = 0.1  # calibration leaves None, at which torch.compile breaks its graph
         if checked:
             _without_chance(model)
         batch = Batch.of(case, model.config.num_classes, seed)
