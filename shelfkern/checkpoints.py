@@ -14,7 +14,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .files import replacing
-from .nn import ShelfNet, published, shelfnet18_lw, shelfnet34_lw, shelfnet50, shelfnet101
+from .nn import (
+    ShelfNet,
+    from_weights,
+    published,
+    shelfnet18_lw,
+    shelfnet34_lw,
+    shelfnet50,
+    shelfnet101,
+    shipped_weights,
+)
 from .nn.backbone import RESNET_STAGES, ResNet
 from .nn.weights import read_safetensors
 
@@ -132,6 +141,18 @@ def save_published(model: ShelfNet, path: str | os.PathLike[str]) -> None:
     wrapped = {"state_dict": state} if model.config.head == "linear" else state
     with replacing(path) as temporary:
         torch.save(wrapped, temporary)
+
+
+def open_model(name_or_path: str) -> ShelfNet:
+    """The model of a shipped name, a file of ours, or an authors' checkpoint, in eval mode.
+
+    Raises:
+        OSError, RuntimeError: as `from_weights` and `from_published`.
+    """
+    path = Path(name_or_path)
+    if name_or_path in shipped_weights() or path.suffix == ".safetensors" or not path.exists():
+        return from_weights(name_or_path)
+    return from_published(path)
 
 
 def from_published(path_or_state: PathOrState) -> ShelfNet:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any, Protocol
 
 import click
@@ -15,7 +14,7 @@ from torch import nn
 from .. import checkpoints
 from .. import nn as models
 from ..engine import accelerate
-from ..nn import ShelfNet, from_weights, shipped_weights
+from ..nn import ShelfNet, shipped_weights
 
 MODELS = ("shelfnet18_lw", "shelfnet34_lw", "shelfnet50", "shelfnet101")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -54,10 +53,8 @@ def open_model(weights: str, model: str | None) -> ShelfNet:
         click.ClickException: it cannot be read, or does not fit; one sentence.
     """
     try:
-        if weights in shipped_weights() or (model is None and _is_ours(weights)):
-            return from_weights(weights)
-        if model is None:
-            return checkpoints.from_published(weights)
+        if model is None or weights in shipped_weights():
+            return checkpoints.open_model(weights)
         state = checkpoints.load(weights)
         head = state.get("head.classify.weight")
         classes = {} if head is None else {"num_classes": head.shape[0]}
@@ -66,10 +63,6 @@ def open_model(weights: str, model: str | None) -> ShelfNet:
         return network.eval()
     except (OSError, RuntimeError, ValueError, TypeError) as error:
         raise click.ClickException(str(error)) from error
-
-
-def _is_ours(weights: str) -> bool:
-    return Path(weights).suffix == ".safetensors" or not Path(weights).exists()
 
 
 def make_fast(model: ShelfNet, dtype: str, device: str, backend: str) -> Predictor:

@@ -15,7 +15,7 @@ from .. import nn as models
 from ..data import class_frequencies
 from ..data.dataset import Dataset
 from ..files import replacing
-from ..nn import ShelfNet, from_weights, fuse_for_training, shipped_weights
+from ..nn import ShelfNet, fuse_for_training
 from . import optimizer, schedule
 from .average import Average
 from .distributed import Processes, sync_norms
@@ -235,17 +235,12 @@ def build_model(recipe: Model, source: Dataset, start: dict[str, Tensor] | None 
     if start is not None:
         _take(start, model, "the stage before")
     elif recipe.start:
-        first = _opened(recipe.start)
+        first = checkpoints.open_model(recipe.start)
         model.normalisation = first.normalisation
         _take(first.state_dict(), model, recipe.start)
     elif recipe.backbone:
         checkpoints.load_resnet(model.backbone, recipe.backbone)
     return model
-
-
-def _opened(start: str) -> ShelfNet:
-    ours = start in shipped_weights() or Path(start).suffix == ".safetensors" or not Path(start).exists()
-    return from_weights(start) if ours else checkpoints.from_published(start)
 
 
 def _take(state: dict[str, Tensor], model: ShelfNet, origin: str) -> None:
