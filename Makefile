@@ -3,7 +3,7 @@
 # make bench  a few networks beside their peers, in minutes; prints them and leaves them in build/bench
 # make bench-cpu  all networks on a CPU; writes benchmarks/results, the README's table and docs/cpu.md
 # make bench-ops  ops beside their peers, at a few of the networks' shapes; ARGS='-m ""' takes all
-# make bench-training  training steps beside torch's; writes benchmarks/results and docs/training_speed.md
+# make bench-training  training steps beside torch's; writes benchmarks/results, docs/training_speed.md and README
 # make lint   ruff, mypy, clang-format
 #
 # Each installs what it needs into .venv.

@@ -9,7 +9,8 @@ interleaved in one process; memory on a CPU is that of a process for each varian
 
 The loss alone, of three heads, is timed and weighed beside torch's too.
 
-Rows go to benchmarks/results as JSON lines; `training_page.py` makes the tables of docs/training_speed.md.
+Rows go to benchmarks/results as JSON lines; `training_page.py` makes the tables of docs/training_speed.md and
+of the README.
 """
 
 from __future__ import annotations

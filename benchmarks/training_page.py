@@ -1,4 +1,4 @@
-"""Makes the tables of docs/training_speed.md from benchmarks/results, between their markers."""
+"""Makes the tables of docs/training_speed.md and of README.md's training, between their markers."""
 
 from __future__ import annotations
 
@@ -9,52 +9,103 @@ from table import RESULTS, ROOT, read, replaced
 
 from shelfkern.files import replacing
 
-PAGE = ROOT / "docs" / "training_speed.md"
-# By the name in their markers.
+PAGE, README = ROOT / "docs" / "training_speed.md", ROOT / "README.md"
+# By the name in the page's markers; the README shows the CPU's.
 FILES = {"cpu": "training_cpu.jsonl", "gpu": "training_gpu.jsonl"}
-COLUMNS = ("", "batch", "size", "dtype", "variant", "time", "to the fastest other", "MiB")
+README_MARK = "training"
+CASE_COLUMNS = ("", "batch", "size", "dtype")
+COLUMNS = (*CASE_COLUMNS, "variant", "time", "to the fastest other", "MiB")
+BESIDE_COLUMNS = (*CASE_COLUMNS, "fastest other", "shelfkern", "to it", "MiB", "least of the others")
 
 Row = dict[str, Any]
 
 
 def table(rows: list[Row]) -> list[str]:
     """One line a variant; ours say how they are to the fastest of torch's."""
-    lines = [_line(*COLUMNS), "|" + " --- |" * len(COLUMNS)]
+    lines = _header(*COLUMNS)
     for row in rows:
-        size = "x".join(map(str, row["size"]))
-        memory = f"{row['memory_mib']:.0f}" if "memory_mib" in row else ""
-        time = f"{row['median_ms']:.1f} ms"
-        case = (row["model"], str(row["batch"]), size, row["dtype"])
-        lines.append(_line(*case, row["variant"], time, _ratio(row, rows), memory))
-    last = rows[-1]
+        ratio = _ratio(_others(row, rows)) if row["variant"] == "shelfkern" else ""
+        lines.append(_line(*_case(row), row["variant"], _time(row), ratio, _mebibytes([row])))
     commands = ", ".join(f"`{command}`" for command in dict.fromkeys(row["command"] for row in rows))
+    return [*lines, "", f"Medians; {commands}; {_machine(rows)}"]
+
+
+def beside(rows: list[Row]) -> list[str]:
+    """One line a case: ours beside the fastest of torch's, and the memory beside the thriftiest's."""
+    lines = _header(*BESIDE_COLUMNS)
+    for row in rows:
+        others = _others(row, rows)
+        if row["variant"] != "shelfkern" or not others:
+            continue
+        fastest = min(others, key=lambda other: other["median_ms"])
+        times = (f"{fastest['variant']} {_time(fastest)}", _time(row), _ratio(others))
+        lines.append(_line(*_case(row), *times, _mebibytes([row]), _mebibytes(others)))
+    return [*lines, "", f"Medians; `python benchmarks/training.py`; {_machine(rows)}"]
+
+
+def _others(row: Row, rows: list[Row]) -> list[Row]:
+    """What is not this library's, of the row's case."""
+    case = ("model", "size", "batch", "dtype")
+    return [other for other in rows if not other["ours"] and all(other[key] == row[key] for key in case)]
+
+
+def _ratio(others: list[Row]) -> str:
+    """How many times faster ours is than the fastest other: the least of the ratios by rounds."""
+    return f"**{min(other['ours_times_faster'] for other in others):.2f}x**" if others else ""
+
+
+def _case(row: Row) -> tuple[str, ...]:
+    return row["model"], str(row["batch"]), "x".join(map(str, row["size"])), row["dtype"]
+
+
+def _time(row: Row) -> str:
+    return f"{row['median_ms']:.1f} ms"
+
+
+def _mebibytes(rows: list[Row]) -> str:
+    """The least of the rows that have it."""
+    found = [row["memory_mib"] for row in rows if "memory_mib" in row]
+    return f"{min(found):.0f}" if found else ""
+
+
+def _machine(rows: list[Row]) -> str:
+    last = rows[-1]
     machine = last.get("gpu") or f"{last['cpu']}, {last['isa']}, {last['threads']} threads"
     versions = f"torch {last['torch']}, shelfkern {last['shelfkern']} at {last['commit']}"
-    return [*lines, "", f"Medians; {commands}; {machine}; {versions}; {last['time'][:10]}."]
+    return f"{machine}; {versions}; {last['time'][:10]}."
 
 
-def _ratio(row: Row, rows: list[Row]) -> str:
-    """Of this library's eager variant: the least of its ratios by rounds to the others of its case."""
-    if row["variant"] != "shelfkern":
-        return ""
-    case = ("model", "size", "batch", "dtype")
-    others = [r for r in rows if not r["ours"] and all(r[key] == row[key] for key in case)]
-    return f"**{min(r['ours_times_faster'] for r in others):.2f}x**" if others else ""
+def _header(*titles: str) -> list[str]:
+    return [_line(*titles), "|" + " --- |" * len(titles)]
 
 
 def _line(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def main(page: Path = PAGE, results: Path = RESULTS) -> None:
-    """Rewrites what is between markers, for the result files that are there."""
-    text = page.read_text()
-    for name, file in FILES.items():
-        rows = read(results / file) if (results / file).exists() else []
-        if rows:
-            text = replaced(text, "\n".join(table(rows)), name)
-    with replacing(page) as temporary:
-        temporary.write_text(text)
+def page_of(page: str, results: Path) -> str:
+    """docs/training_speed.md with the tables of the result files that are there made anew."""
+    for name, rows in _results(results).items():
+        page = replaced(page, "\n".join(table(rows)), name)
+    return page
+
+
+def readme_of(readme: str, results: Path) -> str:
+    """README.md with its table of training on a CPU made anew."""
+    rows = _results(results).get("cpu")
+    return replaced(readme, "\n".join(beside(rows)), README_MARK) if rows else readme
+
+
+def _results(folder: Path) -> dict[str, list[Row]]:
+    found = {name: read(folder / file) for name, file in FILES.items() if (folder / file).exists()}
+    return {name: rows for name, rows in found.items() if rows}
+
+
+def main(page: Path = PAGE, readme: Path = README, results: Path = RESULTS) -> None:
+    """Rewrites what is between markers."""
+    for path, made_of in ((page, page_of), (readme, readme_of)):
+        with replacing(path) as temporary:
+            temporary.write_text(made_of(path.read_text(), results))
 
 
 if __name__ == "__main__":

@@ -60,13 +60,54 @@ def test_rows_and_page(tmp_path):
     assert rows[1]["ours_times_faster"] == 1 and rows[0]["median_ms"] > 0
     again = CliRunner().invoke(training.main, [*options, "--resume"])
     assert again.exit_code == 0 and len(out.read_text().splitlines()) == 2
-    page = tmp_path / "page.md"
+    page, readme = tmp_path / "page.md", tmp_path / "README.md"
     page.write_text(
         "a\n<!-- cpu: begin -->\nold\n<!-- cpu: end -->\nb\n<!-- gpu: begin -->\n<!-- gpu: end -->\n"
     )
-    training_page.main(page, tmp_path)
-    text = page.read_text()
-    assert "old" not in text and f"**{rows[0]['ours_times_faster']:.2f}x**" in text and "\nb\n" in text
+    readme.write_text("a\n<!-- training: begin -->\nold\n<!-- training: end -->\nb\n")
+    training_page.main(page, readme, tmp_path)
+    for path in (page, readme):
+        text = path.read_text()
+        assert "old" not in text and f"**{rows[0]['ours_times_faster']:.2f}x**" in text and "\nb\n" in text
+
+
+def row(variant, milliseconds, **others):
+    found = {
+        "model": "loss", "batch": 4, "size": [512, 512], "dtype": "float32", "variant": variant,
+        "ours": variant.startswith("shelfkern"), "median_ms": milliseconds,
+        "ours_times_faster": milliseconds / 50,
+        "cpu": "A CPU", "isa": "avx2", "threads": 2, "torch": "2.0", "shelfkern": "0.1", "commit": "abc",
+        "time": "2026-01-02T03:04:05Z", "command": f"python benchmarks/training.py --variant {variant}",
+    }  # fmt: skip
+    return found | others
+
+
+def test_the_readmes_table_has_a_line_a_case():
+    rows = [
+        row("eager", 90.0, memory_mib=400.4),
+        row("torch.compile", 100.0, memory_mib=300.4),
+        row("shelfkern", 50.0, memory_mib=9.4),
+        row("shelfkern, torch.compile", 40.0, memory_mib=8.0),
+        row("eager", 45.0, dtype="bfloat16"),
+        row("shelfkern", 50.0, dtype="bfloat16"),
+        row("shelfkern", 50.0, model="alone"),
+    ]
+    lines = training_page.beside(rows)
+    assert lines[2:5] == [
+        "| loss | 4 | 512x512 | float32 | eager 90.0 ms | 50.0 ms | **1.80x** | 9 | 300 |",
+        "| loss | 4 | 512x512 | bfloat16 | eager 45.0 ms | 50.0 ms | **0.90x** |  |  |",
+        "",
+    ]
+    assert "A CPU, avx2, 2 threads; torch 2.0, shelfkern 0.1 at abc; 2026-01-02." in lines[5]
+
+
+def test_the_readme_and_the_page_show_the_results():
+    for path, made_of in (
+        (training_page.README, training_page.readme_of),
+        (training_page.PAGE, training_page.page_of),
+    ):
+        text = path.read_text()
+        assert made_of(text, training_page.RESULTS) == text, path
 
 
 def test_a_gpu_that_is_not_there_is_refused():
