@@ -37,6 +37,7 @@ sys.path.append(str(Path(__file__).parent / "ops"))
 import resident
 import rows
 from cases import build
+from harness import LABEL_BLOCK, random_labels
 from measure import MIB, Deadline, Meter, OutOfTime, free, time_limit
 from results import about
 
@@ -189,12 +190,9 @@ class Batch:
         """The same at every run."""
         generator = torch.Generator().manual_seed(seed)
         images = torch.randn(case.batch, 3, *case.size, generator=generator)
-        blocks = [-(-extent // 16) for extent in case.size]
-        labels = torch.randint(0, classes, (case.batch, *blocks), generator=generator)
-        labels[torch.rand(labels.shape, generator=generator) < 0.05] = 255
-        target = labels.repeat_interleave(16, 1).repeat_interleave(16, 2)[:, : case.size[0], : case.size[1]]
-        present = F.one_hot(labels.flatten(1) % 255 % classes, classes).amax(1).float()
-        target = target.to(torch.uint8).contiguous()
+        target = random_labels((case.batch, *case.size), classes, generator)
+        blocks = target[:, ::LABEL_BLOCK, ::LABEL_BLOCK].long()
+        present = F.one_hot(blocks.flatten(1) % 255 % classes, classes).amax(1).float()
         return cls(images.to(case.device), target.to(case.device), present.to(case.device))
 
 

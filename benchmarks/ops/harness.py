@@ -26,6 +26,9 @@ DTYPES = {
     "cuda": (torch.float16, torch.bfloat16, torch.float32),
 }
 
+# Random labels come in squares of so many pixels a side, for neighbours in images mostly agree.
+LABEL_BLOCK = 16
+
 Tensors = dict[str, "Tensor | None"]
 # Computes its op once and gives the result.
 Run = Callable[[], Tensor]
@@ -39,6 +42,17 @@ class Wrong(AssertionError):
 
 class ContextLost(Exception):
     """A kernel broke the CUDA context: this process can measure no more. Its argument is the variant."""
+
+
+def random_labels(shape: tuple[int, int, int], classes: int, generator: torch.Generator) -> Tensor:
+    """uint8 (N, H, W) in blocks of `LABEL_BLOCK` pixels, of which a twentieth are 255, which is ignored."""
+    n, height, width = shape
+    blocks = (n, -(-height // LABEL_BLOCK), -(-width // LABEL_BLOCK))
+    device = generator.device
+    labels = torch.randint(0, classes, blocks, generator=generator, device=device)
+    labels[torch.rand(blocks, generator=generator, device=device) < 0.05] = 255
+    whole = labels.to(torch.uint8).repeat_interleave(LABEL_BLOCK, 1).repeat_interleave(LABEL_BLOCK, 2)
+    return whole[:, :height, :width].contiguous()
 
 
 class Inputs:
@@ -69,6 +83,10 @@ class Inputs:
     def image(self, shape: tuple[int, ...]) -> Tensor:
         """uint8."""
         return torch.randint(0, 256, shape, generator=self._generator, device=self.device, dtype=torch.uint8)
+
+    def labels(self, shape: tuple[int, int, int], classes: int) -> Tensor:
+        """As `random_labels`."""
+        return random_labels(shape, classes, self._generator)
 
     def _normal(self, shape: tuple[int, ...]) -> Tensor:
         return torch.randn(shape, generator=self._generator, device=self.device)
@@ -222,7 +240,9 @@ class Composition(nn.Module):
     def __init__(self, op: Op, case: Case) -> None:
         super().__init__()
         self._op, self._case = op, case
-        self._moving = {"x", "image", "scores", "skip", "residual", "gate", "out"} & set(case.tensors)
+        self._moving = {"x", "image", "scores", "target", "skip", "residual", "gate", "out"} & set(
+            case.tensors
+        )
         for name in set(case.tensors) - self._moving:
             value = case.tensors[name]
             self.register_parameter(name, None if value is None else nn.Parameter(value, requires_grad=False))

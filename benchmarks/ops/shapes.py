@@ -37,7 +37,8 @@ class Problem:
 
     Attributes:
         op: its name.
-        reads: shapes of the activations it reads: (N, C, H, W), a gate's (N, C), raw images' (N, H, W, 3).
+        reads: shapes of the activations it reads: (N, C, H, W), a gate's (N, C), raw images' (N, H, W, 3),
+            labels' (N, H, W).
         writes: shape of its result.
         macs: multiply-adds of its convolutions, products with gates and bilinear weights.
         weight: shape of its weights, empty for none.
@@ -73,7 +74,7 @@ class Problem:
         return read + math.prod(self.writes) * WRITTEN_BYTES.get(self.op, dtype.itemsize)
 
     def _read_bytes(self, shape: Shape, dtype: torch.dtype) -> int:
-        if self.raw:
+        if self.raw or len(shape) == 3:
             return 1
         return 4 if len(shape) == 2 else dtype.itemsize
 
@@ -83,6 +84,7 @@ class Problem:
             parts.append("raw")
         if len(self.weight) == 4:
             parts.append(f"{self.weight[2]}x{self.weight[3]}s{self.stride}")
+        parts += ["labels_" + "x".join(map(str, shape[1:])) for shape in self.reads if len(shape) == 3]
         parts.append("to_" + "x".join(map(str, self.writes[1:])))
         parts += ["plain"] * (self.op == "conv_bn_act" and "scale" not in self.vectors)
         parts += [] if self.slope is None else [f"leaky{self.slope:g}" if self.slope else "relu"]
@@ -156,6 +158,8 @@ def _problems_of_scores(scores: Shape, size: Size) -> Iterator[Problem]:
     for op in ("upsample_bilinear", "upsample_softmax_sum"):
         yield Problem(op, (scores,), (n, classes, *size), macs)
     yield Problem("upsample_argmax", (scores,), (n, *size), macs)
+    # In training, with its gradient: the resize is made and undone.
+    yield Problem("upsample_cross_entropy", (scores, (n, *size)), scores, 2 * macs)
 
 
 @functools.cache
