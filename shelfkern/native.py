@@ -26,7 +26,12 @@ NO_EMULATOR = "shelfkern was installed without the emulator; set SHELFKERN_EMULA
 NO_GPU = "there is no GPU that torch can use"
 
 # Ops whose CPU kernel is another op's.
-BUILT_ON = {"deconv_add": "conv_bn_act", "shared_block": "conv_bn_act"}
+BUILT_ON = {
+    "conv_train": "conv_bn_act",
+    "deconv_add": "conv_bn_act",
+    "shared_block": "conv_bn_act",
+    "shared_block_train": "bn_act_dropout",
+}
 
 _RUNTIMES = re.compile(r"/lib(gomp|iomp5|omp)[-.\w]*\.so[.\d]*$")
 

@@ -76,7 +76,7 @@ def kernels_table(results: list[selftest.Result]) -> Table:
         if result.error is None:
             state = f"[yellow]{escape(result.reason or '')}[/]"
         error = "" if result.error is None else f"{result.error:.1e}"
-        table.add_row(f"{result.op} ({result.backend})", state, error)
+        table.add_row(result.name, state, error)
     return table
 
 
@@ -90,7 +90,7 @@ def doctor() -> None:
     console.print(table)
     results = selftest.run_all()
     console.print(kernels_table(results))
-    wrong = [f"{result.op} ({result.backend})" for result in results if result.failed]
+    wrong = [result.name for result in results if result.failed]
     if native.module is None:
         console.print(
             "To get the native kernels: install a C++ compiler (g++ or clang++), then reinstall shelfkern."

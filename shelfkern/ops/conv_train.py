@@ -32,7 +32,7 @@ def takes_winograd(x: Tensor, weight: Tensor) -> bool:
     """Whether a 3x3 convolution of stride 1 and padding 1 is faster by Winograd's, weights and all."""
     n, _, h, w = x.shape
     fits = x.device.type == "cpu" and x.dtype is weight.dtype is torch.float32
-    if not fits or native.reason("conv_bn_act") is not None or not can_pay(weight, 1, 1):
+    if not fits or native.reason("conv_train") is not None or not can_pay(weight, 1, 1):
         return False
     small = weight.shape[0] * weight.shape[1] * len(TRANSFORM) * 4 <= MOST_TRANSFORMED
     return small and n * h * w >= LEAST_PIXELS and pays((n, weight.shape[0], h, w))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .. import native
 from . import (
@@ -20,12 +21,15 @@ from . import (
     bn_act_dropout_reference,
     conv_bn_act,
     conv_bn_act_reference,
+    conv_train,
     deconv_add,
     deconv_add_reference,
     quantize,
     quantize_reference,
     shared_block,
     shared_block_reference,
+    shared_block_train,
+    shared_block_train_reference,
     stem,
     stem_reference,
     upsample_add,
@@ -46,15 +50,34 @@ from ._backends import unavailable
 LIMIT = 1e-5
 GPU_LIMIT = 5e-3
 
+# Ops that train, and the backends of which gradients are tested. A convolution's on a GPU are torch's. What
+# others are built on comes first: once it is switched off, they are tested without it.
+TRAINING = {
+    "bn_act_dropout": KERNELS["bn_act_dropout"],
+    "conv_train": ("native",),
+    "shared_block_train": KERNELS["bn_act_dropout"],
+    "upsample_bilinear": KERNELS["upsample_bilinear"],
+    "upsample_cross_entropy": KERNELS["upsample_cross_entropy"],
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One kernel's test: `error` is None where it could not run, for `reason`."""
+    """One kernel's test: `error` is None where it could not run, for `reason`.
+
+    With `gradient` the test is of the op in training: its result and all its gradients.
+    """
 
     op: str
     backend: str
     error: float | None
     reason: str | None
+    gradient: bool = False
+
+    @property
+    def name(self) -> str:
+        """What was tested."""
+        return f"{self.op}{' with its gradient' if self.gradient else ''} ({self.backend})"
 
     @property
     def failed(self) -> bool:
@@ -63,23 +86,33 @@ class Result:
         return self.error is not None and not self.error <= limit
 
 
+class Case(NamedTuple):
+    """Public op, reference, float64 tensors, other arguments."""
+
+    public: Callable[..., Tensor]
+    reference: Callable[..., Tensor]
+    tensors: tuple[Tensor, ...]
+    arguments: dict[str, Any]
+
+
 def _random(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64)
 
 
-def _cases() -> dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], tuple, dict]]:
-    """For each op: public op, reference, float64 tensors, other arguments. Odd sizes on purpose."""
+def _cases() -> dict[str, Case]:
+    """A case for each op. Odd sizes on purpose."""
     x, size = _random(2, 19, 7, 9), (13, 20)
     image = torch.arange(2 * 30 * 33 * 3, dtype=torch.uint8).view(2, 30, 33, 3)
     norms = [_random(19) for _ in range(4)]
+    residual = _far_from_zero(_random(2, 19, 7, 9)) - F.batch_norm(x, None, None, norms[0], norms[1], True)
     mean, std = torch.full((3,), 0.45, dtype=torch.float64), torch.full((3,), 0.25, dtype=torch.float64)
     stem_weights = (_random(20, 3, 7, 7) / 12, _random(20), _random(20), mean, std)
-    return {
+    cases: dict[str, tuple[Any, ...]] = {
         "attention_gate": (attention_gate, attention_gate_reference, (x, _random(5, 19), *_pair(5)), {}),
         "bn_act_dropout": (
-            _with_norm(bn_act_dropout),
-            _with_norm(bn_act_dropout_reference),
-            (x, *norms[:2], _random(2, 19, 7, 9)),
+            _of_modules(bn_act_dropout, bn=_norm(19)),
+            _of_modules(bn_act_dropout_reference, bn=_norm(19)),
+            (x, *norms[:2], residual),
             dict(slope=0.01),
         ),
         "conv_bn_act": (
@@ -116,8 +149,8 @@ def _cases() -> dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], tu
             dict(size=size, crop=(12, 17)),
         ),
         "upsample_cross_entropy": (
-            _and_gradient(upsample_cross_entropy),
-            _and_gradient(upsample_cross_entropy_reference),
+            upsample_cross_entropy,
+            upsample_cross_entropy_reference,
             (x, torch.arange(2 * 12 * 17).view(2, 12, 17) * 7 % 19),
             dict(size=size, ignore_index=5, label_smoothing=0.1),
         ),
@@ -128,27 +161,69 @@ def _cases() -> dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], tu
             dict(size=size, crop=(12, 17), mirror=True),
         ),
     }
+    return {op: Case(*case) for op, case in cases.items()}
 
 
-class _Normalised(nn.Module):
-    def __init__(self, op: Callable[..., Tensor]) -> None:
+def _training_cases() -> dict[str, Case]:
+    """A case for each op of `TRAINING`.
+
+    Where rounding turned an activation's sign its gradient would jump: all are far from 0, those of the block
+    by its norms' biases.
+    """
+    x, norm = _random(2, 19, 7, 9), (1 + 0.1 * _random(19), 4 * _random(19, 1)[:, 0].sign())
+    conv = nn.Conv2d(32, 32, 3, padding=1, device="meta")
+    block = dict(
+        conv=nn.Conv2d(19, 19, 3, padding=1, bias=False, device="meta"), bn1=_norm(19), bn2=_norm(19)
+    )
+    shared = {op: case for op, case in _cases().items() if op in TRAINING}
+    return shared | {
+        "conv_train": Case(
+            _of_modules(lambda x, conv, backend: conv_train(x, conv), conv=conv),
+            _of_modules(lambda x, conv: conv(x), conv=conv),
+            # As many pixels and channels as are convolved by Winograd's filtering.
+            (_random(2, 32, 33, 34), _random(32, 32, 3, 3) / 17, _random(32)),
+            {},
+        ),
+        "shared_block_train": Case(
+            _of_modules(shared_block_train, **block),
+            _of_modules(shared_block_train_reference, **block),
+            (x, _random(19, 19, 3, 3) / 13, *norm, *norm),
+            dict(slope=0.01, skip=True),
+        ),
+    }
+
+
+class _Modules(nn.Module):
+    """An op of x, of modules, and of other tensors."""
+
+    def __init__(self, op: Callable[..., Tensor], modules: dict[str, nn.Module]) -> None:
         super().__init__()
-        self.op, self.bn = op, nn.BatchNorm2d(19, track_running_stats=False)
+        self.op, self.parts = op, nn.ModuleDict(modules)
 
-    def forward(self, x: Tensor, residual: Tensor, **arguments: Any) -> Tensor:
-        return self.op(x, self.bn, residual, **arguments)
+    def forward(self, x: Tensor, *others: Tensor, **arguments: Any) -> Tensor:
+        return self.op(x, *self.parts.values(), *others, **arguments)
 
 
-def _with_norm(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """An op of a batch norm in training, as one of the norm's parameters."""
-    module = _Normalised(op)
+def _of_modules(op: Callable[..., Tensor], **modules: nn.Module) -> Callable[..., Tensor]:
+    """An op of modules as one of their parameters, in their order, which follow x; a norm's are float32."""
+    module = _Modules(op, modules)
+    names = [name for name, _ in module.named_parameters()]
 
-    def normalised(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, **arguments: Any) -> Tensor:
+    def call(x: Tensor, *tensors: Tensor, **arguments: Any) -> Tensor:
+        given = dict(zip(names, tensors, strict=False))
         wide = torch.promote_types(x.dtype, torch.float32)
-        parameters = {"bn.weight": weight.to(wide), "bn.bias": bias.to(wide)}
-        return torch.func.functional_call(module, parameters, (x, residual), arguments)
+        parameters = {name: value.to(wide) if ".bn" in name else value for name, value in given.items()}
+        return torch.func.functional_call(module, parameters, (x, *tensors[len(names) :]), arguments)
 
-    return normalised
+    return call
+
+
+def _norm(channels: int) -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(channels, track_running_stats=False, device="meta")
+
+
+def _far_from_zero(x: Tensor) -> Tensor:
+    return x + torch.copysign(torch.tensor(0.5), x)
 
 
 def _into_zeros(add: Callable[..., None]) -> Callable[..., Tensor]:
@@ -167,46 +242,69 @@ def _pair(channels: int) -> tuple[Tensor, Tensor]:
     return _random(channels), _random(channels, 1)[:, 0]
 
 
-def _and_gradient(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A loss, and its gradient where each pixel has one of about 1."""
+def _with_gradients(op: Callable[..., Tensor]) -> Callable[..., list[Tensor]]:
+    """An op's result, and the gradients of all that is floating, where the result's own is random."""
 
-    def both(scores: Tensor, target: Tensor, **arguments: Any) -> Tensor:
-        scores = scores.detach().requires_grad_()
+    def call(*tensors: Tensor, **arguments: Any) -> list[Tensor]:
+        tensors = tuple(t.detach().requires_grad_(t.is_floating_point()) for t in tensors)
+        leaves = [t for t in tensors if t.requires_grad]
         with torch.enable_grad():
-            result = loss(scores, target, **arguments)
-            (gradient,) = torch.autograd.grad(result * target.numel(), scores)
-        return torch.cat([result.detach().double().view(1), gradient.double().flatten()])
+            result = op(*tensors, **arguments)
+            # Of float16, so that it is the same in every dtype.
+            weights = _random(*result.shape).half().to(result)
+            return [result.detach(), *torch.autograd.grad(result, leaves, weights)]
 
-    return both
+    return call
+
+
+def _unavailable(op: str, backend: str) -> str | None:
+    parts = (op, "bn_act_dropout") if op == "shared_block_train" else (op,)
+    return next(filter(None, (unavailable(part, backend) for part in parts)), None)
 
 
 @functools.cache
-def run(op: str, backend: str = "native") -> Result:
+def run(op: str, backend: str = "native", gradient: bool = False) -> Result:
     """Tests one kernel once a process: float32 on the CPU, float16, which all take, on a GPU.
 
-    A wrong one is switched off for the process.
+    With `gradient` one of `TRAINING`, in training. What is wrong is switched off for the process.
     """
-    reason = unavailable(op, backend)
+    reason = _unavailable(op, backend)
     if reason is None and backend == "triton" and _triton.INTERPRETED:
         reason = "Triton interprets its kernels here, which is for tests"
     if reason is not None:
-        return Result(op, backend, None, reason)
-    public, reference, tensors, arguments = _cases()[op]
-    device, dtype = ("cpu", torch.float32) if backend == "native" else ("cuda", torch.float16)
-    narrow = [t.to(dtype) if t.is_floating_point() else t for t in tensors]
-    # A GPU's result is judged beside what its rounded inputs give.
-    exact = tensors if backend == "native" else [t.double() if t.is_floating_point() else t for t in narrow]
-    truth = reference(*exact, **arguments).double()
-    found = public(*(t.to(device) for t in narrow), **arguments, backend=backend).double().cpu()
-    result = Result(op, backend, ((found - truth).abs().max() / truth.abs().max()).item(), None)
+        return Result(op, backend, None, reason, gradient)
+    result = Result(op, backend, _error(op, backend, gradient), None, gradient)
     if result.failed:
-        because = f"its self-test failed on this machine, with an error of {result.error:.1e}"
+        because = f"its self-test failed on this machine: {result.name} has an error of {result.error:.1e}"
         native.disable(op, because, backend)
     return result
 
 
+def _error(op: str, backend: str, gradient: bool) -> float:
+    """The largest error over the truth's largest value, of the worst tensor."""
+    public, reference, tensors, arguments = (_training_cases() if gradient else _cases())[op]
+    device, dtype = ("cpu", torch.float32) if backend == "native" else ("cuda", torch.float16)
+    narrow = [t.to(dtype) if t.is_floating_point() else t for t in tensors]
+    # A GPU's result is judged beside what its rounded inputs give.
+    exact = tensors if backend == "native" else [t.double() if t.is_floating_point() else t for t in narrow]
+    there = [t.to(device) for t in narrow]
+    if gradient:
+        truths = _with_gradients(reference)(*exact, **arguments)
+        results = _with_gradients(public)(*there, **arguments, backend=backend)
+    else:
+        truths, results = [reference(*exact, **arguments)], [public(*there, **arguments, backend=backend)]
+    pairs = [(found.double().cpu(), truth.double()) for found, truth in zip(results, truths, strict=True)]
+    errors = torch.stack([(found - truth).abs().max() / truth.abs().max() for found, truth in pairs])
+    # torch's maximum, unlike Python's, is NaN where one is.
+    return errors.max().item()
+
+
 def run_all() -> list[Result]:
-    """Tests every kernel of every op, but the emulated ones, which are for tests."""
-    return [
-        run(op, backend) for op, kernels in KERNELS.items() for backend in kernels if backend != "emulated"
+    """Tests every kernel of every op, but the emulated ones, which are for tests; then those that train."""
+    tests = [
+        (op, backend, gradient)
+        for gradient, ops in ((False, KERNELS), (True, TRAINING))
+        for op, backends in ops.items()
+        for backend in backends
     ]
+    return [run(*test) for test in tests if test[1] != "emulated"]

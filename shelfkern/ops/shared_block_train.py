@@ -52,7 +52,10 @@ def shared_block_train_reference(
 def can_run(x: Tensor, conv: nn.Module, bn1: nn.Module, bn2: nn.Module) -> backends.Reasons:
     """Why each kernel of the norms cannot run; None for those that can."""
     first, second = norm_reasons(x, bn1, "bn1"), norm_reasons(x, bn2, "bn2")
-    return {backend: _unfit(conv) or first[backend] or second[backend] for backend in first}
+    return {
+        backend: _unfit(conv) or backends.unavailable(OP, backend) or first[backend] or second[backend]
+        for backend in first
+    }
 
 
 def _unfit(conv: nn.Module) -> str | None:

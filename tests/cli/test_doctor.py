@@ -68,25 +68,33 @@ def test_every_op_is_tested() -> None:
     found = rows(result.stdout)
     assert result.exit_code == 0 and "Switched off" not in result.stdout
     kernels = {f"{op} ({name})" for op, names in ops.KERNELS.items() for name in names if name != "emulated"}
-    assert {name for name in found if name.endswith(")") and name.split()[0] in ops.NAMES} == kernels
+    trained = selftest.TRAINING.items()
+    kernels |= {f"{op} with its gradient ({name})" for op, names in trained for name in names}
+    tested = {*ops.NAMES, *selftest.TRAINING}
+    assert {name for name in found if name.endswith(")") and name.split()[0] in tested} == kernels
     for name in (op for op, kernels in ops.KERNELS.items() if "native" in kernels):
         state, error = found[f"{name} (native)"]
+        assert state == "right" and float(error) <= selftest.LIMIT
+    for name in selftest.TRAINING:
+        state, error = found[f"{name} with its gradient (native)"]
         assert state == "right" and float(error) <= selftest.LIMIT
 
 
 def test_a_wrong_kernel_is_named(monkeypatch) -> None:
-    wrong, nan = (
+    wrong, gradient, nan = (
         selftest.Result("stem", "cuda", 0.5, None),
+        selftest.Result("conv_train", "native", 0.5, None, gradient=True),
         selftest.Result("deconv_add", "triton", float("nan"), None),
     )
     right = selftest.Result("shared_block", "native", 1e-7, None)
-    monkeypatch.setattr(selftest, "run_all", lambda: [wrong, right, nan])
+    monkeypatch.setattr(selftest, "run_all", lambda: [wrong, right, gradient, nan])
     result = run()
     found = rows(result.stdout)
     assert result.exit_code == 1
     assert found["stem (cuda)"] == ["wrong, switched off", "5.0e-01"]
     assert found["deconv_add (triton)"][1] == "nan" and found["shared_block (native)"][0] == "right"
-    assert "Switched off for being wrong here: stem (cuda), deconv_add (triton)." in result.stdout
+    names = "stem (cuda), conv_train with its gradient (native), deconv_add (triton)"
+    assert f"Switched off for being wrong here: {names}." in result.stdout
 
 
 @needs_native

@@ -5,6 +5,7 @@ import ctypes
 import pytest
 import torch
 from parity import each_isa, needs_native
+from torch.nn import functional as F
 
 from shelfkern import native, ops
 from shelfkern.ops import selftest
@@ -23,8 +24,16 @@ OUTPUTS = {
     "upsample_add": ("upsample_add", 3),
     "upsample_argmax": ("upsample_argmax", 1),
     "upsample_bilinear": ("upsample_bilinear", 1),
-    "upsample_cross_entropy": ("upsample_cross_entropy", 18),
+    "upsample_cross_entropy": ("upsample_cross_entropy", None),
     "upsample_softmax_sum": ("upsample_softmax_sum", 1),
+}
+# The same of what is tested in training.
+GRADIENTS = {
+    "bn_act_dropout": ("bn_act_dropout_backward", 7),
+    "conv_train": ("winograd", 6),
+    "shared_block_train": ("bn_act_dropout_backward", 7),
+    "upsample_bilinear": ("upsample_bilinear_backward", 1),
+    "upsample_cross_entropy": ("upsample_cross_entropy", 18),
 }
 OF_BYTES = ("quantize", "upsample_argmax")
 NATIVE = [op for op, kernels in ops.KERNELS.items() if "native" in kernels]
@@ -39,13 +48,18 @@ def untested(monkeypatch):
     selftest.run.cache_clear()
 
 
-def spoil(monkeypatch, op, value=None):
+def spoil(monkeypatch, op, value=None, outputs=OUTPUTS):
     """Makes the first number that the op's kernel writes wrong by a little, or the given float."""
-    function, position = OUTPUTS[op]
+    function, position = outputs[op]
     right = getattr(native.module, function)
 
     def wrong(*args):
         result = right(*args)
+        if position is None:  # the sum of losses is returned
+            total, *others = result
+            return (1.01 * total if value is None else value, *others)
+        if not args[position]:  # an output that is not wanted
+            return result
         if op in OF_BYTES:
             label = ctypes.c_uint8.from_address(args[position])
             label.value = (label.value + 1) % 19
@@ -69,11 +83,13 @@ def call(op, backend):
 def test_every_op_has_a_case():
     assert set(selftest._cases()) == set(ops.NAMES)
     assert set(OUTPUTS) == set(NATIVE)
+    assert set(selftest._training_cases()) == set(selftest.TRAINING) == set(GRADIENTS)
 
 
 def test_all_pass():
     results = [result for result in selftest.run_all() if result.backend == "native"]
-    assert [result.op for result in results] == list(NATIVE)
+    assert [result.op for result in results if not result.gradient] == list(NATIVE)
+    assert [result.op for result in results if result.gradient] == list(GRADIENTS)
     for result in results:
         assert result.reason is None and 0 <= result.error <= selftest.LIMIT and not result.failed
     assert native.disabled == {}
@@ -82,7 +98,7 @@ def test_all_pass():
 def test_all_pass_with_every_isa():
     def run(isa):
         selftest.run.cache_clear()
-        assert not any(selftest.run(op).failed for op in NATIVE), isa
+        assert not any(result.failed for result in selftest.run_all()), isa
 
     each_isa(run)
 
@@ -105,6 +121,49 @@ def test_a_kernel_that_writes_no_number_is_found(op, value, monkeypatch):
     spoil(monkeypatch, op, value)
     assert selftest.run(op).failed
     assert ("native", op) in native.disabled
+
+
+@pytest.mark.parametrize("value", [None, float("nan")])
+@pytest.mark.parametrize("op", GRADIENTS)
+def test_a_wrong_gradient_is_found_and_switched_off(op, value, monkeypatch):
+    spoil(monkeypatch, op, value, GRADIENTS)
+    result = selftest.run(op, gradient=True)
+    assert result.failed and result.name == f"{op} with its gradient (native)"
+    assert f"{op} with its gradient (native) has an error of" in native.reason(op)
+    # Without it all is right again, by torch's own calls.
+    public, reference, tensors, arguments = selftest._training_cases()[op]
+    narrow = [t.float() if t.is_floating_point() else t for t in tensors]
+    found = selftest._with_gradients(public)(*narrow, **arguments, backend="auto")
+    expected = selftest._with_gradients(reference)(*narrow, **arguments)
+    assert all(map(torch.equal, found, expected))
+
+
+def test_what_is_built_on_a_wrong_gradient_is_off_too(monkeypatch):
+    spoil(monkeypatch, "bn_act_dropout", outputs=GRADIENTS)
+    found = [result for result in selftest.run_all() if result.backend == "native"]
+    results = {(result.op, result.gradient): result for result in found}
+    assert not results["bn_act_dropout", False].failed and results["bn_act_dropout", True].failed
+    block = results["shared_block_train", True]
+    assert block.error is None and block.reason == native.disabled["native", "bn_act_dropout"]
+
+
+@pytest.mark.parametrize("op, activations", [("bn_act_dropout", 1), ("shared_block_train", 2)])
+def test_activations_are_far_from_where_their_gradients_jump(op, activations, monkeypatch):
+    """By more than float16 is wrong by on a GPU: four times its eps, of values up to 8."""
+    least = []
+
+    def watched(activation):
+        def seen(x, *args):
+            least.append(float(x.abs().min()))
+            return activation(x, *args)
+
+        return seen
+
+    for name in ("leaky_relu", "relu"):
+        monkeypatch.setattr(F, name, watched(getattr(F, name)))
+    _, reference, tensors, arguments = selftest._training_cases()[op]
+    reference(*tensors, **arguments)
+    assert len(least) == activations and min(least) > 4 * 2**-10 * 8
 
 
 @pytest.mark.parametrize("op", [op for op in NATIVE if OUTPUTS[op][0] == op != "conv_bn_act"])
