@@ -165,6 +165,7 @@ class Run:
             "best": (self.best, self.best_step),
             "terms": (self._terms, self._counted),
             "stage": dataclasses.asdict(self.stage),
+            "images": len(self.source),
         }
         with replacing(path) as temporary:
             torch.save(state, temporary)
@@ -176,11 +177,7 @@ class Run:
             RuntimeError: it is cut short or damaged.
             ValueError: it is of a run with another recipe; only the length may differ.
         """
-        state = read_checkpoint(path)
-        for name, before in _flat(state["stage"]).items():
-            now = _flat(dataclasses.asdict(self.stage)).get(name)
-            if now != before and name not in LENGTH:
-                raise ValueError(f"{path} is of a run with {name} {before}, it cannot go on with {now}")
+        state = read_checkpoint(path, self.stage)
         self.model.load_state_dict(state["model"])
         self.average.model.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -190,16 +187,39 @@ class Run:
         self._terms, self._counted = state["terms"]
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What `Run.save` wrote, on the CPU.
+def read_checkpoint(path: Path, stage: Stage) -> dict[str, Any]:
+    """What `Run.save` wrote of a stage, on the CPU.
 
     Raises:
         RuntimeError: the file is cut short, damaged, or no checkpoint of a run.
+        ValueError: it is of a run with another recipe; only the length may differ.
     """
     state = checkpoints.load_torch(path)
-    if not isinstance(state, dict) or not {"model", "average", "stage", "step"} <= state.keys():
+    kinds = {"model": dict, "average": dict, "stage": dict, "step": int}
+    if not isinstance(state, dict) or any(not isinstance(state.get(key), kinds[key]) for key in kinds):
         raise RuntimeError(f"{path} is no checkpoint of a training run")
+    given = _flat(dataclasses.asdict(stage))
+    for name, before in _flat(state["stage"]).items():
+        now = given.get(name)
+        if now != before and name not in LENGTH:
+            raise ValueError(f"{path} is of a run with {name} {before}, it cannot go on with {now}")
     return state
+
+
+def finished(path: Path, stage: Stage) -> dict[str, Tensor] | None:
+    """The averaged weights of a checkpoint at the stage's end; None where there is more to do.
+
+    Neither the data nor the model is needed for it: the checkpoint says of how many images the epochs were.
+
+    Raises:
+        RuntimeError, ValueError: as `read_checkpoint`.
+    """
+    if not path.exists():
+        return None
+    state = read_checkpoint(path, stage)
+    # Those of earlier versions do not say it.
+    done = "images" in state and state["step"] >= stage.total_steps(state["images"])
+    return state["average"] if done else None
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:

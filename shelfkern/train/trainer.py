@@ -20,7 +20,7 @@ from .loader import batches
 from .logs import Events, Table, Terminal, peak_memory
 from .losses import PARTS
 from .recipe import Recipe, Stage
-from .run import Run
+from .run import Run, finished
 
 CHECKPOINT, BEST, LAST = "checkpoint.pt", "best.safetensors", "last.safetensors"
 
@@ -48,7 +48,8 @@ def train(recipe: Recipe, options: Options, processes: Processes) -> None:
     """Runs every stage to its end, from where an earlier run in `options.out` stopped.
 
     A run that is killed at any point and started again gives the weights and losses of one never stopped.
-    Ctrl-C ends it after the step at hand, with a checkpoint where it trains alone.
+    Ctrl-C ends it after the step at hand, with a checkpoint where it trains alone. Of a finished stage only
+    the checkpoint is read: its data need not be there any more.
 
     Raises:
         KeyboardInterrupt: Ctrl-C.
@@ -57,7 +58,8 @@ def train(recipe: Recipe, options: Options, processes: Processes) -> None:
     """
     start: dict[str, Tensor] | None = None
     for stage in recipe.stages:
-        start = _Training(stage, options, processes, start).finish()
+        done = finished(options.out / stage.name / CHECKPOINT, stage)
+        start = _Training(stage, options, processes, start).finish() if done is None else done
 
 
 class _Training:

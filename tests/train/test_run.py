@@ -16,7 +16,7 @@ from shelfkern.nn import save_weights, shelfnet18_lw, shelfnet50
 from shelfkern.train.distributed import Processes
 from shelfkern.train.loader import batches
 from shelfkern.train.recipe import Loss, Model, Optimizer, Stage
-from shelfkern.train.run import Run, build_model
+from shelfkern.train.run import Run, build_model, finished
 from shelfkern.train.schedule import factor
 
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -210,6 +210,42 @@ def test_damaged_checkpoints(source, tmp_path) -> None:
     torch.save({"weights": torch.ones(3)}, path)
     with pytest.raises(RuntimeError, match=r"checkpoint\.pt is no checkpoint of a training run"):
         run.resume(path)
+
+
+@pytest.mark.parametrize("length", [{"steps": 2, "epochs": 0}, {"steps": 0, "epochs": 1}])
+def test_a_stage_is_finished_by_its_checkpoint_alone(length, source, tmp_path) -> None:
+    stage, path = tiny(**length), tmp_path / "checkpoint.pt"
+    run = Run(stage, source, ALONE)
+    assert finished(path, stage) is None
+    for step in (1, 2):
+        advanced(run, 1)
+        run.save(path)
+        found = finished(path, stage)
+        assert (found is None) == (step < 2)
+    assert found is not None and found.keys() == run.average.model.state_dict().keys()
+    assert all(torch.equal(value, run.average.model.state_dict()[name]) for name, value in found.items())
+    longer = {name: 2 * value for name, value in length.items()}
+    assert finished(path, tiny(**longer)) is None
+    with pytest.raises(ValueError, match="seed 0, it cannot go on with 1"):
+        finished(path, tiny(**length, seed=1))
+
+
+@pytest.mark.parametrize("part, value", [("step", "6"), ("step", None), ("average", []), ("stage", "train")])
+def test_a_strange_file_finishes_nothing(part, value, source, tmp_path) -> None:
+    stage, path = tiny(steps=1), tmp_path / "checkpoint.pt"
+    run = Run(stage, source, ALONE)
+    advanced(run, 1)
+    run.save(path)
+    state = torch.load(path, weights_only=True)
+    torch.save(state | {part: value}, path)
+    with pytest.raises(RuntimeError, match=r"checkpoint\.pt is no checkpoint of a training run"):
+        finished(path, stage)
+    del state["images"]
+    torch.save(state, path)
+    assert finished(path, stage) is None
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(RuntimeError, match=r"checkpoint\.pt is cut short"):
+        finished(path, stage)
 
 
 def stage_from(model: Model) -> Stage:

@@ -172,6 +172,39 @@ def test_a_second_stage_begins_with_the_first_ones_average(data, tmp_path) -> No
     assert [row["step"] for row in rows(tmp_path / "out", "two/train.csv")] == ["1", "2"]
 
 
+def test_finished_stages_are_passed_over_without_their_data(data, tmp_path, monkeypatch) -> None:
+    recipe = tmp_path / "two.toml"
+    recipe.write_text(RECIPE + '[[stages]]\nname = "one"\n[[stages]]\nname = "two"\nsteps = 2\n')
+    options = ("--set", "one:steps=0", "--set", "one:epochs=3")
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    assert command(recipe, data, straight, *options, "--set", "two:steps=4").exit_code == 0
+    with monkeypatch.context() as patch:
+        press_ctrl_c_at(patch, trainer.Run, "advance", 7)
+        assert command(recipe, data, stopped, *options, "--set", "two:steps=4").exit_code == 1
+    opened = []
+    open_split = trainer.open_split
+    monkeypatch.setattr(trainer, "open_split", lambda *of: opened.append(of[-1]) or open_split(*of))
+    result = command(recipe, data, stopped, *options, "--set", "two:steps=4")
+    assert result.exit_code == 0 and result.output.startswith("two: going on from step 1\n")
+    assert opened == ["train", "val"]
+    for name in ("one", "two"):
+        assert_same_weights(straight, stopped, name)
+    again = command(recipe, data, stopped, *options, "--set", "two:steps=4")
+    assert again.exit_code == 0 and again.output == "" and opened == ["train", "val"]
+
+
+def test_a_damaged_checkpoint_finishes_no_stage(data, tmp_path) -> None:
+    recipe, out = tmp_path / "two.toml", tmp_path / "out"
+    recipe.write_text(RECIPE + '[[stages]]\nname = "one"\n[[stages]]\nname = "two"\nsteps = 2\n')
+    path = out / "one" / "checkpoint.pt"
+    path.parent.mkdir(parents=True)
+    for content in (b"", b"of something else", b"PK\x03\x04"):
+        path.write_bytes(content)
+        result = command(recipe, data, out)
+        assert result.exit_code == 1 and "checkpoint.pt is cut short, damaged" in result.output
+        assert path.read_bytes() == content and not (out / "two").exists()
+
+
 def test_two_processes_have_the_losses_of_one(recipe, data, tmp_path) -> None:
     """Their batch norms see the whole batch, and their means weigh by labelled pixels."""
     # In float32 the batch norms of so small a network make rounding visible within three steps.
