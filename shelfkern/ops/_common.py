@@ -84,6 +84,11 @@ def empty_channels_last(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     return x.new_empty((n, h, w, c)).permute(0, 3, 1, 2)
 
 
+def wide(x: Tensor) -> Tensor:
+    """x in float32, in float64 if it is that."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def float32(x: Tensor) -> Tensor:
     """x as the contiguous float32 that kernels take parameters in."""
     return x.detach().to(torch.float32).contiguous()

@@ -17,8 +17,7 @@ def upsample_argmax_reference(
     scores: Tensor, size: tuple[int, int], crop: tuple[int, int], align_corners: bool = True
 ) -> Tensor:
     """The same in torch calls, for any device and dtype. Half dtypes are resized in float32."""
-    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    return resize.reference(wide, size, crop, align_corners).argmax(1).to(torch.uint8)
+    return resize.reference(common.wide(scores), size, crop, align_corners).argmax(1).to(torch.uint8)
 
 
 def can_run(scores: Tensor) -> backends.Reasons:

@@ -63,8 +63,7 @@ def upsample_cross_entropy_reference(
 ) -> Tensor:
     """The same in torch calls, for any device and dtype; differentiable."""
     crop = (target.shape[1], target.shape[2])
-    full = resize.reference(scores, size, crop, align_corners)
-    full = full.to(torch.promote_types(full.dtype, torch.float32))
+    full = common.wide(resize.reference(scores, size, crop, align_corners))
     weight = None if weight is None else weight.to(full.dtype)
     loss = functools.partial(
         F.cross_entropy,

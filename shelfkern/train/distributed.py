@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
+from ..ops._common import wide
+
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
@@ -102,10 +104,10 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        count = _Sum.apply(wide.new_full((), x.numel() / x.shape[1]))
-        mean = _Sum.apply(wide.sum((0, 2, 3))) / count
-        centred = wide - mean[:, None, None]
+        values = wide(x)
+        count = _Sum.apply(values.new_full((), x.numel() / x.shape[1]))
+        mean = _Sum.apply(values.sum((0, 2, 3))) / count
+        centred = values - mean[:, None, None]
         variance = _Sum.apply(centred.square().sum((0, 2, 3))) / count
         self._track(mean.detach(), (variance * count / (count - 1)).detach())
         scale = (variance + self.eps).rsqrt() * self.weight

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from .. import ops
 from ..data.dataset import IGNORE
 from ..nn import ShelfNet
+from ..ops._common import wide
 from ..ops.upsample_cross_entropy import Ohem
 from .recipe import Loss
 
@@ -87,11 +88,6 @@ class Objective(nn.Module):
         stride = self.loss.lovasz_stride
         y, x = (int(first) for first in torch.randint(stride, (2,)))
         return lovasz_softmax(full[:, :, y::stride, x::stride], target[:, y::stride, x::stride])
-
-
-def wide(x: Tensor) -> Tensor:
-    """x in float32, in float64 if it is that."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def class_weights(frequencies: np.ndarray, margin: float) -> Tensor:
