@@ -53,6 +53,7 @@ class Job:
     device: str
     dtype: str
     accelerated: bool
+    batch: int
     workers: int
     submission: str | None
     out: Path | None
@@ -76,7 +77,13 @@ class Job:
             if self.submission is not None and self.out is not None:
                 save = open_submission(self.submission, self.out, len(data.classes), self.split)
             return evaluate_model(
-                network, data, self.protocol, workers=self.workers, progress=progress, save=save
+                network,
+                data,
+                self.protocol,
+                batch=self.batch,
+                workers=self.workers,
+                progress=progress,
+                save=save,
             )
         except (OSError, RuntimeError, ValueError, TypeError, ImportError) as error:
             raise click.ClickException(str(error)) from error
@@ -220,6 +227,8 @@ _File = click.Path(path_type=Path, dir_okay=False)
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:1.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True)
 @click.option("--accelerate", "accelerated", is_flag=True, help="Judges the accelerated model.")
+@click.option("--batch", default=1, show_default=True, type=click.IntRange(min=1),
+              help="Images of one size that the network sees at once, with --protocol single.")  # fmt: skip
 @click.option(
     "--workers", default=0, show_default=True, type=click.IntRange(min=0), help="Read images ahead."
 )

@@ -1,4 +1,4 @@
-"""Evaluation of a network on a data set: one image at a time, in one process or several."""
+"""Evaluation of a network on a data set, in one process or several."""
 
 from __future__ import annotations
 
@@ -172,6 +172,7 @@ def evaluate(
     protocol: Protocol = Protocol(),  # noqa: B008  # frozen
     *,
     device: torch.device | str | None = None,
+    batch: int = 1,
     workers: int = 0,
     progress: Callable[[int, int], None] | None = None,
     save: Callable[[str, np.ndarray], None] | None = None,
@@ -188,34 +189,33 @@ def evaluate(
             data, whose masks hold nothing else, are labelled for `save`.
         protocol: how labels are made; see `PROTOCOLS` for the usual ones.
         device: where a ShelfNet is moved first; by default it stays where it is.
+        batch: images that the network sees at once, at most: neighbours in the data set, of one size. More
+            than one needs a protocol that shows it each image once and whole, and gives the same labels, but
+            for pixels of which rounding cannot tell two classes apart: a library may choose another
+            algorithm for another batch.
         workers: processes that read images ahead; 0 reads them here.
-        progress: called after every image with the images done and those to do, of this process.
+        progress: called after every batch with the images done and those to do, of this process.
         save: called with the name and the labels (H, W) uint8 of every image, such as a submission's.
 
     An image that cannot be read is left out, and named in `skipped` with the reason.
 
     Raises:
         TypeError: model is neither of the two.
-        ValueError: model and data set have different numbers of classes, there is no image, or an
-            accelerated model is on another device.
+        ValueError: model and data set have different numbers of classes, there is no image, batch is none or
+            does not go with the protocol, or an accelerated model is on another device.
         RuntimeError: no image could be read, or scipy is missing, which the boundary F1 score needs; or as
             the model itself.
     """
     labeller = Labeller(_moved(model, device), protocol)
-    classes = tuple(dataset.classes)
-    _check(labeller, classes, len(dataset), workers)
-    found = Evaluation(
-        ConfusionMatrix(len(classes)),
-        BoundaryF1(len(classes), protocol.tolerance) if protocol.boundary else None,
-        classes,
-        protocol,
-    )
+    _check(labeller, dataset, batch, workers)
+    found = _nothing_yet(tuple(dataset.classes), protocol)
     rank, processes = _place()
     share = range(rank, len(dataset), processes)
-    began = time.monotonic()
+    began, done = time.monotonic(), 0
     with _in_eval_mode(model):
-        for done, item in enumerate(_read(dataset, share, workers), 1):
-            _take(found, item, labeller, save)
+        for items in _together(_read(dataset, share, workers), batch):
+            _take(found, items, labeller, save)
+            done += len(items)
             if progress is not None:
                 progress(done, len(share))
     found.seconds = time.monotonic() - began
@@ -236,15 +236,25 @@ def _moved(model: ShelfNet | FastShelfNet, device: torch.device | str | None) ->
     return model
 
 
-def _check(labeller: Labeller, classes: Sequence[str], images: int, workers: int) -> None:
-    if labeller.num_classes != len(classes):
-        raise ValueError(f"model has {labeller.num_classes} classes, dataset has {len(classes)}")
-    if not images:
+def _check(labeller: Labeller, dataset: Dataset, batch: int, workers: int) -> None:
+    classes = len(dataset.classes)
+    if labeller.num_classes != classes:
+        raise ValueError(f"model has {labeller.num_classes} classes, dataset has {classes}")
+    if not len(dataset):
         raise ValueError("dataset has no images, it must have at least 1")
+    if batch < 1:
+        raise ValueError(f"batch is {batch}, it may be any integer from 1")
+    if batch > 1 and not labeller.protocol.is_plain:
+        raise ValueError(f"batch is {batch}, it must be 1 with other scales than 1, mirror images or windows")
     if workers < 0:
         raise ValueError(f"workers is {workers}, it may be any integer from 0")
     if labeller.protocol.boundary:
         kd_tree()
+
+
+def _nothing_yet(classes: tuple[str, ...], protocol: Protocol) -> Evaluation:
+    boundary = BoundaryF1(len(classes), protocol.tolerance) if protocol.boundary else None
+    return Evaluation(ConfusionMatrix(len(classes)), boundary, classes, protocol)
 
 
 @dataclasses.dataclass
@@ -255,6 +265,11 @@ class _Item:
     pixels: Tensor | None = None
     mask: Tensor | None = None
     error: str = ""
+
+    @property
+    def size(self) -> torch.Size | None:
+        """Of the image, None without one."""
+        return None if self.pixels is None else self.pixels.shape
 
 
 class _Reader:
@@ -294,21 +309,38 @@ def _as_it_is(item: Any) -> Any:
     return item
 
 
+def _together(items: Iterator[_Item], batch: int) -> Iterator[list[_Item]]:
+    """Neighbours of one size, or that could not be read, up to `batch` of them."""
+    group: list[_Item] = []
+    for item in items:
+        if group and item.size != group[0].size:
+            yield group
+            group = []
+        group.append(item)
+        if len(group) == batch:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
 def _take(
-    found: Evaluation, item: _Item, labeller: Labeller, save: Callable[[str, np.ndarray], None] | None
+    found: Evaluation, items: list[_Item], labeller: Labeller, save: Callable[[str, np.ndarray], None] | None
 ) -> None:
-    """Labels and measures one image."""
-    if item.pixels is None or item.mask is None:
-        found.skipped += ((item.name, item.error),)
+    """Labels and measures images of one size, or notes those that could not be read."""
+    images = [item.pixels.numpy() for item in items if item.pixels is not None]
+    if not images:
+        found.skipped += tuple((item.name, item.error) for item in items)
         return
-    labels = labeller(item.pixels.numpy())
-    found.images += 1
-    if save is not None:
-        save(item.name, labels)
-    truth = item.mask.numpy()
-    found.matrix.update(truth, labels)
-    if found.boundary is not None:
-        found.boundary.update(truth, labels)
+    for item, labels in zip(items, labeller.of_batch(np.stack(images)), strict=True):
+        assert item.mask is not None
+        found.images += 1
+        if save is not None:
+            save(item.name, labels)
+        truth = item.mask.numpy()
+        found.matrix.update(truth, labels)
+        if found.boundary is not None:
+            found.boundary.update(truth, labels)
 
 
 @contextlib.contextmanager

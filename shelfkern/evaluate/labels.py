@@ -1,4 +1,4 @@
-"""Labels of one image by a protocol, without full-size scores."""
+"""Labels of images by a protocol, without full-size scores."""
 
 from __future__ import annotations
 
@@ -50,21 +50,28 @@ class Labeller:
         statistics = source.normalisation.mean, source.normalisation.std
         self._mean, self._std = torch.tensor(statistics, dtype=self._sum_dtype, device=self.device)
 
-    @torch.no_grad()
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
         """Labels (H, W) uint8 (int64 beyond 256 classes) of raw uint8 RGB (H, W, 3)."""
-        height, width = pixels.shape[:2]
-        pixels = _writable(pixels)
+        return self.of_batch(pixels[None])[0]
+
+    @torch.no_grad()
+    def of_batch(self, images: np.ndarray) -> np.ndarray:
+        """The same of several images: labels (N, H, W) of raw RGB (N, H, W, 3).
+
+        The network sees them together where the protocol shows it each once and whole, else one by one.
+        """
+        height, width = images.shape[1:3]
+        images = _writable(images)
         if not self.protocol.is_plain or self.num_classes > 256:
-            labels = self.sums(pixels).argmax(1)
+            labels = torch.cat([self.sums(pixels).argmax(1) for pixels in images])
             labels = labels if self.num_classes > 256 else labels.to(torch.uint8)
         elif isinstance(self.model, FastShelfNet) and min(height, width) >= STRIDE:
-            labels = self.model.predict(torch.from_numpy(pixels)[None].to(self.device))
+            labels = self.model.predict(torch.from_numpy(images).to(self.device))
         else:
-            x = self._padded(self._normalised(pixels))
+            x = self._padded(self._normalised(images))
             full = (x.shape[2], x.shape[3])
             labels = upsample_argmax(self.model.coarse_scores(x), full, (height, width), self._align)
-        return labels[0].cpu().numpy()
+        return labels.cpu().numpy()
 
     @torch.no_grad()
     def sums(self, pixels: np.ndarray) -> Tensor:
@@ -91,7 +98,7 @@ class Labeller:
     def _add_whole(self, total: Tensor, pixels: np.ndarray, scale: float) -> None:
         height, width = pixels.shape[:2]
         scaled = _resized(pixels, max(1, round(height * scale)), max(1, round(width * scale)))
-        x = self._padded(self._normalised(scaled))
+        x = self._padded(self._normalised(scaled[None]))
         # What the padded image would be at scale 1, and no less than the image.
         full = (max(height, round(x.shape[2] / scale)), max(width, round(x.shape[3] / scale)))
         self._add_passes(x, full, total, exp=False)
@@ -102,7 +109,7 @@ class Labeller:
         side = self.protocol.crop_size
         assert side is not None
         beyond = ((0, rows[-1] + side - height), (0, columns[-1] + side - width), (0, 0))
-        x = self._normalised(np.pad(_resized(pixels, height, width), beyond))
+        x = self._normalised(np.pad(_resized(pixels, height, width), beyond)[None])
         sums = total.new_zeros((1, self.num_classes, height, width))
         for top in rows:
             for left in columns:
@@ -126,10 +133,10 @@ class Labeller:
             scores = self.model.coarse_scores(x.flip(3) if mirror else x)
             upsample_softmax_sum(scores, full, out, mirror=mirror, exp=exp, align_corners=self._align)
 
-    def _normalised(self, pixels: np.ndarray) -> Tensor:
-        raw = torch.from_numpy(pixels).to(self.device)
+    def _normalised(self, images: np.ndarray) -> Tensor:
+        raw = torch.from_numpy(images).to(self.device)
         x = (raw.to(self._sum_dtype) / 255 - self._mean) / self._std
-        return x.permute(2, 0, 1)[None].to(self._dtype)
+        return x.permute(0, 3, 1, 2).to(self._dtype)
 
     @staticmethod
     def _padded(x: Tensor) -> Tensor:

@@ -110,6 +110,7 @@ def expected(model: ShelfNet, root: Path, protocol: Protocol = Protocol()) -> Ev
             Protocol((1.0,), False, 96, 64),
         ),
         ("--accelerate --workers 1", Protocol()),
+        ("--batch 3 --boundary", Protocol(boundary=True)),
         ("--dtype bfloat16", Protocol()),
     ],
 )
@@ -246,6 +247,7 @@ def test_images_that_cannot_be_read(run, model, root, tmp_path) -> None:
         ("--json nosuch/file.json", "json nosuch/file.json cannot be written: nosuch is not a folder"),
         ("--plot nosuch/file.png", "plot nosuch/file.png cannot be written: nosuch is not a folder"),
         ("--accelerate --dtype float16", "dtype is torch.float16, on a CPU it may be"),
+        ("--batch 2 --mirror", "batch is 2, it must be 1 with other scales than 1, mirror images or windows"),
         ("--processes 2 --device cuda", "processes is 2 and device cuda, use torchrun for GPUs"),
     ],
 )

@@ -56,13 +56,14 @@ def mask(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 @dataclasses.dataclass
 class Scenes:
-    """Pictures with masks, of several sizes; those in `broken` cannot be read."""
+    """Pictures with masks, of several sizes, `alike` in a row of one; those in `broken` cannot be read."""
 
     count: int = 5
     broken: tuple[int, ...] = ()
     classes: tuple[str, ...] = CLASSES
     palette: tuple[tuple[int, int, int], ...] = PALETTE
     labelled: bool = True
+    alike: int = 1
 
     @property
     def names(self) -> list[str]:
@@ -74,11 +75,14 @@ class Scenes:
     def __getitem__(self, index: int) -> Sample:
         if index in self.broken:
             raise OSError(f"scene_{index}.png cannot be decoded\nit is damaged")
-        size = SIZES[index % len(SIZES)]
-        return Sample(self.names[index], Image.fromarray(picture(*size, index)), self.mask(index))
+        pixels = picture(*self.size(index), index)
+        return Sample(self.names[index], Image.fromarray(pixels), self.mask(index))
+
+    def size(self, index: int) -> tuple[int, int]:
+        return SIZES[index // self.alike % len(SIZES)]
 
     def mask(self, index: int) -> Image.Image:
-        size = SIZES[index % len(SIZES)]
+        size = self.size(index)
         return Image.fromarray(mask(*size, index) if self.labelled else np.full(size, IGNORE, np.uint8))
 
 

@@ -61,6 +61,41 @@ def test_an_accelerated_model() -> None:
     assert np.abs(found - expected).sum() <= 1e-3 * expected.sum()
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    "batch, seen",
+    [(1, [1] * 9), (2, [2, 1, 1, 1, 2, 1, 1]), (3, [3, 1, 1, 3, 1]), (16, [3, 1, 1, 3, 1])],
+)
+def test_a_batch_gives_what_its_images_do(batch: int, seen: list[int], workers: int) -> None:
+    """In float64, where no two classes are within rounding of each other."""
+    dataset, protocol = Scenes(11, broken=(4, 10), alike=3), Protocol(boundary=True)
+    model, sizes = tiny(torch.float64), []
+    model.backbone.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+    saved: dict[str, np.ndarray] = {}
+    told: list[tuple[int, int]] = []
+    found = evaluate(
+        model, dataset, protocol, batch=batch, workers=workers, save=saved.__setitem__,
+        progress=lambda *now: told.append(now),
+    )  # fmt: skip
+    assert sizes == seen
+    one = Labeller(tiny(torch.float64), Protocol())
+    assert list(saved) == [name for index, name in enumerate(dataset.names) if index not in dataset.broken]
+    for name, labels in saved.items():
+        assert_array_equal(labels, one(np.asarray(dataset[dataset.names.index(name)].image)))
+    alone = evaluate(tiny(torch.float64), dataset, protocol)
+    assert_array_equal(found.matrix.counts, alone.matrix.counts)
+    assert found.boundary is not None and alone.boundary is not None
+    assert_array_equal(found.boundary.f1(), alone.boundary.f1())
+    assert (found.images, found.skipped) == (alone.images, alone.skipped) == (9, found.skipped)
+    assert told[-1] == (11, 11) and [done for done, _ in told] == sorted({done for done, _ in told})
+
+
+def test_a_batch_of_an_accelerated_model() -> None:
+    fast, dataset = shelfkern.accelerate(tiny()), Scenes(4, alike=3)
+    found, expected = (evaluate(fast, dataset, batch=batch).matrix.counts for batch in (3, 1))
+    assert found.sum() == expected.sum() and np.abs(found - expected).sum() <= 1e-3 * expected.sum()
+
+
 def test_what_is_saved_and_told() -> None:
     saved: dict[str, np.ndarray] = {}
     told: list[tuple[int, int]] = []
@@ -164,6 +199,11 @@ def test_what_does_not_fit() -> None:
         evaluate(tiny(), Scenes(0))
     with pytest.raises(ValueError, match=r"^workers is -1, it may be any integer from 0$"):
         evaluate(tiny(), Scenes(), workers=-1)
+    with pytest.raises(ValueError, match=r"^batch is 0, it may be any integer from 1$"):
+        evaluate(tiny(), Scenes(), batch=0)
+    for protocol in (Protocol((0.5,)), Protocol(mirror=True), Protocol(base_size=64, crop_size=64)):
+        with pytest.raises(ValueError, match=r"^batch is 2, it must be 1 with other scales"):
+            evaluate(tiny(), Scenes(), protocol, batch=2)
 
 
 def test_two_processes_find_what_one_does(tmp_path: Path) -> None:
