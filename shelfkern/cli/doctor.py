@@ -9,7 +9,7 @@ import click
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from .. import native
 from ..engine.cpu.library import onednn_reason
@@ -70,7 +70,7 @@ def tuning_file(device: str) -> str:
 
 def kernels_table(results: list[selftest.Result]) -> Table:
     """Every kernel of every op: right, wrong, or why it cannot run."""
-    table = Table("kernel", "state", "error")
+    table = Table(Column("kernel", no_wrap=True), "state", "error")
     for result in results:
         state = "[red]wrong, switched off[/]" if result.failed else "[green]right[/]"
         if result.error is None:

@@ -77,7 +77,7 @@ class Result:
     @property
     def name(self) -> str:
         """What was tested."""
-        return f"{self.op}{' with its gradient' if self.gradient else ''} ({self.backend})"
+        return f"{self.op}{', gradient' if self.gradient else ''} ({self.backend})"
 
     @property
     def failed(self) -> bool:

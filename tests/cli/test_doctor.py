@@ -69,14 +69,14 @@ def test_every_op_is_tested() -> None:
     assert result.exit_code == 0 and "Switched off" not in result.stdout
     kernels = {f"{op} ({name})" for op, names in ops.KERNELS.items() for name in names if name != "emulated"}
     trained = selftest.TRAINING.items()
-    kernels |= {f"{op} with its gradient ({name})" for op, names in trained for name in names}
+    kernels |= {f"{op}, gradient ({name})" for op, names in trained for name in names}
     tested = {*ops.NAMES, *selftest.TRAINING}
     assert {name for name in found if name.endswith(")") and name.split()[0] in tested} == kernels
     for name in (op for op, kernels in ops.KERNELS.items() if "native" in kernels):
         state, error = found[f"{name} (native)"]
         assert state == "right" and float(error) <= selftest.LIMIT
     for name in selftest.TRAINING:
-        state, error = found[f"{name} with its gradient (native)"]
+        state, error = found[f"{name}, gradient (native)"]
         assert state == "right" and float(error) <= selftest.LIMIT
 
 
@@ -93,7 +93,7 @@ def test_a_wrong_kernel_is_named(monkeypatch) -> None:
     assert result.exit_code == 1
     assert found["stem (cuda)"] == ["wrong, switched off", "5.0e-01"]
     assert found["deconv_add (triton)"][1] == "nan" and found["shared_block (native)"][0] == "right"
-    names = "stem (cuda), conv_train with its gradient (native), deconv_add (triton)"
+    names = "stem (cuda), conv_train, gradient (native), deconv_add (triton)"
     assert f"Switched off for being wrong here: {names}." in result.stdout
 
 

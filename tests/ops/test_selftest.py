@@ -128,8 +128,8 @@ def test_a_kernel_that_writes_no_number_is_found(op, value, monkeypatch):
 def test_a_wrong_gradient_is_found_and_switched_off(op, value, monkeypatch):
     spoil(monkeypatch, op, value, GRADIENTS)
     result = selftest.run(op, gradient=True)
-    assert result.failed and result.name == f"{op} with its gradient (native)"
-    assert f"{op} with its gradient (native) has an error of" in native.reason(op)
+    assert result.failed and result.name == f"{op}, gradient (native)"
+    assert f"{op}, gradient (native) has an error of" in native.reason(op)
     # Without it all is right again, by torch's own calls.
     public, reference, tensors, arguments = selftest._training_cases()[op]
     narrow = [t.float() if t.is_floating_point() else t for t in tensors]
