@@ -28,18 +28,20 @@ T* pointer(Address address) {
 }
 
 void upsample_add(Address x, Address skip, Address gate, Address out, int dtype, int64_t n, int64_t h,
-                  int64_t w, int64_t c, int threads) {
+                  int64_t w, int64_t c, int threads, float x_zero, float x_scale, float skip_scale,
+                  float bias) {
     const py::gil_scoped_release unlocked;
     kernels().upsample_add({pointer(x), pointer(skip), pointer<float>(gate), pointer(out),
-                            static_cast<DType>(dtype), n, h, w, c, threads});
+                            static_cast<DType>(dtype), n, h, w, c, threads, x_zero, x_scale, skip_scale,
+                            bias});
 }
 
 void attention_gate(Address x, Address weight, Address scale, Address shift, Address out, int dtype,
-                    int64_t n, int64_t hw, int64_t c, int64_t k, int threads) {
+                    int64_t n, int64_t hw, int64_t c, int64_t k, int threads, float step, float zero) {
     const py::gil_scoped_release unlocked;
     kernels().attention_gate({pointer(x), pointer<float>(weight), pointer<float>(scale),
                               pointer<float>(shift), pointer<float>(out), static_cast<DType>(dtype), n, hw, c,
-                              k, threads});
+                              k, threads, step, zero});
 }
 
 template <void (*Kernels::*kernel)(const Resize&)>
@@ -100,8 +102,8 @@ void conv_bn_act(Address x, Address weight, Address scale, Address shift, Addres
                  Address out, int dtype, int product, int64_t n, int64_t h, int64_t w, int64_t c,
                  int64_t out_h, int64_t out_w, int64_t out_c, int64_t kernel_h, int64_t kernel_w,
                  int64_t stride, int64_t pad_h, int64_t pad_w, int64_t chunk, int64_t stride_n,
-                 int64_t stride_h, int64_t stride_w, float slope, int threads, Address offset, Address codes,
-                 float codes_scale) {
+                 int64_t stride_h, int64_t stride_w, float slope, int threads, Address offset, int x_zero,
+                 float residual_scale, float skip_scale, float bias, bool to_codes) {
     const py::gil_scoped_release unlocked;
     kernels().conv_bn_act({pointer(x),
                            pointer(weight),
@@ -131,14 +133,18 @@ void conv_bn_act(Address x, Address weight, Address scale, Address shift, Addres
                            slope,
                            threads,
                            pointer<int32_t>(offset),
-                           pointer<int8_t>(codes),
-                           codes_scale});
+                           x_zero,
+                           residual_scale,
+                           skip_scale,
+                           bias,
+                           to_codes});
 }
 
-void quantize(Address x, Address codes, int dtype, int64_t count, float codes_scale, int threads) {
+void quantize(Address x, Address codes, int dtype, int64_t count, float codes_scale, float zero, uint8_t sign,
+              int threads) {
     const py::gil_scoped_release unlocked;
-    kernels().quantize(
-        {pointer(x), pointer<int8_t>(codes), static_cast<DType>(dtype), count, codes_scale, threads});
+    kernels().quantize({pointer(x), pointer<uint8_t>(codes), static_cast<DType>(dtype), count, codes_scale,
+                        zero, sign, threads});
 }
 
 void bn_act_dropout(Address x, Address residual, Address weight, Address bias, Address noise, Address out,
@@ -188,12 +194,28 @@ double peak(const std::string& kind, int threads, int64_t milliseconds) {
 
 void stem(Address image, Address values, Address weight, Address scale, Address shift, Address out,
           int image_dtype, int dtype, int product, int64_t n, int64_t image_h, int64_t image_w, int64_t h,
-          int64_t w, int64_t out_c, float slope, int threads) {
+          int64_t w, int64_t out_c, float slope, int threads, Address raw, uint32_t zero, float bias) {
     const py::gil_scoped_release unlocked;
-    kernels().stem({pointer(image), pointer<float>(values), pointer(weight), pointer<float>(scale),
-                    pointer<float>(shift), pointer(out), static_cast<DType>(image_dtype),
-                    static_cast<DType>(dtype), static_cast<Product>(product), n, image_h, image_w, h, w,
-                    out_c, slope, threads});
+    kernels().stem({pointer(image),
+                    pointer<float>(values),
+                    pointer(weight),
+                    pointer<float>(scale),
+                    pointer<float>(shift),
+                    pointer(out),
+                    static_cast<DType>(image_dtype),
+                    static_cast<DType>(dtype),
+                    static_cast<Product>(product),
+                    n,
+                    image_h,
+                    image_w,
+                    h,
+                    w,
+                    out_c,
+                    slope,
+                    threads,
+                    pointer<float>(raw),
+                    zero,
+                    bias});
 }
 
 void winograd(Address x, Address weight, Address scale, Address shift, Address residual, Address skip,

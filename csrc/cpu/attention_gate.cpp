@@ -1,6 +1,6 @@
 #include "../common/parallel.h"
+#include "codes.h"
 #include "kernels.h"
-#include "vec.h"
 
 // exp from libm: nothing of the standard library is instantiated here.
 #include <math.h>
@@ -23,11 +23,11 @@ void sum_pixels(const T* x, int64_t pixels, int64_t c, float* sums) {
     }
 }
 
-void mean_of_pieces(const float* pieces, int64_t count, int64_t c, int64_t pixels, float* mean) {
-    for (int64_t i = 0; i < c; ++i) {
+void mean_of_pieces(const AttentionGate& a, const float* pieces, int64_t count, float* mean) {
+    for (int64_t i = 0; i < a.c; ++i) {
         double sum = 0;
-        for (int64_t k = 0; k < count; ++k) sum += pieces[k * c + i];
-        mean[i] = static_cast<float>(sum / static_cast<double>(pixels));
+        for (int64_t k = 0; k < count; ++k) sum += pieces[k * a.c + i];
+        mean[i] = static_cast<float>(a.step * (sum / static_cast<double>(a.hw) - a.zero));
     }
 }
 
@@ -55,7 +55,7 @@ void run(const AttentionGate& a) {
     });
     float* mean = pieces + a.n * count * a.c;
     for (int64_t n = 0; n < a.n; ++n) {
-        mean_of_pieces(pieces + n * count * a.c, count, a.c, a.hw, mean);
+        mean_of_pieces(a, pieces + n * count * a.c, count, mean);
         for (int64_t k = 0; k < a.k; ++k) {
             const double z = a.scale[k] * dot(a.weight + k * a.c, mean, a.c) + a.shift[k];
             a.out[n * a.k + k] = static_cast<float>(1 / (1 + exp(-z)));
@@ -66,10 +66,13 @@ void run(const AttentionGate& a) {
 }  // namespace
 
 void attention_gate(const AttentionGate& args) {
-    if (args.dtype == DType::f32) {
-        run<float>(args);
-    } else {
-        run<bf16>(args);
+    switch (args.dtype) {
+        case DType::f32:
+            return run<float>(args);
+        case DType::bf16:
+            return run<bf16>(args);
+        case DType::u8:
+            return run<uint8_t>(args);
     }
 }
 

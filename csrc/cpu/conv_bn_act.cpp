@@ -15,7 +15,7 @@ int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Elements to words, the last one filled up with zeros. Inputs of products of codes are codes + 128.
+// Elements to words, the last one filled up with zeros.
 void pack_channels(const float* from, Floats::Word* to, int64_t count) {
     std::memcpy(to, from, count * sizeof(float));
 }
@@ -31,54 +31,58 @@ void pack_channels(const bf16* from, Bfloats::Word* to, int64_t count) {
     if (count % 2) to[count / 2] = from[count - 1].bits;
 }
 
-constexpr uint32_t kZeroCodes = 0x80808080;
-
-template <typename V>
-void pack_codes(const int8_t* from, Codes::Word* to) {
-    const V words = load_vector<V>(from) ^ kZeroCodes;
-    std::memcpy(to, &words, sizeof(words));
-}
-
-void pack_channels(const int8_t* from, Codes::Word* to, int64_t count) {
-    typedef uint32_t Four __attribute__((vector_size(16)));
-    int64_t i = 0;
-    for (; i + 4 * kLanes <= count; i += 4 * kLanes) pack_codes<vu>(from + i, to + i / 4);
-    // Narrow networks have 48 and 96 channels.
-    for (; i + 16 <= count; i += 16) pack_codes<Four>(from + i, to + i / 4);
-    for (; i < count; i += 4) {
-        uint32_t word = 0;
-        std::memcpy(&word, from + i, min(4, count - i));
-        to[i / 4] = word ^ kZeroCodes;
+void pack_channels(const uint8_t* from, Codes::Word* to, int64_t count) {
+    const int64_t words = count / 4;
+    std::memcpy(to, from, words * sizeof(*to));
+    if (count % 4) {
+        to[words] = 0;
+        std::memcpy(to + words, from + 4 * words, count % 4);
     }
 }
 
-template <typename P>
-void clear(typename P::Word* to, int64_t count) {
-    const typename P::Word zero = std::is_same<P, Codes>::value ? kZeroCodes : 0;
+template <typename Word>
+void fill(Word* to, int64_t count, Word zero) {
     for (int64_t i = 0; i < count; ++i) to[i] = zero;
 }
 
-// Rows from `first_row` and columns from -pad_w of one image, zeros outside it.
+// What stands for 0 outside the image.
+template <typename P>
+typename P::Word outside(const Conv& a) {
+    return std::is_same<P, Codes>::value ? static_cast<typename P::Word>(a.x_zero * 0x01010101u) : 0;
+}
+
+// `count` pixels of a row, side by side where all their channels are.
+template <typename P, typename X>
+void pack_pixels(const X* from, typename P::Word* to, int64_t count, int64_t c, int64_t width,
+                 int64_t channels) {
+    if (sizeof(X) * P::kElements == sizeof(*to) && channels == c && c % P::kElements == 0) {
+        std::memcpy(to, from, count * width * sizeof(*to));
+        return;
+    }
+    for (int64_t x = 0; x < count; ++x) pack_channels(from + x * c, to + x * width, channels);
+}
+
+// Rows from `first_row` and columns from -pad_w of one image.
 template <typename P, typename X>
 void pack_strip(const Conv& a, const Shape& s, const X* image, int64_t first_row, int64_t rows,
                 typename P::Word* to) {
     const int64_t columns = s.columns();
     const int64_t left = min(a.pad_w, columns);
     const int64_t inside = max(0, min(columns - left, a.w));
+    const typename P::Word zero = outside<P>(a);
     for (int64_t i = 0; i < s.chunks(); ++i) {
         const int64_t width = s.chunk_width(i), first = i * s.chunk * P::kElements;
         const int64_t channels = min(width * P::kElements, a.c - first);
         for (int64_t r = 0; r < rows; ++r, to += columns * width) {
             const int64_t y = first_row + r;
             if (y < 0 || y >= a.h) {
-                clear<P>(to, columns * width);
+                fill(to, columns * width, zero);
                 continue;
             }
             const X* from = image + y * a.w * a.c + first;
-            clear<P>(to, left * width);
-            for (int64_t x = 0; x < inside; ++x)
-                pack_channels(from + x * a.c, to + (left + x) * width, channels);
-            clear<P>(to + (left + inside) * width, (columns - left - inside) * width);
+            fill(to, left * width, zero);
+            pack_pixels<P>(from, to + left * width, inside, a.c, width, channels);
+            fill(to + (left + inside) * width, (columns - left - inside) * width, zero);
         }
     }
 }
@@ -114,7 +118,7 @@ Cut cut(const Conv& a, const Shape& s) {
 // A 1x1 convolution reads an input whose pixels are whole words where it is.
 template <typename P, typename X>
 bool used_in_place(const Conv& a, const Shape& s) {
-    if (std::is_same<P, Codes>::value || sizeof(X) * P::kElements != 4 || a.c % P::kElements) return false;
+    if (sizeof(X) * P::kElements != 4 || a.c % P::kElements) return false;
     return s.kernel_h * s.kernel_w == 1 && a.pad_h == 0 && a.pad_w == 0 && (a.out_h - 1) * a.stride < a.h &&
            (a.out_w - 1) * a.stride < a.w;
 }
@@ -133,7 +137,39 @@ Input<P> input_of(const Conv& a, const Shape& s, int64_t n, int64_t y, int64_t o
     return {packed, 0, 0};
 }
 
-template <typename P, typename X, typename T>
+template <typename T>
+Epilogue<T> epilogue_of(const Conv& a, int64_t at) {
+    Epilogue<T> e;
+    e.scale = a.scale;
+    e.shift = a.shift;
+    e.residual = moved(static_cast<const T*>(a.residual), at);
+    e.skip = moved(static_cast<const T*>(a.skip), at);
+    e.out = static_cast<T*>(a.out) + at;
+    e.row = a.stride_h;
+    e.pixel = a.stride_w;
+    e.slope = a.slope;
+    return e;
+}
+
+CodesEpilogue codes_epilogue_of(const Conv& a, int64_t at) {
+    CodesEpilogue e;
+    e.scale = a.scale;
+    e.shift = a.shift;
+    e.offset = a.offset;
+    e.residual = moved(static_cast<const uint8_t*>(a.residual), at);
+    e.skip = moved(static_cast<const uint8_t*>(a.skip), at);
+    e.codes = a.to_codes ? static_cast<uint8_t*>(a.out) + at : nullptr;
+    e.out = a.to_codes ? nullptr : static_cast<float*>(a.out) + at;
+    e.row = a.stride_h;
+    e.pixel = a.stride_w;
+    e.slope = a.slope;
+    e.residual_scale = a.residual_scale;
+    e.skip_scale = a.skip_scale;
+    e.bias = a.bias;
+    return e;
+}
+
+template <typename P, typename X>
 void run(const Conv& a) {
     if (a.n * a.out_h * a.out_w == 0) return;
     Shape s{divide_up(a.c, P::kElements), a.chunk, a.kernel_h, a.kernel_w, a.stride, a.out_w, a.out_c};
@@ -147,20 +183,13 @@ void run(const Conv& a) {
         auto* sums =
             static_cast<typename P::Scalar*>(thread_scratch(1, out_rows * a.out_w * kMaxPanels * kPanel * 4));
         const int64_t at = n * a.stride_n + y * a.stride_h;
-        Output<T> o;
-        o.out = a.out ? static_cast<T*>(a.out) + at : nullptr;
-        o.codes = a.codes ? a.codes + at : nullptr;
-        o.codes_scale = a.codes_scale;
-        o.offset = a.offset;
-        o.residual = a.residual ? static_cast<const T*>(a.residual) + at : nullptr;
-        o.skip = a.skip ? static_cast<const T*>(a.skip) + at : nullptr;
-        o.scale = a.scale;
-        o.shift = a.shift;
-        o.row = a.stride_h;
-        o.pixel = a.stride_w;
-        o.slope = a.slope;
-        convolve_strip(s, input, out_rows, group * c.panels / c.groups, (group + 1) * c.panels / c.groups,
-                       static_cast<const typename P::Word*>(a.weight), sums, o);
+        const int64_t begin = group * c.panels / c.groups, end = (group + 1) * c.panels / c.groups;
+        const auto* weight = static_cast<const typename P::Word*>(a.weight);
+        if constexpr (std::is_same<P, Codes>::value) {
+            convolve_strip(s, input, out_rows, begin, end, weight, sums, codes_epilogue_of(a, at));
+        } else {
+            convolve_strip(s, input, out_rows, begin, end, weight, sums, epilogue_of<X>(a, at));
+        }
     });
 }
 
@@ -169,11 +198,11 @@ void run(const Conv& a) {
 void conv_bn_act(const Conv& args) {
     switch (args.product) {
         case Product::floats:
-            return args.dtype == DType::f32 ? run<Floats, float, float>(args) : run<Floats, bf16, bf16>(args);
+            return args.dtype == DType::f32 ? run<Floats, float>(args) : run<Floats, bf16>(args);
         case Product::pairs:
-            return run<Bfloats, bf16, bf16>(args);
+            return run<Bfloats, bf16>(args);
         case Product::quads:
-            return run<Codes, int8_t, float>(args);
+            return run<Codes, uint8_t>(args);
     }
 }
 

@@ -8,6 +8,8 @@
 // weights stays in cache while the strip's pixels go by.
 #pragma once
 
+#include <type_traits>
+
 #include "codes.h"
 #include "kernels.h"
 #include "product.h"
@@ -101,28 +103,70 @@ static inline void spill(const TileOf<P>& tile, const Sums<kPixels, kPanels, typ
     }
 }
 
+template <typename T>
+static inline T* moved(T* p, int64_t elements) {
+    return p ? p + elements : nullptr;
+}
+
 // Scale, shift, residual, activation and skip of a tile's output channels, of which there are `channels`.
 template <typename T>
 struct Epilogue {
     const float *scale, *shift;
     const T *residual, *skip;  // of the first pixel, or null
-    T* out;                    // or null
-    int64_t pixel;             // elements between pixels in out, codes, residual and skip
+    T* out;
+    int64_t row, pixel;  // elements between rows and pixels in out, residual and skip
     int channels;
     float slope;
-    int8_t* codes = nullptr;  // of the first pixel, or null
-    float codes_scale = 0;
-    const int32_t* offset = nullptr;  // taken from sums of codes
+
+    Epilogue of_channels(int64_t first, int64_t count) const {
+        Epilogue e = at(first);
+        e.scale = moved(scale, first);
+        e.shift = moved(shift, first);
+        e.channels = static_cast<int>(count);
+        return e;
+    }
+    Epilogue at(int64_t elements) const {
+        Epilogue e = *this;
+        e.residual = moved(residual, elements);
+        e.skip = moved(skip, elements);
+        e.out = moved(out, elements);
+        return e;
+    }
 };
 
-static inline vf load_some(const float* p, int count) {
-    float lanes[kLanes] = {};
-    for (int i = 0; i < count; ++i) lanes[i] = p[i];
-    return load(lanes);
-}
+// The same with a residual and skip of codes, to codes or to floats:
+// act(scale * (sum - offset) + shift + residual_scale * residual) + skip_scale * skip + bias.
+struct CodesEpilogue {
+    const float *scale, *shift;      // of whole panels
+    const int32_t* offset;           // of sums of codes; of whole panels, or null
+    const uint8_t *residual, *skip;  // of the first pixel, or null
+    uint8_t* codes;                  // or null where the result is floats
+    float* out;
+    int64_t row, pixel;
+    int channels;
+    float slope, residual_scale, skip_scale, bias;
 
-static inline vf load_some(const bf16* p, int count) {
-    bf16 lanes[kLanes] = {};
+    CodesEpilogue of_channels(int64_t first, int64_t count) const {
+        CodesEpilogue e = at(first);
+        e.scale += first;
+        e.shift += first;
+        e.offset = moved(offset, first);
+        e.channels = static_cast<int>(count);
+        return e;
+    }
+    CodesEpilogue at(int64_t elements) const {
+        CodesEpilogue e = *this;
+        e.residual = moved(residual, elements);
+        e.skip = moved(skip, elements);
+        e.codes = moved(codes, elements);
+        e.out = moved(out, elements);
+        return e;
+    }
+};
+
+template <typename T>
+static inline vf load_some(const T* p, int count) {
+    T lanes[kLanes] = {};
     for (int i = 0; i < count; ++i) lanes[i] = p[i];
     return load(lanes);
 }
@@ -137,6 +181,12 @@ static inline void store_some(T* p, vf v, int count) {
 template <typename T>
 static inline vf load_up_to(const T* p, int count) {
     return count == kLanes ? load(p) : load_some(p, count);
+}
+
+template <typename T>
+static inline void store_up_to(T* p, vf v, int count) {
+    if (count == kLanes) return store(p, v);
+    store_some(p, v, count);
 }
 
 // The epilogue of sums [pixel][vector], for any tile: compiled once, not for each shape of a tile.
@@ -155,13 +205,7 @@ static __attribute__((noinline)) void finish_sums(const float* sums, int pixels,
             if (e.residual) y += load_up_to(e.residual + at, count);
             y = activate(y, e.slope);
             if (e.skip) y += load_up_to(e.skip + at, count);
-            if (e.codes) store_codes(e.codes + at, y * splat(e.codes_scale), count);
-            if (!e.out) continue;
-            if (count == kLanes) {
-                store(e.out + at, y);
-            } else {
-                store_some(e.out + at, y, count);
-            }
+            store_up_to(e.out + at, y, count);
         }
     }
 }
@@ -171,21 +215,68 @@ static inline void finish(const Sums<kPixels, kPanels>& sums, const Epilogue<T>&
     finish_sums(reinterpret_cast<const float*>(sums.v), kPixels, kPanels * kPanelVectors, e);
 }
 
-// Sums of codes as floats. Inputs are codes + 128, so 128 times the weights' sum is taken off.
-template <int kPixels, int kPanels, typename T>
-static inline void finish(const Sums<kPixels, kPanels, vi>& sums, const Epilogue<T>& e) {
-    Sums<kPixels, kPanels> floats;
-    for (int v = 0; v < kPanels * kPanelVectors; ++v) {
-        const vi offset = load(e.offset + v * kLanes);
-        for (int p = 0; p < kPixels; ++p) {
-            floats.v[p][v] = __builtin_convertvector(sums.v[p][v] - offset, vf);
-        }
+static inline vf less_offset(vi sum, const int32_t* offset) {
+    return __builtin_convertvector(offset ? sum - load(offset) : sum, vf);
+}
+static inline vf less_offset(vf sum, const int32_t*) { return sum; }
+
+// One pixel's `count` channels from `first`, of which `sum` has been scaled and shifted; `at` is their place.
+static inline __attribute__((always_inline)) void finish_codes(vf y, int64_t at, int count,
+                                                               const CodesEpilogue& e) {
+    if (e.residual) y += load_up_to(e.residual + at, count) * splat(e.residual_scale);
+    const vf low = y * splat(e.slope);  // slopes are from 0 to 1
+    y = y > low ? y : low;
+    y += e.skip ? load_up_to(e.skip + at, count) * splat(e.skip_scale) + splat(e.bias) : splat(e.bias);
+    if (e.codes) {
+        store_up_to(e.codes + at, y, count);
+    } else {
+        store_up_to(e.out + at, y, count);
     }
-    finish(floats, e);
 }
 
-template <int kPixels, int kPanels, typename P, typename T>
-static void run_tile(const TileOf<P>& tile, const Epilogue<T>& epilogue) {
+// As finish_sums.
+template <typename Scalar>
+static __attribute__((noinline)) void finish_codes_sums(const Scalar* sums, int pixels, int vectors,
+                                                        const CodesEpilogue& e) {
+    for (int v = 0; v < vectors; ++v) {
+        const int first = v * kLanes;
+        const int count = e.channels - first < kLanes ? e.channels - first : kLanes;
+        if (count <= 0) break;
+        const vf scale = load(e.scale + first), shift = load(e.shift + first);
+        const int32_t* offset = moved(e.offset, first);
+        for (int p = 0; p < pixels; ++p) {
+            const vf sum = less_offset(load(sums + (p * vectors + v) * kLanes), offset);
+            finish_codes(sum * scale + shift, p * e.pixel + first, count, e);
+        }
+    }
+}
+
+// Where a pixel has few input channels, to store the sums and load them again would take as long as half of
+// their products: the tiles of most layers are finished in registers. Of all tiles it would be too much code.
+template <int kPixels, int kPanels, typename Sum>
+static inline __attribute__((always_inline)) void finish(const Sums<kPixels, kPanels, Sum>& sums,
+                                                         const CodesEpilogue& e) {
+    constexpr int kVectors = kPanels * kPanelVectors;
+    constexpr bool kInRegisters = std::is_same<Sum, vi>::value && kPanels > 2;
+    if (!kInRegisters || e.channels < kPanels * kPanel || !e.codes) {
+        using Scalar = typename std::conditional<std::is_same<Sum, vi>::value, int32_t, float>::type;
+        return finish_codes_sums(reinterpret_cast<const Scalar*>(sums.v), kPixels, kVectors, e);
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+        const int first = v * kLanes;
+        const vf scale = load(e.scale + first), shift = load(e.shift + first);
+        const vi offset = e.offset ? load(e.offset + first) : vi{};
+#pragma GCC unroll 32
+        for (int p = 0; p < kPixels; ++p) {
+            const vf sum = __builtin_convertvector((vi)sums.v[p][v] - offset, vf);
+            finish_codes(sum * scale + shift, p * e.pixel + first, kLanes, e);
+        }
+    }
+}
+
+template <int kPixels, int kPanels, typename P, typename E>
+static void run_tile(const TileOf<P>& tile, const E& epilogue) {
     Sums<kPixels, kPanels, typename P::Sum> sums;
     accumulate(tile, sums);
     if (!tile.first) add_carried(tile, sums);
@@ -197,11 +288,11 @@ static void run_tile(const TileOf<P>& tile, const Epilogue<T>& epilogue) {
 }
 
 // Calls run_tile<pixels, kPanels> for a count of pixels known at run time.
-template <int kPanels, typename P, typename T, int kPixels = tile_pixels(kPanels)>
-static inline void run_tile_of(int pixels, const TileOf<P>& tile, const Epilogue<T>& epilogue) {
+template <int kPanels, typename P, typename E, int kPixels = tile_pixels(kPanels)>
+static inline void run_tile_of(int pixels, const TileOf<P>& tile, const E& epilogue) {
     if constexpr (kPixels > 0) {
         if (pixels == kPixels) return run_tile<kPixels, kPanels>(tile, epilogue);
-        run_tile_of<kPanels, P, T, kPixels - 1>(pixels, tile, epilogue);
+        run_tile_of<kPanels, P, E, kPixels - 1>(pixels, tile, epilogue);
     }
 }
 
@@ -216,19 +307,6 @@ struct Shape {
     int64_t input_rows(int64_t out_rows) const { return (out_rows - 1) * stride + kernel_h; }
 };
 
-// Where output element (row, column, channel) of the strip goes.
-template <typename T>
-struct Output {
-    T* out;
-    const T *residual, *skip;
-    const float *scale, *shift;
-    int64_t row, pixel;
-    float slope;
-    int8_t* codes = nullptr;
-    float codes_scale = 0;
-    const int32_t* offset = nullptr;
-};
-
 // A packed strip, or with strides an input used in place, its chunks side by side in every pixel.
 template <typename P>
 struct Input {
@@ -236,53 +314,40 @@ struct Input {
     int64_t row, column;  // words; 0 for a packed strip, where they follow from the chunk's width
 };
 
-// One chunk of `out_rows` output rows, for kPanels panels from output channel `oc`.
-template <int kPanels, typename P, typename T>
+// One chunk of `out_rows` output rows, for kPanels panels from output channel `oc`; `o` is of the strip.
+template <int kPanels, typename P, typename E>
 static void convolve_chunk(const Shape& s, TileOf<P> tile, int64_t column, int64_t out_rows, int64_t oc,
-                           typename P::Scalar* sums, const Output<T>& o) {
+                           typename P::Scalar* sums, const E& o) {
     const typename P::Word* chunk = tile.input;
     const int64_t tiles = (s.out_w + tile_pixels(kPanels) - 1) / tile_pixels(kPanels);
     tile.input_pixel = s.stride * column;
-    Epilogue<T> e;
-    e.scale = o.scale ? o.scale + oc : nullptr;
-    e.shift = o.shift ? o.shift + oc : nullptr;
-    e.pixel = o.pixel;
-    e.channels = static_cast<int>(s.out_c - oc < kPanels * kPanel ? s.out_c - oc : kPanels * kPanel);
-    e.slope = o.slope;
-    e.codes_scale = o.codes_scale;
-    e.offset = o.offset ? o.offset + oc : nullptr;
+    const E of_panels = o.of_channels(oc, s.out_c - oc < kPanels * kPanel ? s.out_c - oc : kPanels * kPanel);
     for (int64_t y = 0; y < out_rows; ++y) {
         for (int64_t t = 0; t < tiles; ++t) {
             // Tiles of nearly equal size: a narrow last one would waste most of the registers.
             const int64_t x = t * s.out_w / tiles, next = (t + 1) * s.out_w / tiles;
-            const int64_t at = y * o.row + x * o.pixel + oc;
             tile.input = chunk + y * s.stride * tile.input_row + x * tile.input_pixel;
             tile.sums = sums + (y * s.out_w + x) * kPanels * kPanel;
-            e.residual = o.residual ? o.residual + at : nullptr;
-            e.skip = o.skip ? o.skip + at : nullptr;
-            e.out = o.out ? o.out + at : nullptr;
-            e.codes = o.codes ? o.codes + at : nullptr;
-            run_tile_of<kPanels>(static_cast<int>(next - x), tile, e);
+            run_tile_of<kPanels>(static_cast<int>(next - x), tile, of_panels.at(y * o.row + x * o.pixel));
         }
     }
 }
 
 // Calls convolve_chunk<panels> for a count of panels known at run time.
-template <typename P, typename T, int kPanels = kMaxPanels>
+template <typename P, typename E, int kPanels = kMaxPanels>
 static inline void convolve_chunk_of(int64_t panels, const Shape& s, const TileOf<P>& tile, int64_t column,
-                                     int64_t out_rows, int64_t oc, typename P::Scalar* sums,
-                                     const Output<T>& o) {
+                                     int64_t out_rows, int64_t oc, typename P::Scalar* sums, const E& o) {
     if constexpr (kPanels > 0) {
         if (panels == kPanels) return convolve_chunk<kPanels>(s, tile, column, out_rows, oc, sums, o);
-        convolve_chunk_of<P, T, kPanels - 1>(panels, s, tile, column, out_rows, oc, sums, o);
+        convolve_chunk_of<P, E, kPanels - 1>(panels, s, tile, column, out_rows, oc, sums, o);
     }
 }
 
 // All pixels of `out_rows` output rows, for `panels` weight panels, at most kMaxPanels, from `first`.
-template <typename P, typename T>
+template <typename P, typename E>
 static void convolve_panels(const Shape& s, const Input<P>& input, int64_t out_rows, int64_t first,
                             int64_t panels, const typename P::Word* weight, typename P::Scalar* sums,
-                            const Output<T>& o) {
+                            const E& o) {
     const int64_t columns = s.columns(), rows = s.input_rows(out_rows);
     TileOf<P> tile;
     tile.weight_panel = s.panel_words();
@@ -304,10 +369,10 @@ static void convolve_panels(const Shape& s, const Input<P>& input, int64_t out_r
 }
 
 // The same for the weight panels [begin, end), in groups of nearly equal size.
-template <typename P, typename T>
+template <typename P, typename E>
 static void convolve_strip(const Shape& s, const Input<P>& input, int64_t out_rows, int64_t begin,
                            int64_t end, const typename P::Word* weight, typename P::Scalar* sums,
-                           const Output<T>& o) {
+                           const E& o) {
     const int64_t groups = (end - begin + kMaxPanels - 1) / kMaxPanels;
     for (int64_t g = 0; g < groups; ++g) {
         const int64_t first = begin + (end - begin) * g / groups,

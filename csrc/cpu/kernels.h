@@ -13,6 +13,7 @@ enum class DType : int { f32 = 0, bf16 = 1, u8 = 2 };
 enum class Product : int { floats = 0, pairs = 1, quads = 2 };
 
 // skip + gate[n, c] * nearest_x2(x). x: n h w c; skip, out: n 2h 2w c; gate: n c float32 or null.
+// Of codes: skip_scale * skip + x_scale * gate * (x - x_zero) + bias.
 struct UpsampleAdd {
     const void *x, *skip;
     const float* gate;
@@ -20,9 +21,11 @@ struct UpsampleAdd {
     DType dtype;
     int64_t n, h, w, c;
     int threads;
+    float x_zero, x_scale, skip_scale, bias;
 };
 
 // sigmoid(scale * (weight @ mean_hw(x)) + shift). x: n hw c; weight: k c float32; out: n k float32.
+// x may be codes, of step * (code - zero).
 struct AttentionGate {
     const void* x;
     const float *weight, *scale, *shift;
@@ -30,6 +33,7 @@ struct AttentionGate {
     DType dtype;
     int64_t n, hw, c, k;
     int threads;
+    float step, zero;
 };
 
 // Bilinear resize of scores (n h w c) to full_h x full_w, of which the first out_h x out_w are made.
@@ -91,15 +95,17 @@ struct Hardest {
 
 // out = act(scale * conv(x, weight) + shift + residual) + skip.
 //
-// x: n h w c of dtype, for quads int8. out, codes, residual and skip share strides (in elements), so that a
-// transposed convolution's parities can write interleaved pixels. Weights: per panel of 16 output channels
-// and chunk of input channels, kernel_h x kernel_w x chunk x 16 words of product
-// (ops/conv_bn_act.py packs them).
+// x: n h w c of dtype. out, residual and skip share strides (in elements), so that a transposed convolution's
+// parities can write interleaved pixels. Weights: per panel of 16 output channels and chunk of input
+// channels, kernel_h x kernel_w x chunk x 16 words of product (ops/conv_bn_act.py packs them).
+//
+// Quads: x, residual and skip are codes, uint8, and out codes or float32:
+// act(scale * (conv(x, weight) - offset) + shift + residual_scale * residual) + skip_scale * skip + bias.
 struct Conv {
     const void *x, *weight;
-    const float *scale, *shift;   // per output channel; null: 1 and 0
+    const float *scale, *shift;   // per output channel; null: 1 and 0. Of quads per channel of whole panels
     const void *residual, *skip;  // or null
-    void* out;                    // or null, where there are codes
+    void* out;
     DType dtype;
     Product product;
     int64_t n, h, w, c, out_h, out_w, out_c;
@@ -107,9 +113,10 @@ struct Conv {
     int64_t stride_n, stride_h, stride_w;
     float slope;  // of the activation: 0 relu, 1 none
     int threads;
-    const int32_t* offset = nullptr;  // for quads: 128 times the sum of each output channel's weights
-    int8_t* codes = nullptr;          // or null: out * codes_scale as codes
-    float codes_scale = 0;
+    const int32_t* offset;  // per channel of whole panels: x_zero times the sum of its weights
+    int x_zero;             // the code of 0
+    float residual_scale, skip_scale, bias;
+    bool to_codes;
 };
 
 // The same for 3x3 kernels of padding 1 by Winograd's minimal filtering: of stride 1 with tiles of 2 or 4, of
@@ -150,10 +157,13 @@ struct WinogradBlock {
 // max_pool3x3s2(act(scale * conv7x7s2(image) + shift)) of an image n image_h image_w, seen as h x w
 // with zeros beyond it after normalisation. u8 images are NHWC, and `values` (256 x 3) holds all that
 // they may hold, normalised; float ones are NCHW and normalised already.
+//
+// Quads multiply raw images, and of float ones raw[c] * x + raw[3 + c], rounded; `zero` stands for 0. Where
+// the result is codes, `bias` is added before they are rounded; scale and shift are of whole panels.
 struct Stem {
     const void* image;
     const float* values;
-    const void* weight;  // as Conv's, of floats or pairs
+    const void* weight;  // as Conv's
     const float *scale, *shift;
     void* out;
     DType image_dtype, dtype;
@@ -161,15 +171,20 @@ struct Stem {
     int64_t n, image_h, image_w, h, w, out_c;
     float slope;
     int threads;
+    const float* raw;
+    uint32_t zero;
+    float bias;
 };
 
-// codes = x * codes_scale, the nearest, ties to even, within [-128, 127]; NaN becomes 0.
+// codes = x * codes_scale + zero, the nearest, ties to even, within [0, 255]; NaN becomes zero. Then the bits
+// of `sign` are turned: 128 makes int8 of codes whose zero is 128.
 struct Quantize {
     const void* x;
-    int8_t* codes;
+    uint8_t* codes;
     DType dtype;
     int64_t count;
-    float codes_scale;
+    float codes_scale, zero;
+    uint8_t sign;
     int threads;
 };
 

@@ -1,3 +1,5 @@
+#include <type_traits>
+
 #include "../common/parallel.h"
 #include "conv_direct.h"
 
@@ -24,16 +26,16 @@ void read_row(const Stem& a, int64_t n, int64_t y, int64_t count, float* to) {
     }
 }
 
-// Words of a pixel: three floats, or four bfloat16, the last of them zero.
+// Words of a pixel: three floats, four bfloat16 or four codes, the last of them zero.
 template <typename P>
-constexpr int64_t kPixelWords = P::kElements == 1 ? 3 : 2;
+constexpr int64_t kPixelWords = P::kElements == 1 ? 3 : 4 / P::kElements;
 
 // A row of normalised pixels as a product's words.
-void read_words(const Stem& a, int64_t n, int64_t y, int64_t count, Floats::Word* to) {
+void read_words(Floats, const Stem& a, int64_t n, int64_t y, int64_t count, Floats::Word* to) {
     read_row(a, n, y, count, to);
 }
 
-void read_words(const Stem& a, int64_t n, int64_t y, int64_t count, Bfloats::Word* to) {
+void read_words(Bfloats, const Stem& a, int64_t n, int64_t y, int64_t count, Bfloats::Word* to) {
     const int64_t floats = (3 * count + kLanes - 1) / kLanes * kLanes;
     float* row = static_cast<float*>(thread_scratch(2, floats * 4));
     bf16* narrow = static_cast<bf16*>(thread_scratch(3, (floats + 1) * 2));
@@ -49,9 +51,30 @@ void read_words(const Stem& a, int64_t n, int64_t y, int64_t count, Bfloats::Wor
     }
 }
 
+// A row of raw pixels.
+void read_words(Codes, const Stem& a, int64_t n, int64_t y, int64_t count, Codes::Word* to) {
+    if (a.image_dtype == DType::u8) {
+        const uint8_t* from = static_cast<const uint8_t*>(a.image) + (n * a.image_h + y) * a.image_w * 3;
+        for (int64_t x = 0; x < count; ++x, from += 3) to[x] = from[0] | from[1] << 8 | from[2] << 16;
+        return;
+    }
+    const float* from = static_cast<const float*>(a.image) + (n * 3 * a.image_h + y) * a.image_w;
+    const int64_t plane = a.image_h * a.image_w;
+    uint8_t* codes = static_cast<uint8_t*>(thread_scratch(2, 3 * (count + kLanes)));
+    for (int64_t k = 0; k < 3; ++k, from += plane, codes += count + kLanes) {
+        for (int64_t x = 0; x < count; x += kLanes) {
+            const int some = static_cast<int>(count - x < kLanes ? count - x : kLanes);
+            store(codes + x, load_up_to(from + x, some) * splat(a.raw[k]) + splat(a.raw[3 + k]));
+        }
+    }
+    codes -= 3 * (count + kLanes);
+    const uint8_t *green = codes + count + kLanes, *blue = green + count + kLanes;
+    for (int64_t x = 0; x < count; ++x) to[x] = codes[x] | green[x] << 8 | blue[x] << 16;
+}
+
 template <typename Word>
-void clear(Word* to, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) to[i] = 0;
+void fill(Word* to, int64_t count, Word value) {
+    for (int64_t i = 0; i < count; ++i) to[i] = value;
 }
 
 template <typename P>
@@ -60,15 +83,16 @@ void pack_image(const Stem& a, const Shape& s, int64_t n, int64_t first_row, int
     constexpr int64_t kWords = kPixelWords<P>;
     const int64_t columns = s.columns();
     const int64_t inside = columns - kPad < a.image_w ? columns - kPad : a.image_w;
+    const typename P::Word zero = std::is_same<P, Codes>::value ? a.zero : 0;
     for (int64_t r = 0; r < rows; ++r, to += kWords * columns) {
         const int64_t y = first_row + r;
         if (y < 0 || y >= a.image_h) {
-            clear(to, kWords * columns);
+            fill(to, kWords * columns, zero);
             continue;
         }
-        clear(to, kWords * kPad);
-        read_words(a, n, y, inside, to + kWords * kPad);
-        clear(to + kWords * (kPad + inside), kWords * (columns - kPad - inside));
+        fill(to, kWords * kPad, zero);
+        read_words(P{}, a, n, y, inside, to + kWords * kPad);
+        fill(to + kWords * (kPad + inside), kWords * (columns - kPad - inside), zero);
     }
 }
 
@@ -99,9 +123,53 @@ void pool_pixel(const float* rows, int64_t row, int64_t c, int64_t y0, int64_t y
     }
 }
 
+typedef uint8_t Bytes __attribute__((vector_size(16)));
+
+void pool_pixel(const uint8_t* rows, int64_t row, int64_t c, int64_t y0, int64_t y1, int64_t x0, int64_t x1,
+                uint8_t* out) {
+    int64_t k = 0;
+    for (; k + 16 <= c; k += 16) {
+        Bytes best = {};
+        for (int64_t y = y0; y < y1; ++y) {
+            for (int64_t x = x0; x < x1; ++x) {
+                const Bytes v = load_vector<Bytes>(rows + y * row + x * c + k);
+                best = v > best ? v : best;
+            }
+        }
+        std::memcpy(out + k, &best, 16);
+    }
+    for (; k < c; ++k) {
+        out[k] = 0;
+        for (int64_t y = y0; y < y1; ++y) {
+            for (int64_t x = x0; x < x1; ++x) {
+                const uint8_t v = rows[y * row + x * c + k];
+                out[k] = v > out[k] ? v : out[k];
+            }
+        }
+    }
+}
+
+// Of a row of features, `to`: what rounds to a code can be rounded before it is pooled.
+Epilogue<float> epilogue_of(const Stem& a, float* to, int64_t row) {
+    return {a.scale, a.shift, nullptr, nullptr, to, row, a.out_c, 0, a.slope};
+}
+
+CodesEpilogue epilogue_of(const Stem& a, uint8_t* to, int64_t row) {
+    CodesEpilogue e = {};
+    e.scale = a.scale;
+    e.shift = a.shift;
+    e.codes = to;
+    e.row = row;
+    e.pixel = a.out_c;
+    e.slope = a.slope;
+    e.bias = a.bias;
+    return e;
+}
+
 template <typename P, typename T>
 void run(const Stem& a) {
     using Word = typename P::Word;
+    using Feature = typename std::conditional<std::is_same<T, uint8_t>::value, uint8_t, float>::type;
     const int64_t conv_h = a.h / 2, conv_w = a.w / 2, out_h = a.h / 4, out_w = a.w / 4;
     const Shape s{kPixelWords<P>, kPixelWords<P>, kKernel, kKernel, kStride, conv_w, a.out_c};
     const int64_t pieces = (out_h + kPooledRows - 1) / kPooledRows;
@@ -112,18 +180,17 @@ void run(const Stem& a) {
         const int64_t rows = s.input_rows(bottom - top);
         Word* image = static_cast<Word*>(thread_scratch(0, rows * s.columns() * s.c * 4));
         pack_image<P>(a, s, n, top * kStride - kPad, rows, image);
-        float* features = static_cast<float*>(thread_scratch(1, (bottom - top) * conv_w * a.out_c * 4));
-        Output<float> o{features, nullptr, nullptr, a.scale, a.shift, conv_w * a.out_c, a.out_c, a.slope};
+        const int64_t row = conv_w * a.out_c;
+        auto* features = static_cast<Feature*>(thread_scratch(1, (bottom - top) * row * sizeof(Feature)));
         const int64_t panels = (a.out_c + kPanel - 1) / kPanel;
         convolve_strip(s, Input<P>{image, 0, 0}, bottom - top, 0, panels, static_cast<const Word*>(a.weight),
-                       static_cast<float*>(nullptr), o);
+                       static_cast<typename P::Scalar*>(nullptr), epilogue_of(a, features, row));
         for (int64_t y = begin; y < end; ++y) {
             T* out = static_cast<T*>(a.out) + (n * out_h + y) * out_w * a.out_c;
             const int64_t y0 = (y ? 2 * y - 1 : 0) - top;
             const int64_t y1 = 2 * y + 2 - top;
             for (int64_t x = 0; x < out_w; ++x) {
-                pool_pixel(features, conv_w * a.out_c, a.out_c, y0, y1, x ? 2 * x - 1 : 0, 2 * x + 2,
-                           out + x * a.out_c);
+                pool_pixel(features, row, a.out_c, y0, y1, x ? 2 * x - 1 : 0, 2 * x + 2, out + x * a.out_c);
             }
         }
     });
@@ -132,11 +199,16 @@ void run(const Stem& a) {
 }  // namespace
 
 void stem(const Stem& args) {
-    const bool wide = args.dtype == DType::f32;
-    if (args.product == Product::floats) {
-        return wide ? run<Floats, float>(args) : run<Floats, bf16>(args);
+    if (args.product == Product::quads) return run<Codes, uint8_t>(args);
+    const bool wide = args.product == Product::floats;
+    switch (args.dtype) {
+        case DType::f32:
+            return wide ? run<Floats, float>(args) : run<Bfloats, float>(args);
+        case DType::bf16:
+            return wide ? run<Floats, bf16>(args) : run<Bfloats, bf16>(args);
+        case DType::u8:
+            return wide ? run<Floats, uint8_t>(args) : run<Bfloats, uint8_t>(args);
     }
-    return wide ? run<Bfloats, float>(args) : run<Bfloats, bf16>(args);
 }
 
 }  // namespace SHELFKERN_ISA

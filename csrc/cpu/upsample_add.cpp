@@ -1,6 +1,6 @@
 #include "../common/parallel.h"
+#include "codes.h"
 #include "kernels.h"
-#include "vec.h"
 
 namespace shelfkern {
 namespace SHELFKERN_ISA {
@@ -8,7 +8,7 @@ namespace {
 
 // skip + gate * x for the channels of one pixel.
 template <typename T>
-void merge_pixel(const T* x, const T* skip, const float* gate, T* out, int64_t c) {
+void merge_pixel(const UpsampleAdd&, const T* x, const T* skip, const float* gate, T* out, int64_t c) {
     int64_t i = 0;
     for (; i + kLanes <= c; i += kLanes) {
         const vf g = gate ? load(gate + i) : splat(1);
@@ -16,6 +16,24 @@ void merge_pixel(const T* x, const T* skip, const float* gate, T* out, int64_t c
     }
     for (; i < c; ++i) {
         store_one(out + i, load_one(skip + i) + (gate ? gate[i] : 1) * load_one(x + i));
+    }
+}
+
+vf merge_codes(const UpsampleAdd& a, vf x, vf skip, vf gate) {
+    const vf scale = gate * splat(a.x_scale);
+    return skip * splat(a.skip_scale) + (x - splat(a.x_zero)) * scale + splat(a.bias);
+}
+
+void merge_pixel(const UpsampleAdd& a, const uint8_t* x, const uint8_t* skip, const float* gate, uint8_t* out,
+                 int64_t c) {
+    int64_t i = 0;
+    for (; i + kLanes <= c; i += kLanes) {
+        store(out + i, merge_codes(a, load(x + i), load(skip + i), gate ? load(gate + i) : splat(1)));
+    }
+    for (; i < c; ++i) {
+        uint8_t code[kLanes];
+        store(code, merge_codes(a, splat(x[i]), splat(skip[i]), splat(gate ? gate[i] : 1)));
+        out[i] = code[0];
     }
 }
 
@@ -30,7 +48,7 @@ void run(const UpsampleAdd& a) {
             const T* skip = static_cast<const T*>(a.skip) + at;
             T* out = static_cast<T*>(a.out) + at;
             for (int64_t j = 0; j < 2 * a.w; ++j) {
-                merge_pixel(x + j / 2 * a.c, skip + j * a.c, gate, out + j * a.c, a.c);
+                merge_pixel(a, x + j / 2 * a.c, skip + j * a.c, gate, out + j * a.c, a.c);
             }
         }
     });
@@ -39,10 +57,13 @@ void run(const UpsampleAdd& a) {
 }  // namespace
 
 void upsample_add(const UpsampleAdd& args) {
-    if (args.dtype == DType::f32) {
-        run<float>(args);
-    } else {
-        run<bf16>(args);
+    switch (args.dtype) {
+        case DType::f32:
+            return run<float>(args);
+        case DType::bf16:
+            return run<bf16>(args);
+        case DType::u8:
+            return run<uint8_t>(args);
     }
 }
 

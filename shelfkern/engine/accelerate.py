@@ -24,7 +24,16 @@ from .gpu.timing import tuner_of
 from .image import image_size
 from .lower import lower
 from .plan import Plan
-from .quantization import KINDS, Images, batches_of, calibrate, check_calibration, quantized
+from .quantization import (
+    KINDS,
+    Images,
+    batches_of,
+    calibrate,
+    calibrate_unsigned,
+    check_calibration,
+    coded,
+    quantized,
+)
 
 # On a CPU "emulated" runs the GPU's kernels there, thread by thread: for those who work on them.
 BACKENDS = ("auto", "native", "library", "emulated")
@@ -56,8 +65,9 @@ def accelerate(
         dtype: of the activations and of the scores; sums are in float32. On a CPU float32, or bfloat16,
             which halves the memory, and the time where the CPU has instructions for it; on a GPU float16
             too, and float32 is TF32 where torch's own convolutions would be. torch.int8, and on GPUs
-            torch.float8_e4m3fn: convolutions between activations on codes of 8 bits, the rest and the
-            scores in float32 on a CPU, in float16 on a GPU (docs/quantization.md).
+            torch.float8_e4m3fn: on a CPU all activations but gates are codes of 8 bits, and scores
+            float32; on a GPU convolutions multiply codes, the rest and the scores are float16
+            (docs/quantization.md).
         device: where it runs: the CPU or a CUDA device; by default where the model is.
         backend: "native" is shelfkern's kernels, "library" PyTorch's, cuDNN's and cuBLASLt's with folded
             batch norms, "auto" the faster for each layer. "emulated" runs the GPU's kernels on the CPU,
@@ -190,6 +200,8 @@ class FastShelfNet(nn.Module):
         source, plan = self._source[0], lower(self._source[0])
         if self._calibration is None:
             return plan
+        if not self._on_gpu:
+            return coded(plan, calibrate_unsigned(plan, self._calibration, source.normalisation))
         ranges = calibrate(plan, self._calibration, self.dtype, source.normalisation)
         return quantized(plan, ranges, self.dtype)
 

@@ -15,19 +15,22 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..ops.quantize import Quantum
+
 
 @dataclasses.dataclass(frozen=True)
 class Value:
     """An activation (N, channels, H / stride, W / stride), or with stride None a gate (N, channels).
 
-    Gates are float32, activations of the dtype the plan runs in, or with `codes` of that: int8, or
-    float8_e4m3fn.
+    Gates are float32, activations of the dtype the plan runs in, or with `codes` of that: on a GPU int8 or
+    float8_e4m3fn, whose steps their readers and writers know, on a CPU uint8 of a `quantum`.
     """
 
     index: int
     channels: int
     stride: int | None
     codes: torch.dtype | None = None
+    quantum: Quantum | None = None
 
     def shape(self, n: int, h: int, w: int) -> tuple[int, ...]:
         """Logical NCHW shape for n images padded to h x w."""
@@ -92,9 +95,9 @@ class Step:
         return tuple(value for value in fields if isinstance(value, Tensor))
 
     def weights_dtype(self, activations: torch.dtype) -> torch.dtype:
-        """Of its filters where activations have the dtype given: codes are multiplied by codes."""
+        """Of its filters where activations have the dtype given: codes are multiplied by signed codes."""
         codes = self.inputs[0].codes if self.inputs else None
-        return codes or activations
+        return torch.int8 if codes is torch.uint8 else codes or activations
 
     def detail(self) -> str:
         """What the op's name does not say: kernel, stride, activation."""
@@ -103,19 +106,27 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Stem(Step):
-    """max_pool3x3s2(act(scale * conv7x7s2(image) + shift)); reads the network's input."""
+    """max_pool3x3s2(act(scale * conv7x7s2(image) + shift)); reads the network's input.
+
+    Attributes:
+        raw: whether it may multiply pixels as they are in 8 bits, and those of floating images as they were.
+    """
 
     op = "stem"
     weight: Tensor
     scale: Tensor
     shift: Tensor
     act: Activation
+    raw: bool = False
 
     def macs_per_output(self) -> int:
         return 4 * self.weight[0].numel()
 
+    def weights_dtype(self, activations: torch.dtype) -> torch.dtype:
+        return torch.int8 if self.raw else activations
+
     def detail(self) -> str:
-        return f"7x7/2, {self.act}, pool 3x3/2"
+        return f"7x7/2, {self.act}, pool 3x3/2" + ", of raw pixels" * self.raw
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,7 +295,7 @@ class Quantize(Step):
 
 def _kind(value: Value) -> str:
     """A dtype of codes, as it is called."""
-    return "int8" if value.codes is torch.int8 else "fp8"
+    return "fp8" if value.codes is torch.float8_e4m3fn else str(value.codes).removeprefix("torch.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -361,10 +372,14 @@ def step_bytes(step: Step, dtype: torch.dtype, n: int, h: int, w: int) -> int:
     return moved if step.inputs else moved + n * 3 * h * w * dtype.itemsize
 
 
+def _called(value: Value) -> str:
+    return f"v{value.index}" + f":{_kind(value)}" * (value.quantum is not None)
+
+
 def _row(index: int, step: Step, dtype: torch.dtype, n: int, h: int, w: int) -> tuple[str, ...]:
-    reads = " ".join(f"v{value.index}" for value in step.inputs) or "image"
+    reads = " ".join(map(_called, step.inputs)) or "image"
     shape = " x ".join(map(str, step.output.shape(n, h, w)))
-    writes = " ".join(f"v{value.index}" for value in step.outputs)
+    writes = " ".join(map(_called, step.outputs))
     mflop = f"{2 * step_macs(step, n, h, w) / 1e6:.1f}"
     moved = f"{step_bytes(step, dtype, n, h, w) / 1e6:.2f}"
     return (str(index), step.op, step.detail(), reads, writes, shape, moved, mflop, step.name)

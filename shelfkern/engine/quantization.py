@@ -1,20 +1,22 @@
 """From a plan to one whose convolutions multiply codes of 8 bits: calibration, and the rewriting of steps.
 
-An activation's codes share one step, its range divided by the largest code; every output channel of the
-weights has its own. Everything else stays in 16 bits.
+An activation's codes share one step; every output channel of the weights has its own. On a GPU codes are
+signed, and what is added to a convolution stays in 16 bits: `calibrate`, `quantized`. On a CPU all
+activations are unsigned codes: `calibrate_unsigned`, `coded`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..normalisation import Normalisation
-from ..ops.quantize import LARGEST
+from ..ops.quantize import LARGEST, Quantum
 from . import plan as p
 from .gpu.algorithm import Context, Run
 from .gpu.algorithms import algorithms
@@ -26,8 +28,8 @@ from .problem import Packed, Size
 KINDS = tuple(LARGEST)
 # How a range is found, the default first: what loses least, or the largest absolute value.
 METHODS = {torch.int8: ("least_error", "largest"), torch.float8_e4m3fn: ("largest",)}
-# Images that run at once; a tensor of many is cut up.
-BATCH = 4
+# Images that run at once: ranges do not depend on how they come, and memory stays that of one.
+BATCH = 1
 # Of a histogram: 16 bins to a step of int8 codes. A range is one of as many parts of the largest value.
 BINS = 2048
 CANDIDATES = 128
@@ -155,6 +157,46 @@ def _read_floating(plan: p.Plan, coded: set[int]) -> set[p.Value]:
     return found
 
 
+def coded(plan: p.Plan, calibration: Calibration) -> p.Plan:
+    """The plan of unsigned codes: the same steps, of which all activations but the scores are codes.
+
+    Steps without a kernel that writes codes stay floating, and one that makes them follows.
+    """
+    codes: dict[p.Value, p.Value] = {}
+    steps: list[p.Step] = []
+    spare = 1 + max(value.index for step in plan.steps for value in (*step.outputs, *step.temporaries))
+    for step in plan.steps:
+        value = step.output
+        if value.index in calibration.quanta:
+            codes[value] = _coded_value(value, calibration)
+        if not _stays_floating(step):
+            steps.append(_on_codes(step, codes, calibration))
+            continue
+        codes[value] = dataclasses.replace(codes[value], index=spare)
+        steps += [step, p.Quantize(step.name, (value,), codes[value], calibration.quanta[value.index].step)]
+        spare += 1
+    return dataclasses.replace(plan, steps=tuple(steps))
+
+
+def _stays_floating(step: p.Step) -> bool:
+    """Only where the features before pooling are used too."""
+    return isinstance(step, p.MaxPool) or (isinstance(step, p.Conv) and not step.inputs)
+
+
+def _on_codes(step: p.Step, codes: Mapping[p.Value, p.Value], calibration: Calibration) -> p.Step:
+    inputs = tuple(codes.get(value, value) for value in step.inputs)
+    changes: dict[str, Any] = dict(inputs=inputs, output=codes.get(step.output, step.output))
+    if isinstance(step, p.SharedBlockStep):
+        changes["hidden"] = _coded_value(step.hidden, calibration)
+    if isinstance(step, p.Stem):
+        changes["raw"] = calibration.raw
+    return dataclasses.replace(step, **changes)
+
+
+def _coded_value(value: p.Value, calibration: Calibration) -> p.Value:
+    return dataclasses.replace(value, codes=torch.uint8, quantum=calibration.quanta[value.index])
+
+
 def calibrate(
     plan: p.Plan,
     images: Images,
@@ -191,17 +233,74 @@ def calibrate(
     if method not in (None, *methods):
         raise ValueError(f"method is {method!r}, for {kind} it may be {' or '.join(map(repr, methods))}")
     names = _measured(plan)
+    found = _histograms(plan, batches_of(images), names, normalisation or Normalisation(), device)
+    return {index: _range(found[index], names[index], kind, method or methods[0]) for index in names}
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """What `coded` needs to know.
+
+    Attributes:
+        quanta: by the index of each activation.
+        raw: whether every image was raw, or what a raw one is normalised.
+    """
+
+    quanta: dict[int, Quantum]
+    raw: bool
+
+
+def calibrate_unsigned(plan: p.Plan, images: Images, normalisation: Normalisation) -> Calibration:
+    """Quanta of all activations over some images, in the way of `calibrate` by default.
+
+    Codes span what there is on either side of 0, the tails left out: where nothing is negative, all of them
+    are for what is positive.
+
+    Raises: as `calibrate`.
+    """
+    made = ((value, step.name) for step in plan.steps for value in (*step.outputs, *step.temporaries))
+    names = {v.index: name for v, name in made if v.stride is not None and v != plan.scores}
+    raw = True
+
+    def noted() -> Iterator[Tensor]:
+        nonlocal raw
+        for batch in batches_of(images):
+            raw = raw and _is_raw(batch, normalisation)
+            yield batch
+
+    found = _histograms(plan, noted(), names, normalisation, None)
+    for index, name in names.items():
+        _check_range(found[index], name)
+    return Calibration({index: found[index].quantum() for index in names}, raw)
+
+
+def _is_raw(images: Tensor, normalisation: Normalisation) -> bool:
+    """Whether images may have been raw, before they were normalised."""
+    if images.dtype is torch.uint8:
+        return True
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (normalisation.mean, normalisation.std))
+    values = 255 * (images.float() * std + mean)
+    return bool((values > -0.5).all() and (values < 255.5).all())
+
+
+def _histograms(
+    plan: p.Plan,
+    batches: Iterable[Tensor],
+    names: Mapping[int, str],
+    normalisation: Normalisation,
+    device: torch.device | None,
+) -> dict[int, Histogram]:
+    """Of the activations that have names, over some images."""
     found = {index: Histogram() for index in names}
-    device = device or plan.steps[0].weights()[0].device
-    reference = _Reference(_unfused(plan), normalisation or Normalisation(), device)
+    reference = _Reference(_unfused(plan), normalisation, device or plan.steps[0].weights()[0].device)
     count = 0
-    for batch in batches_of(images):
+    for batch in batches:
         count += batch.shape[0]
         for index, x in reference.activations(batch, set(names)):
             found[index].add(x)
     if not count:
         raise ValueError("calibration has no images, it needs at least one")
-    return {index: _range(found[index], names[index], kind, method or methods[0]) for index in names}
+    return found
 
 
 def _check_kind(kind: torch.dtype) -> None:
@@ -219,12 +318,15 @@ def _measured(plan: p.Plan) -> dict[int, str]:
 
 def _range(histogram: Histogram, name: str, kind: torch.dtype, method: str) -> float:
     """An activation's range, checked."""
-    largest = histogram.largest
-    if not math.isfinite(largest):
+    _check_range(histogram, name)
+    return histogram.least_error(LARGEST[kind]) if method == "least_error" else histogram.largest
+
+
+def _check_range(histogram: Histogram, name: str) -> None:
+    if not math.isfinite(histogram.largest):
         raise ValueError(f"the activation of {name!r} is not finite for the images of calibration")
-    if largest == 0:
+    if histogram.largest == 0:
         raise ValueError(f"the activation of {name!r} is nothing but zeros for the images of calibration")
-    return histogram.least_error(LARGEST[kind]) if method == "least_error" else largest
 
 
 def batches_of(images: Images) -> Iterator[Tensor]:
@@ -248,18 +350,22 @@ class Histogram:
     Attributes:
         counts: (BINS,) int64 of what is not zero, which every range represents exactly.
         largest: absolute value; not finite once one was not.
+        lowest, highest: value, 0 where all are on its other side.
     """
 
     def __init__(self) -> None:
         self.counts = torch.zeros(BINS, dtype=torch.int64)
-        self.largest = 0.0
+        self.largest = self.lowest = self.highest = 0.0
         self._top = 0.0
 
     def add(self, x: Tensor) -> None:
         """Counts the values of a tensor."""
         if not math.isfinite(self.largest):
             return
-        x = x.detach().abs().flatten()
+        x = x.detach().flatten()
+        lowest, highest = (bound.item() for bound in x.aminmax())
+        self.lowest, self.highest = min(self.lowest, lowest), max(self.highest, highest)
+        x = x.abs()
         largest = x.max().item()
         # Written so that NaN is taken up.
         self.largest = self.largest if largest <= self.largest else largest
@@ -279,8 +385,22 @@ class Histogram:
 
     def least_error(self, codes: float) -> float:
         """The range whose `codes` steps lose least, by the sum of squared errors."""
+        return self._least_error(lambda ranges: ranges / codes)
+
+    def quantum(self) -> Quantum:
+        """Unsigned codes that lose least, over what there is within a range on either side of 0."""
+
+        def spans(ranges: Tensor) -> Tensor:
+            return ranges.clamp(max=self.highest) + ranges.clamp(max=-self.lowest)
+
+        largest = self._least_error(lambda ranges: spans(ranges) / 255)
+        step = spans(torch.tensor(largest, dtype=torch.float64)).item() / 255
+        return Quantum(step, round(min(largest, -self.lowest) / step))
+
+    def _least_error(self, steps_of: Callable[[Tensor], Tensor]) -> float:
+        """The range that loses least, of those whose steps are given."""
         ranges = self.largest * torch.arange(1, CANDIDATES + 1, dtype=torch.float64)[:, None] / CANDIDATES
-        steps = ranges / codes
+        steps = steps_of(ranges)
         values = (torch.arange(BINS, dtype=torch.float64) + 0.5) * self._top / BINS
         # Rounding is off by up to half a step, evenly; but what is nearest to 0 becomes 0.
         inside = torch.where(values < steps / 2, values.square(), steps.square() / 12)

@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import native
 from . import _backends as backends
 from . import _common as common
+from .quantize import Quantum
 
 OP = "attention_gate"
 
@@ -30,9 +31,15 @@ def can_run(x: Tensor) -> backends.Reasons:
     return backends.reasons(OP, x)
 
 
-def attention_gate_native(x: Tensor, w: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:
-    """The native kernel into `out` (N, K) float32, unchecked: NHWC storage, parameters float32."""
+def attention_gate_native(
+    x: Tensor, w: Tensor, scale: Tensor, shift: Tensor, out: Tensor, quantum: Quantum | None = None
+) -> None:
+    """The native kernel into `out` (N, K) float32, unchecked: NHWC storage, parameters float32.
+
+    quantum: of x's codes where they are uint8.
+    """
     n, c, height, width = x.shape
+    quantum = quantum or Quantum(1.0)
     native.module.attention_gate(
         x.data_ptr(),
         w.data_ptr(),
@@ -42,6 +49,8 @@ def attention_gate_native(x: Tensor, w: Tensor, scale: Tensor, shift: Tensor, ou
         native.DTYPE_CODES[x.dtype],
         n, height * width, c, w.shape[0],
         torch.get_num_threads(),
+        quantum.step,
+        quantum.zero,
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ PANEL = 16
 # Products that are summed from zero before they join the rest. A running sum of 576 is off from float64
 # by up to 1.7 times what eager's blocked sums are, one of 1152 by 2.5 times, one of 288 no more than they.
 MAX_TERMS = 288
-# Products of codes + 128, at most 255, and of weights' codes, at least -128, that 32 bits hold.
+# Products of unsigned codes, at most 255, and of weights' codes, at least -128, that 32 bits hold.
 MAX_CODE_TERMS = 2**31 // (255 * 128)
 
 # A tile of the second kernel of a split sum: small, for it only reads and adds.
@@ -39,8 +40,7 @@ class PackedConv:
         out_channels, in_channels, kernel: of the convolution.
         stride, padding: of both sides, at the top and left; what lies beyond the input is zero.
         chunk: words in a chunk; the last may have fewer.
-        offset: of int8, int32 per output channel: 128 times the sum of its weights, for the kernel multiplies
-            codes + 128.
+        sums: of int8, int32: the sum of each output channel's weights, zeros up to whole panels.
     """
 
     data: Tensor
@@ -50,7 +50,7 @@ class PackedConv:
     stride: int
     padding: int
     chunk: int
-    offset: Tensor | None = None
+    sums: Tensor | None = None
 
 
 def pack_conv(
@@ -78,8 +78,10 @@ def pack_conv(
     # A panel at a time: what else is made is small beside the result.
     for panel, filters in zip(data, w.detach().split(PANEL), strict=True):
         _pack_panel(filters, panel, chunk, per_word)
-    offset = _code_offset(w, panels * PANEL) if dtype is torch.int8 else None
-    return PackedConv(data, k, c, (kernel_h, kernel_w), stride, padding, chunk, offset)
+    sums = None
+    if dtype is torch.int8:
+        sums = F.pad(w.detach().sum((1, 2, 3), dtype=torch.int32), (0, panels * PANEL - k))
+    return PackedConv(data, k, c, (kernel_h, kernel_w), stride, padding, chunk, sums)
 
 
 def _pack_panel(filters: Tensor, panel: Tensor, chunk: int, per_word: int) -> None:
@@ -93,10 +95,9 @@ def _pack_panel(filters: Tensor, panel: Tensor, chunk: int, per_word: int) -> No
         start += part.numel()
 
 
-def _code_offset(w: Tensor, channels: int) -> Tensor:
-    """128 times the sum of each output channel's codes, int32, zeros up to so many channels."""
-    sums = w.detach().sum((1, 2, 3), dtype=torch.int32)
-    return 128 * F.pad(sums, (0, channels - len(sums)))
+def whole_panels(values: Tensor) -> Tensor:
+    """Values of output channels in float32, with zeros up to whole panels."""
+    return F.pad(values, (0, -len(values) % PANEL)).float()
 
 
 def product_dtype(weights: torch.dtype, activations: torch.dtype) -> torch.dtype:
@@ -164,37 +165,43 @@ def conv_bn_act_native(
     shift: Tensor | None,
     residual: Tensor | None,
     skip: Tensor | None,
-    out: Tensor | None,
+    out: Tensor,
     slope: float | None,
-    codes: Tensor | None = None,
-    codes_step: float = 1.0,
 ) -> None:
-    """The native kernel into `out` and `codes`, unchecked: x in NHWC storage, parameters float32.
+    """The native kernel into `out`, unchecked: x in NHWC storage, one dtype, parameters float32.
 
-    out, codes, residual and skip have one stride of channels, 1, and the same other strides; they need not
-    be dense.
-
-    Args:
-        x: of out's dtype, float32 or bfloat16; or codes, int8, where packed is of int8.
-        scale, shift: per output channel; of codes the scale holds the steps of x and of the weights.
-        residual, skip, out: of x's dtype, where x is codes float32; out may be None where there are codes.
-        codes: int8: the result divided by `codes_step`, rounded to the nearest, ties to even, within
-            [-127, 127]; or None.
+    out, residual and skip have one stride of channels, 1, and the same other strides; they need not be
+    dense.
     """
-    result = codes if out is None else out
-    assert result is not None
-    n, c, h, w = x.shape
-    _, k, out_h, out_w = result.shape
-    stride_n, _, stride_h, stride_w = result.stride()
     native.module.conv_bn_act(
+        *native_conv(x, packed, scale, shift, residual, skip, out, slope),
+        native.address(None), 0, 1.0, 1.0, 0.0, False,
+    )  # fmt: skip
+
+
+def native_conv(
+    x: Tensor,
+    packed: PackedConv,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    skip: Tensor | None,
+    out: Tensor,
+    slope: float | None,
+) -> tuple[Any, ...]:
+    """The arguments of a native convolution that floats and codes share."""
+    n, c, h, w = x.shape
+    _, k, out_h, out_w = out.shape
+    stride_n, _, stride_h, stride_w = out.stride()
+    return (
         x.data_ptr(),
         packed.data.data_ptr(),
         native.address(scale),
         native.address(shift),
         native.address(residual),
         native.address(skip),
-        native.address(out),
-        native.DTYPE_CODES[torch.float32 if x.dtype is torch.int8 else x.dtype],
+        out.data_ptr(),
+        native.DTYPE_CODES[x.dtype],
         native.PRODUCT_CODES[packed.data.dtype],
         n, h, w, c, out_h, out_w, k,
         *packed.kernel,
@@ -205,9 +212,6 @@ def conv_bn_act_native(
         stride_n, stride_h, stride_w,
         common.native_slope(slope),
         torch.get_num_threads(),
-        native.address(packed.offset),
-        native.address(codes),
-        1 / codes_step,
     )  # fmt: skip
 
 

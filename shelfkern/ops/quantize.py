@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
@@ -21,6 +22,26 @@ TRITON_TILE = 2048
 QUANTIZED_CHANNELS = 64
 # The largest number of steps that a weight's code counts: int8 leaves out -128, so that signs are alike.
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantum:
+    """What unsigned codes of 8 bits stand for, those of activations on a CPU: step * (code - zero).
+
+    Activations that are never negative have no use for signs: with `zero` 0 their steps are half as large.
+    """
+
+    step: float
+    zero: int = 0
+
+    def codes(self, x: Tensor) -> Tensor:
+        """The nearest codes of a floating tensor, of two the even one; uint8."""
+        codes = torch.where(x.isnan(), 0.0, x / self.step) + self.zero
+        return codes.round().clamp(0, 255).to(torch.uint8)
+
+    def values(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """What codes stand for."""
+        return (codes.to(dtype) - self.zero) * self.step
 
 
 def quantize_reference(x: Tensor, step: float | Tensor, dtype: torch.dtype = torch.int8) -> Tensor:
@@ -73,14 +94,20 @@ def can_run(x: Tensor, dtype: torch.dtype = torch.int8) -> backends.Reasons:
     return why
 
 
-def quantize_native(x: Tensor, step: float, codes: Tensor) -> None:
-    """The native kernel into `codes`, int8, unchecked: both in one dense order of their elements."""
+def quantize_native(x: Tensor, step: float, codes: Tensor, zero: int = 0) -> None:
+    """The native kernel into `codes`, unchecked: both in one dense order of their elements.
+
+    codes: int8, or uint8, of which `zero` is the code of 0.
+    """
+    sign = 128 if codes.dtype is torch.int8 else 0
     native.module.quantize(
         x.data_ptr(),
         codes.data_ptr(),
         native.DTYPE_CODES[x.dtype],
         x.numel(),
         1 / step,
+        zero + sign,
+        sign,
         torch.get_num_threads(),
     )
 

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from .. import native
 from . import _backends as backends
 from . import _common as common
-from .conv_bn_act import PackedConv, conv_bn_act_reference, pack_conv, product_dtype
+from .conv_bn_act import PackedConv, conv_bn_act_reference, pack_conv, product_dtype, whole_panels
+from .quantize import Quantum, quantize_weight
 
 OP = "stem"
 Size = tuple[int, int]
@@ -52,6 +53,21 @@ def normalised_values(mean: Tensor, std: Tensor) -> Tensor:
     return common.float32((values - mean.double()) / std.double())
 
 
+@dataclasses.dataclass(frozen=True)
+class StemCodes:
+    """What the native kernel needs for codes.
+
+    Attributes:
+        raw: (6,) float32, of products of int8: raw values of floating images are raw[c] * x + raw[3 + c].
+        zero: of those: the raw pixel that stands for 0, its channels in the bytes of a word.
+        bias: the code of 0 in the result.
+    """
+
+    raw: Tensor | None = None
+    zero: int = 0
+    bias: float = 0.0
+
+
 def stem_native(
     image: Tensor,
     packed: PackedConv,
@@ -60,14 +76,17 @@ def stem_native(
     values: Tensor,
     out: Tensor,
     slope: float | None,
+    codes: StemCodes | None = None,
 ) -> None:
     """The native kernel into `out` (N, K, H / 4, W / 4), unchecked: image contiguous, out in NHWC storage.
 
-    Products are of the packed dtype, float32 or bfloat16, and sums float32.
+    Products are of the packed dtype, float32 or bfloat16 with sums in float32, or int8 where `codes` has
+    what they need. Where out is codes, uint8, scale and shift are of whole panels, and in its steps.
     """
     raw = image.dtype is torch.uint8
     n, k, out_h, out_w = out.shape
     image_h, image_w = image.shape[1:3] if raw else image.shape[2:]
+    codes = codes or StemCodes()
     native.module.stem(
         image.data_ptr(),
         values.data_ptr(),
@@ -81,7 +100,32 @@ def stem_native(
         n, image_h, image_w, 4 * out_h, 4 * out_w, k,
         common.native_slope(slope),
         torch.get_num_threads(),
+        native.address(codes.raw),
+        codes.zero,
+        codes.bias,
     )  # fmt: skip
+
+
+def fold_raw(
+    w: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, std: Tensor, out: Quantum
+) -> tuple[PackedConv, Tensor, Tensor, StemCodes]:
+    """Folds the normalisation into weights (K, 3, 7, 7) and norm, so that raw pixels are multiplied.
+
+    mean, std: of images from 0 to 1, (3,) float64. What lies beyond the image is the raw pixel nearest to the
+    mean, up to half a raw step off.
+
+    Returns:
+        what `stem_native` takes: filters of int8, scale and shift, and its codes.
+    """
+    codes, step = quantize_weight(w / (255 * std.float()[:, None, None]), torch.int8)
+    filters = codes.unflatten(1, (7, 7)).permute(0, 3, 1, 2)
+    scales = scale.double() * step.double() / out.step
+    of_mean = filters.sum((2, 3)).double() @ (255 * mean)
+    zero = sum(round(255 * value) << 8 * channel for channel, value in enumerate(mean.tolist()))
+    raw = 255 * torch.cat([std, mean]).float()
+    shifts = shift.double() / out.step - scales * of_mean
+    packed = pack_conv(filters, stride=2, padding=3, dtype=torch.int8)
+    return packed, whole_panels(scales), whole_panels(shifts), StemCodes(raw, zero, out.zero)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ from . import _common as common
 from . import _conv_triton as conv
 from . import _triton
 from ._triton import gdc_launch_dependents, gdc_wait, jit, rounded, tl
+from .quantize import Quantum
 
 OP = "upsample_add"
 # Elements of x that a Triton program takes: 8 a thread, so that 16-bit loads are of 16 bytes.
@@ -30,9 +31,20 @@ def can_run(x: Tensor) -> backends.Reasons:
     return backends.reasons(OP, x)
 
 
-def upsample_add_native(x: Tensor, skip: Tensor, gate: Tensor | None, out: Tensor) -> None:
-    """The native kernel into `out`, unchecked: NHWC storage, one dtype, gate float32."""
+def upsample_add_native(
+    x: Tensor,
+    skip: Tensor,
+    gate: Tensor | None,
+    out: Tensor,
+    quanta: tuple[Quantum, Quantum, Quantum] | None = None,
+) -> None:
+    """The native kernel into `out`, unchecked: NHWC storage, one dtype, gate float32.
+
+    quanta: of the codes of x, skip and out where they are uint8.
+    """
     n, c, h, w = x.shape
+    own, others, result = quanta or (Quantum(1.0), Quantum(1.0), Quantum(1.0))
+    skip_scale = others.step / result.step
     native.module.upsample_add(
         x.data_ptr(),
         skip.data_ptr(),
@@ -41,6 +53,10 @@ def upsample_add_native(x: Tensor, skip: Tensor, gate: Tensor | None, out: Tenso
         native.DTYPE_CODES[x.dtype],
         n, h, w, c,
         torch.get_num_threads(),
+        own.zero,
+        own.step / result.step,
+        skip_scale,
+        result.zero - others.zero * skip_scale,
     )  # fmt: skip
 
 

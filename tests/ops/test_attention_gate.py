@@ -80,7 +80,7 @@ def test_every_isa_and_number_of_threads(n, c, h, w, k, dtype, threads):
             out = poisoned((n, k), torch.float32)
             native.module.attention_gate(
                 x.data_ptr(), weight.data_ptr(), scale.data_ptr(), shift.data_ptr(), out.data_ptr(),
-                native.DTYPE_CODES[dtype], n, h * w, c, k, count,
+                native.DTYPE_CODES[dtype], n, h * w, c, k, count, 1.0, 0.0,
             )  # fmt: skip
             results.append(out)
         assert torch.equal(*results)

@@ -247,7 +247,7 @@ def test_every_isa_is_as_exact(shape, dtype):
 def test_words_of_packed_weights():
     weight = random(18, 5, 3, 2)
     floats = pack_conv(weight, terms=12)
-    assert (floats.chunk, floats.data.shape) == (2, (2, 5 * 6 * 16)) and floats.offset is None
+    assert (floats.chunk, floats.data.shape) == (2, (2, 5 * 6 * 16)) and floats.sums is None
     pairs, codes = pack_conv(weight, terms=12, dtype=torch.bfloat16), whole([weight])[0].to(torch.int8)
     quads = pack_conv(codes, terms=12, dtype=torch.int8)
     assert (pairs.chunk, quads.chunk) == (2, 2)
@@ -260,7 +260,7 @@ def test_words_of_packed_weights():
             at = ((2 * chunk * 6 + (2 * r + s) * width) + within) * 16 + k % 16
             assert words[k // 16, at, element] == source[k, c, r, s]
         assert not words.view(2, -1, 16, words.shape[2])[1, :, 2:].any()
-    assert torch.equal(quads.offset[:18], 128 * codes.sum((1, 2, 3)).int()) and len(quads.offset) == 32
+    assert torch.equal(quads.sums[:18], codes.sum((1, 2, 3)).int()) and len(quads.sums) == 32
 
 
 @needs_native

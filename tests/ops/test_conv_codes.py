@@ -10,28 +10,23 @@ import torch
 from hypothesis import given, settings
 from parity import (
     assert_as_exact,
-    each_isa,
     far_apart,
     moved,
-    needs_native,
     needs_triton,
     needs_triton_on_a_gpu,
-    nhwc,
     poisoned,
     random,
 )
-from test_conv_bn_act import NETWORK, assert_only_within, framed, walled, with_threads
+from test_conv_bn_act import NETWORK, assert_only_within, framed, walled
 from test_quantize import assert_codes
 
 from shelfkern import ops
 from shelfkern.ops import _conv_triton as conv
 from shelfkern.ops.conv_bn_act import (
     conv_bn_act_codes_reference,
-    conv_bn_act_native,
     conv_bn_act_reference,
     conv_bn_act_triton,
     out_shape,
-    pack_conv,
 )
 from shelfkern.ops.shared_block import shared_block_triton
 
@@ -455,101 +450,3 @@ def test_launches_that_overlap_change_no_bit():
     for _ in range(20):
         found = run(of, SPLIT, overlap=True)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-
-
-def packed_codes(one):
-    """A layer's weights for the native kernel."""
-    filters = one.weight.unflatten(1, one.kernel).permute(0, 3, 1, 2)
-    return pack_conv(filters, one.stride, one.padding, dtype=torch.int8)
-
-
-def run_native(one, step, with_out=True, with_codes=True):
-    """Result and codes of the native kernel, each None where not wanted; the frames around them stay."""
-    shape = out_shape(one.x, one.weight.new_empty(len(one.weight), 1, *one.kernel), one.stride, one.padding)
-    storage, out = framed(poisoned(shape, torch.float32), float("nan"))
-    frame, codes = framed(torch.full(shape, 77, dtype=torch.int8), 55)
-    residual, skip = (None if t is None else framed(t, 9.0)[1] for t in (one.residual, one.skip))
-    after = (one.scale, one.shift, residual, skip, out if with_out else None, one.slope)
-    conv_bn_act_native(nhwc(one.x), packed_codes(one), *after, codes if with_codes else None, step)
-    if with_out:
-        assert_only_within(storage, out)
-    frame = frame.clone()
-    frame[1:-1, 1:-1, 1:-1, 1:-2] = 55
-    assert (frame == 55).all()
-    return out if with_out else None, codes if with_codes else None
-
-
-def assert_layer(one, found, step=0.25):
-    truth, codes = one.truth(step, torch.int8)
-    if found[0] is not None:
-        assert torch.equal(found[0].double(), truth)
-    if found[1] is not None:
-        assert torch.equal(found[1], codes)
-
-
-NATIVE_SHAPES = [
-    SHAPE,
-    (1, 64, 6, 13, 64, (3, 3), 1, 1),
-    (1, 1, 1, 1, 1, (3, 3), 1, 1),
-    (3, 130, 4, 5, 33, (1, 1), 2, 0),
-    (1, 600, 3, 4, 17, (3, 3), 1, 1),
-    (2, 6, 9, 70, 18, (2, 5), 1, 2),
-]
-
-
-@needs_native
-@pytest.mark.parametrize("shape", NATIVE_SHAPES)
-def test_native_is_the_reference(shape):
-    one = layer(shape, torch.int8, torch.float32)
-    for outputs in ((True, True), (True, False), (False, True)):
-        assert_layer(one, run_native(one, 0.25, *outputs))
-
-
-@needs_native
-@pytest.mark.parametrize("slope", [0.0, 0.25, None])
-@pytest.mark.parametrize("present", [(), *((name,) for name in EVERY), EVERY])
-def test_native_every_part_of_the_epilogue(present, slope):
-    one = layer((1, 12, 5, 9, 19, (3, 3), 1, 1), torch.int8, torch.float32, present, slope)
-    assert_layer(one, run_native(one, 0.25))
-
-
-@needs_native
-@given(
-    n=st.integers(1, 2), c=st.one_of(st.integers(1, 35), st.sampled_from([128, 131])), h=st.integers(1, 9),
-    w=st.integers(1, 30), k=st.integers(1, 70), kernel=st.sampled_from([(1, 1), (3, 3)]),
-    stride=st.integers(1, 2), present=st.sets(st.sampled_from(EVERY)), count=st.sampled_from([1, 3]),
-)  # fmt: skip
-@settings(max_examples=25, deadline=None)
-def test_native_codes_on_every_isa(n, c, h, w, k, kernel, stride, present, count):
-    one = layer((n, c, h, w, k, kernel, stride, kernel[0] // 2), torch.int8, torch.float32, present)
-    with_threads(count, lambda: each_isa(lambda isa: assert_layer(one, run_native(one, 0.25))))
-
-
-@needs_native
-def test_native_sums_of_the_largest_codes_on_every_isa():
-    # 127 times -127 and 127 times 127 in every product: whatever saturates on the way is seen.
-    for sign in (1, -1):
-        x = torch.full((1, 512, 4, 4), 127, dtype=torch.int8)
-        weight = torch.full((16, 9, 512), sign * 127, dtype=torch.int8)
-        weight[3, :, ::2] *= -1
-        one = Layer(x, weight, torch.full((16,), 2.0**-20), None, None, None, (3, 3), 1, 1, None)
-        each_isa(lambda isa, one=one: assert_layer(one, run_native(one, 0.5), 0.5))
-
-
-@needs_native
-def test_native_codes_of_all_values():
-    # A 1x1 convolution of one channel by 1: what is stored is the shift and the rounding of x.
-    x = torch.arange(-128, 128, dtype=torch.int8).view(1, 1, 16, 16)
-    one = Layer(x, torch.ones(1, 1, 1, dtype=torch.int8), torch.tensor([0.5]), None, None, None, (1, 1), 1, 0)
-    one.slope = None
-    for step in (0.5, 1.0, 0.25, 2.0, 1 / 3):
-        each_isa(lambda isa, step=step: assert_layer(one, run_native(one, step), step))
-
-
-def test_native_refuses_sums_that_could_overflow():
-    pack_conv(torch.zeros(1, 65793, 1, 1, dtype=torch.int8), dtype=torch.int8)
-    message = (
-        r"^conv_bn_act: w is \(1, 65794, 1, 1\) int8, an output may be the sum of at most 65793 products$"
-    )
-    with pytest.raises(ValueError, match=message):
-        pack_conv(torch.zeros(1, 65794, 1, 1, dtype=torch.int8), dtype=torch.int8)

@@ -84,7 +84,7 @@ def test_every_isa_writes_all_of_the_output(n, c, h, w, gated, dtype, threads):
         out = poisoned((n, 2 * h, 2 * w, c), dtype)
         native.module.upsample_add(
             x.data_ptr(), skip.data_ptr(), native.address(gate), out.data_ptr(),
-            native.DTYPE_CODES[dtype], n, h, w, c, threads,
+            native.DTYPE_CODES[dtype], n, h, w, c, threads, 0.0, 1.0, 1.0, 0.0,
         )  # fmt: skip
         check(out.permute(0, 3, 1, 2), x, skip, gate)
 

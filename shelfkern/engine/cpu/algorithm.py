@@ -43,14 +43,12 @@ class Context:
         dtype: of activations that are not codes.
         normalisation: of raw images.
         ours, theirs: whether our kernels and the library's calls may run.
-        codes: whether the plan's convolutions multiply codes of 8 bits.
     """
 
     dtype: torch.dtype
     normalisation: Normalisation
     ours: bool = True
     theirs: bool = True
-    codes: bool = False
 
     def unavailable(self, op: str) -> str | None:
         """Why the native kernel of an op cannot run, None if it can."""

@@ -7,7 +7,7 @@ function that packs the weights and gives what runs.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from . import cost, library, quantized
 from .algorithm import Algorithm, Context, Found, Run, no_scratch
 
 Optional = Tensor | None
+Make = Callable[..., list[Algorithm]]
 # x, scale, shift, residual, skip, out, slope.
 Convolve = Callable[[Tensor, Optional, Optional, Optional, Optional, Tensor, float | None], None]
 # Packs a convolution's weights, and gives it.
@@ -49,7 +50,7 @@ def algorithms(step: p.Step, size: Size, context: Context, packed: Packed) -> li
         RuntimeError: none can run; the message gives the reasons.
     """
     ours, reasons = _ours(step, size, context, packed)
-    make = _THEIRS.get(type(step)) if context.theirs else None
+    make = _THEIRS.get(type(step)) if context.theirs and not quantized.on_codes(step) else None
     theirs = make(step, size, context, packed) if make is not None else []
     if not ours and not theirs:
         raise RuntimeError(f"backend is 'native', which cannot run {step.op}: {'; '.join(reasons)}")
@@ -58,7 +59,7 @@ def algorithms(step: p.Step, size: Size, context: Context, packed: Packed) -> li
 
 def why_not_ours(step: p.Step, context: Context) -> str | None:
     """Why a step has no kernel of ours here, None if it has."""
-    if type(step) not in _OURS:
+    if type(step) not in _kernels(step):
         return f"{step.op} has no native kernel"
     if isinstance(step, p.Conv) and not step.inputs:
         return "a convolution of the image without pooling has no native kernel"
@@ -67,7 +68,11 @@ def why_not_ours(step: p.Step, context: Context) -> str | None:
 
 def _ours(step: p.Step, size: Size, context: Context, packed: Packed) -> Found:
     why = why_not_ours(step, context)
-    return ([], [why]) if why is not None else (_OURS[type(step)](step, size, context, packed), [])
+    return ([], [why]) if why is not None else (_kernels(step)[type(step)](step, size, context, packed), [])
+
+
+def _kernels(step: p.Step) -> Mapping[type[p.Step], Make]:
+    return quantized.OURS if quantized.on_codes(step) else _OURS
 
 
 def _products(context: Context) -> torch.dtype:
@@ -169,7 +174,7 @@ def _our_shared_block(
 
 
 def _our_stem(step: p.Stem, size: Size, context: Context, packed: Packed) -> list[Algorithm]:
-    dtype = torch.bfloat16 if context.codes and native.has_product(torch.bfloat16) else _products(context)
+    dtype = _products(context)
 
     def prepare() -> Run:
         filters = packed.get("direct", lambda: ops.pack_conv(step.weight, stride=2, padding=3, dtype=dtype))
@@ -360,7 +365,6 @@ def _their_max_pool(step: p.MaxPool, size: Size, context: Context, packed: Packe
     return [_library("torch", cost.library_passes(step, size, 1), lambda: library.max_pool, context.dtype)]
 
 
-Make = Callable[..., list[Algorithm]]
 _OURS: dict[type[p.Step], Make] = {
     p.Stem: _our_stem,
     p.Conv: _our_conv,
@@ -368,7 +372,6 @@ _OURS: dict[type[p.Step], Make] = {
     p.AttentionGate: _our_gate,
     p.UpsampleAdd: _our_upsample_add,
     p.DeconvAdd: _our_deconv,
-    **quantized.OURS,
 }
 _THEIRS: dict[type[p.Step], Make] = {
     p.Stem: _their_stem,

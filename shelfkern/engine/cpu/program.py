@@ -68,8 +68,7 @@ class Program:
         self.dtype = dtype
         self.align_corners = align_corners
         self.normalisation = normalisation
-        codes = any(value.codes is not None for step in plan.steps for value in step.inputs)
-        self.context = Context(dtype, normalisation, backend != "library", backend != "native", codes)
+        self.context = Context(dtype, normalisation, backend != "library", backend != "native")
         self.plan = dataclasses.replace(plan, dtype=dtype, algorithms=self.algorithm_names)
         self._check()
         self._tuners = tuners

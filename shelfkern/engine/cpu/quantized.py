@@ -1,16 +1,25 @@
-"""Steps on codes of 8 bits on a CPU, by our kernels. `OURS` has the form of that in `algorithms.py`."""
+"""Steps on unsigned codes on a CPU, by our kernels. `OURS` has the form of that in `algorithms.py`."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from ... import ops
-from ...ops.conv_bn_act import PackedConv
-from ...ops.quantize import quantize_native, quantize_weight
+from ... import native, ops
+from ...ops._conv_codes import (
+    CodedFilters,
+    Folded,
+    conv_codes_native,
+    deconv_codes_native,
+    fold,
+    pack_conv_codes,
+    pack_deconv_codes,
+)
+from ...ops.conv_bn_act import whole_panels
+from ...ops.quantize import Quantum, quantize_native
+from ...ops.stem import StemCodes, fold_raw, normalised_values
 from .. import plan as p
 from ..arena import like, value_bytes
 from ..problem import Packed, Size
@@ -18,72 +27,53 @@ from . import cost
 from .algorithm import Algorithm, Context, Run, no_scratch
 
 
-@dataclasses.dataclass(frozen=True)
-class Weights:
-    """Filters as they are multiplied.
-
-    Attributes:
-        filters: of codes where x is, otherwise of float32.
-        step: (K,) float32, what one step of each channel's codes is times what one of x's is; 1 of floats.
-    """
-
-    filters: PackedConv
-    step: Tensor
-
-    def scale(self, norm: Tensor | None) -> Tensor:
-        """The norm's scale times the steps, (K,) float32."""
-        return self.step if norm is None else norm * self.step
+def on_codes(step: p.Step) -> bool:
+    """Whether a step reads or writes codes."""
+    return any(value.codes is not None for value in (*step.inputs, *step.outputs))
 
 
-def _weights(weight: Tensor, stride: int, padding: int, x_step: float | None) -> Weights:
-    """x_step: what one step of x's codes is; None where x is floating."""
-    if x_step is None:
-        return Weights(ops.pack_conv(weight, stride, padding), torch.ones(weight.shape[0]))
-    codes, steps = quantize_weight(weight, torch.int8)
-    filters = codes.unflatten(1, weight.shape[2:]).permute(0, 3, 1, 2)
-    return Weights(ops.pack_conv(filters, stride, padding, dtype=torch.int8), steps * x_step)
+def _quantum(value: p.Value) -> Quantum:
+    assert value.quantum is not None
+    return value.quantum
 
 
-def _conv(step: p.QuantizedConv, size: Size, context: Context, packed: Packed) -> list[Algorithm]:
-    coded = step.inputs[0].codes is not None
+def _conv(step: p.Conv, size: Size, context: Context, packed: Packed) -> list[Algorithm]:
+    def make() -> tuple[CodedFilters, Folded]:
+        filters = pack_conv_codes(step.weight, step.stride, step.padding)
+        x, *others = map(_quantum, step.inputs)
+        residual = others[0] if step.residual else None
+        skip = others[-1] if step.skip else None
+        return filters, fold(filters, step.scale, step.shift, x, step.output.quantum, residual, skip)
 
     def prepare() -> Run:
-        x_step = step.x_step if coded else None
-        weights = packed.get("direct", lambda: _weights(step.weight, step.stride, step.padding, x_step))
-        scale = weights.scale(step.scale)
+        filters, folded = packed.get("codes", make)
 
-        def run(inputs: Sequence[Tensor], outputs: Sequence[Tensor], scratch: Tensor) -> None:
+        def run(inputs: Sequence[Tensor], out: Tensor) -> None:
             residual = inputs[1] if step.residual else None
             skip = inputs[-1] if step.skip else None
-            out, codes = step.written(outputs)
-            ops.conv_bn_act_native(
-                inputs[0], weights.filters, scale, step.shift, residual, skip, out, step.act.slope,
-                codes, step.codes_step,
-            )  # fmt: skip
+            conv_codes_native(inputs[0], filters.packed, folded, residual, skip, out, step.act.slope)
 
-        return run
+        return no_scratch(run)
 
-    return [Algorithm("native direct", cost.direct(step, size, _products(coded)), prepare)]
+    return [Algorithm("native direct", cost.direct(step, size, torch.int8), prepare)]
 
 
-def _block(step: p.QuantizedBlock, size: Size, context: Context, packed: Packed) -> list[Algorithm]:
+def _block(step: p.SharedBlockStep, size: Size, context: Context, packed: Packed) -> list[Algorithm]:
+    def make() -> tuple[CodedFilters, Folded, Folded]:
+        filters = pack_conv_codes(step.weight, 1, 1)
+        x, hidden, out = map(_quantum, (step.inputs[0], step.hidden, step.output))
+        first = fold(filters, step.scale1, step.shift1, x, hidden)
+        skip = x if step.skip else None
+        return filters, first, fold(filters, step.scale2, step.shift2, hidden, out, x, skip)
+
     def prepare() -> Run:
-        weights = packed.get("direct", lambda: _weights(step.weight, 1, 1, 1.0))
-        scale1 = weights.scale(step.scale1 * step.x_step)
-        scale2 = weights.scale(step.scale2 * step.hidden_step)
+        filters, first, second = packed.get("codes", make)
 
         def run(inputs: Sequence[Tensor], outputs: Sequence[Tensor], scratch: Tensor) -> None:
-            x, floating = inputs
-            hidden, skip = like(x, scratch), floating if step.skip else None
-            out, codes = step.written(outputs)
-            convolve, filters = ops.conv_bn_act_native, weights.filters
-            # Between the convolutions there are only codes.
-            convolve(
-                x, filters, scale1, step.shift1, None, None, None, step.act.slope, hidden, step.hidden_step
-            )
-            convolve(
-                hidden, filters, scale2, step.shift2, floating, skip, out, 0.0, codes, step.codes_step
-            )  # fmt: skip
+            (x,), (out,) = inputs, outputs
+            hidden, skip = like(out, scratch), x if step.skip else None
+            conv_codes_native(x, filters.packed, first, None, None, hidden, step.act.slope)
+            conv_codes_native(hidden, filters.packed, second, x, skip, out, 0.0)
 
         return run
 
@@ -92,20 +82,87 @@ def _block(step: p.QuantizedBlock, size: Size, context: Context, packed: Packed)
     return [Algorithm("native direct", time, prepare, scratch=scratch)]
 
 
-def _quantize(step: p.Quantize, size: Size, context: Context, packed: Packed) -> list[Algorithm]:
+def _deconv(step: p.DeconvAdd, size: Size, context: Context, packed: Packed) -> list[Algorithm]:
+    def make() -> tuple[tuple[CodedFilters, ...], tuple[Folded, ...]]:
+        taps = pack_deconv_codes(step.weight)
+        x, skip = map(_quantum, step.inputs)
+        out = _quantum(step.output)
+        return taps, tuple(fold(one, None, step.bias, x, out, skip=skip) for one in taps)
+
+    def prepare() -> Run:
+        taps, folded = packed.get("codes", make)
+
+        def run(inputs: Sequence[Tensor], out: Tensor) -> None:
+            x, skip = inputs
+            deconv_codes_native(x, taps, folded, skip, out)
+
+        return no_scratch(run)
+
+    return [Algorithm("native direct", cost.direct(step, size, torch.int8), prepare)]
+
+
+def _stem(step: p.Stem, size: Size, context: Context, packed: Packed) -> list[Algorithm]:
+    floating = torch.bfloat16 if native.has_product(torch.bfloat16) else torch.float32
+    out = _quantum(step.output)
+    mean, std = torch.tensor([context.normalisation.mean, context.normalisation.std], dtype=torch.float64)
+
+    def raw() -> tuple[ops.PackedConv, Tensor, Tensor, StemCodes]:
+        return fold_raw(step.weight, step.scale, step.shift, mean, std, out)
+
+    def normalised() -> tuple[ops.PackedConv, Tensor, Tensor, StemCodes]:
+        filters = ops.pack_conv(step.weight, stride=2, padding=3, dtype=floating)
+        scale, shift = (whole_panels(norm / out.step) for norm in (step.scale, step.shift))
+        return filters, scale, shift, StemCodes(bias=out.zero)
+
+    def prepare() -> Run:
+        filters, scale, shift, codes = packed.get("codes", raw if step.raw else normalised)
+        values = normalised_values(mean, std)
+
+        def run(inputs: Sequence[Tensor], out: Tensor) -> None:
+            image = inputs[0] if inputs[0].dtype is torch.uint8 else inputs[0].float()
+            slope = step.act.slope
+            ops.stem_native(image.contiguous(), filters, scale, shift, values, out, slope, codes)
+
+        return no_scratch(run)
+
+    return [Algorithm("native", cost.direct(step, size, torch.int8 if step.raw else floating), prepare)]
+
+
+def _gate(step: p.AttentionGate, size: Size, context: Context, packed: Packed) -> list[Algorithm]:
+    quantum = _quantum(step.inputs[0])
+
     def run(inputs: Sequence[Tensor], out: Tensor) -> None:
-        quantize_native(inputs[0], step.codes_step, out)
+        ops.attention_gate_native(inputs[0], step.weight, step.scale, step.shift, out, quantum)
+
+    return [Algorithm("native", cost.moving(step, size, 1), lambda: no_scratch(run))]
+
+
+def _upsample_add(step: p.UpsampleAdd, size: Size, context: Context, packed: Packed) -> list[Algorithm]:
+    quanta = _quantum(step.inputs[0]), _quantum(step.inputs[1]), _quantum(step.output)
+
+    def run(inputs: Sequence[Tensor], out: Tensor) -> None:
+        x, skip, gate = inputs
+        ops.upsample_add_native(x, skip, gate, out, quanta)
+
+    return [Algorithm("native", cost.moving(step, size, 1), lambda: no_scratch(run))]
+
+
+def _quantize(step: p.Quantize, size: Size, context: Context, packed: Packed) -> list[Algorithm]:
+    quantum = _quantum(step.output)
+
+    def run(inputs: Sequence[Tensor], out: Tensor) -> None:
+        quantize_native(inputs[0], quantum.step, out, quantum.zero)
 
     time = cost.moving(step, size, context.dtype.itemsize)
     return [Algorithm("native", time, lambda: no_scratch(run))]
 
 
-def _products(coded: bool) -> torch.dtype:
-    return torch.int8 if coded else torch.float32
-
-
 OURS: dict[type[p.Step], Callable[..., list[Algorithm]]] = {
-    p.QuantizedConv: _conv,
-    p.QuantizedBlock: _block,
+    p.Stem: _stem,
+    p.Conv: _conv,
+    p.SharedBlockStep: _block,
+    p.AttentionGate: _gate,
+    p.UpsampleAdd: _upsample_add,
+    p.DeconvAdd: _deconv,
     p.Quantize: _quantize,
 }

@@ -1,105 +1,267 @@
-"""Codes of 8 bits on a CPU: our kernels for each kind of step, and whole networks."""
+"""Int8 on a CPU: plans whose activations are unsigned codes, calibration, and whole networks."""
 
+import collections
 import copy
 import dataclasses
 
 import pytest
 import torch
 from models import CONFIGS, build, images
-from parity import each_isa
-from test_quantization import (
-    STEPS,
-    assert_is,
-    block_step,
-    conv_step,
-    fake,
-    fake_model,
-    random_inputs,
-    rms,
-    storage,
-    truth_of,
-)
+from test_quantization import fake_weight, plan_of, published_models, rms
+from torch import nn
 
 import shelfkern
 from shelfkern import native
+from shelfkern.engine import plan as p
 from shelfkern.engine.cpu.algorithm import Context
 from shelfkern.engine.cpu.algorithms import algorithms
 from shelfkern.engine.lower import lower
 from shelfkern.engine.problem import Packed
-from shelfkern.engine.quantization import calibrate, quantized
+from shelfkern.engine.quantization import Calibration, Histogram, calibrate_unsigned, coded
 from shelfkern.normalisation import Normalisation
+from shelfkern.ops.quantize import Quantum
 
-pytestmark = pytest.mark.skipif(native.why_not is not None, reason=f"no native kernels: {native.why_not}")
-INT8, FLOAT = torch.int8, torch.float32
-SIZE = (2, 48, 32)
-CONTEXT = Context(FLOAT, Normalisation(), theirs=False, codes=True)
-
-
-def run(step, inputs):
-    """What our one algorithm writes into poisoned memory."""
-    (found,) = algorithms(step, SIZE, CONTEXT, Packed())
-    assert found.in_arena
-    outputs = [storage(value, FLOAT, SIZE, "cpu") for value in step.outputs]
-    scratch = torch.full((found.scratch,), 0x7F, dtype=torch.uint8)
-    assert found.prepare()(inputs, outputs, scratch) is None
-    return outputs
+needs_native = pytest.mark.skipif(native.why_not is not None, reason=f"no native kernels: {native.why_not}")
+INT8, U8, FLOAT = torch.int8, torch.uint8, torch.float32
+SIZE = (2, 64, 32)
+CONTEXT = Context(FLOAT, Normalisation(), theirs=False)
 
 
-@pytest.mark.parametrize("name", STEPS)
+def ones(plan):
+    """A quantum for every activation."""
+    values = (v for step in plan.steps for v in (*step.outputs, *step.temporaries))
+    return Calibration({v.index: Quantum(1 / 64, 40) for v in values if v.stride and v != plan.scores}, True)
+
+
+@published_models
+def test_all_activations_of_the_published_models_are_codes(name):
+    plan = plan_of(name)
+    found = coded(plan, ones(plan))
+    assert [type(step) for step in found.steps] == [type(step) for step in plan.steps]
+    assert found.macs(1, 64, 64) == plan.macs(1, 64, 64) and found.scores == plan.scores
+    for step in found.steps:
+        for value in (*step.inputs, *step.outputs, *step.temporaries):
+            floating = value.stride is None or value == found.scores
+            assert (value.codes, value.quantum is None) == ((None, True) if floating else (U8, False))
+    assert found.steps[0].raw and not coded(plan, dataclasses.replace(ones(plan), raw=False)).steps[0].raw
+
+
+def test_what_no_kernel_makes_codes_of_is_followed_by_a_step_that_does():
+    """Where the features before pooling are used, torch makes and pools them."""
+    plan = lower(build(CONFIGS["five_levels"]))
+    found = coded(plan, ones(plan))
+    kinds = collections.Counter(type(step) for step in found.steps)
+    assert kinds - collections.Counter(type(step) for step in plan.steps) == {p.Quantize: 2}
+    first, codes, pool, pooled = found.steps[:4]
+    assert first.output.codes is None and codes.inputs == (first.output,) and pool.inputs == (first.output,)
+    assert type(pool) is p.MaxPool and pooled.inputs == (pool.output,) and pooled.output.codes is U8
+    written = set()
+    for step in found.steps:
+        assert set(step.inputs) <= written and not {v.index for v in step.outputs} & {
+            v.index for v in written
+        }
+        written |= set(step.outputs)
+
+
+def test_the_plan_says_what_is_codes():
+    plan = lower(build(CONFIGS["attention"]))
+    found = coded(plan, ones(plan))
+    text = found.describe(1, 64, 64)
+    assert ":uint8" in text and "of raw pixels" in text and ":uint8" not in plan.describe(1, 64, 64)
+    conv = next(step for step in found.steps if type(step) is p.Conv and step.residual)
+    shapes = [value.shape(2, 64, 64) for value in (*conv.inputs, conv.output)]
+    moved = sum(n * c * h * w for n, c, h, w in shapes) + conv.weight.numel() + 4 * 2 * len(conv.scale)
+    assert p.step_bytes(conv, FLOAT, 2, 64, 64) == moved
+
+
+def samples(*parts):
+    return torch.cat([part.flatten() for part in parts])
+
+
+def test_quanta_span_what_there_is():
+    """Codes of what is never negative have no sign; a few negative ones take few codes."""
+    uniform = torch.linspace(0, 1, 10_001)
+    for x, zero, span in (
+        (uniform, 0, 1.0),
+        (samples(uniform, -0.01 * uniform), 3, 1.01),
+        (samples(uniform, -uniform), 128, 2.0),
+        (-uniform, 255, 1.0),
+    ):
+        histogram = Histogram()
+        histogram.add(x)
+        quantum = histogram.quantum()
+        assert quantum.zero == zero and quantum.step == pytest.approx(span / 255, rel=0.02)
+
+
+@pytest.mark.parametrize("negative", [0.0, 0.01, 1.0])
+def test_quanta_lose_least(negative):
+    x = torch.randn(100_000, generator=torch.Generator().manual_seed(0)).pow(3)
+    x = torch.where(x < 0, negative * x, x)
+    histogram = Histogram()
+    histogram.add(x)
+    found = histogram.quantum()
+
+    def error(quantum):
+        return (quantum.values(quantum.codes(x)) - x).square().sum().item()
+
+    every = [error(Quantum(found.step * factor, found.zero)) for factor in (0.5, 0.8, 0.9, 1.1, 1.25, 2.0)]
+    assert error(found) <= 1.05 * min(every)
+    # Nothing is gained by codes that nothing has.
+    assert found.zero == round(min(-x.min().item(), found.step * found.zero) / found.step)
+
+
+def test_calibration_sees_every_activation():
+    plan = lower(build(CONFIGS["attention"]))
+    found = calibrate_unsigned(plan, images(2, 64, 64), Normalisation())
+    assert found.quanta.keys() == ones(plan).quanta.keys() and not found.raw
+    for step in plan.steps[:-1]:
+        # A relu leaves nothing negative.
+        if isinstance(step, p.Conv) and step.act == p.Activation(0.0) and not step.skip:
+            assert found.quanta[step.output.index].zero == 0
+        if isinstance(step, p.Conv) and step.act == p.Activation():
+            assert found.quanta[step.output.index].zero > 64
+
+
+def test_ranges_do_not_depend_on_batches():
+    plan, x = lower(build(CONFIGS["attention"])), images(3, 64, 64)
+    whole = calibrate_unsigned(plan, x, Normalisation())
+    assert whole == calibrate_unsigned(plan, (x[:2], x[2:]), Normalisation())
+
+
+def test_raw_images_and_what_they_are_normalised():
+    plan, normalisation = lower(build(CONFIGS["attention"])), Normalisation((0.1, 0.5, 0.3), (0.2, 0.4, 0.8))
+    raw = torch.randint(0, 256, (2, 64, 64, 3), dtype=U8)
+    mean, std = torch.tensor(normalisation.mean), torch.tensor(normalisation.std)
+    floating = ((raw / 255 - mean) / std).permute(0, 3, 1, 2)
+    for given, expected in (
+        (raw, True),
+        (floating, True),
+        (1.1 * floating, False),
+        ([raw, 9 * floating], False),
+    ):
+        assert calibrate_unsigned(plan, given, normalisation).raw is expected
+
+
+@needs_native
+@pytest.mark.parametrize("name", CONFIGS)
 @torch.no_grad()
-def test_every_kind_of_step(name):
-    step = STEPS[name](INT8)
-    if hasattr(step, "weight"):
-        # As the truth has them where x is floating.
-        step = dataclasses.replace(step, weight=step.weight.half().float())
-    inputs = random_inputs(step, FLOAT, SIZE)
-    each_isa(lambda isa: assert_is(run(step, inputs), step, truth_of(step, inputs), FLOAT, 2e-6))
-
-
-@pytest.mark.parametrize("writes", ["both", "codes", "floating"])
-@torch.no_grad()
-def test_blocks(writes):
-    """Where a code between the convolutions becomes its neighbour, so may one of the results."""
-    step = block_step(skip=writes == "both", writes=writes, kind=INT8)
-    inputs = random_inputs(step, FLOAT, SIZE)
-    truth = truth_of(step, inputs)
-    near = (step.hidden_step * step.scale2.abs().max() * step.weight.abs().max()).item()
-    for value, result in zip(step.outputs, run(step, inputs), strict=True):
-        one = step.codes_step if value.codes else 1.0
-        rounded = fake(truth, one, INT8) if value.codes else truth
-        off = (result.double() * one - rounded).abs()
-        assert (off <= near + (one if value.codes else 1e-5 * truth.abs())).all()
-        assert (off <= 1e-3 * rounded.abs() + 1e-6).double().mean() > 0.95
-
-
-@pytest.mark.parametrize("name", ["attention", "deconv"])
-@torch.no_grad()
-def test_networks_are_as_near_as_fake_quantisation(name):
-    """The engine's result beside torch's products of the same codes in float64, and the exact network."""
-    model, x, samples = build(CONFIGS[name]), images(1, 64, 96), images(4, 64, 64)
-    fast = shelfkern.accelerate(model, INT8, backend="native", calibration=samples)
-    found = fast(x)
+def test_steps_are_what_their_values_stand_for(name):
+    """Every step on codes beside the same step in float64 on the numbers that its inputs stand for."""
+    model = build(CONFIGS[name])
     plan = lower(model)
-    truth = fake_model(model, plan, calibrate(plan, samples, INT8), INT8, torch.float64)(x.double())
-    exact = copy.deepcopy(model).double()(x.double())
+    found = coded(plan, calibrate_unsigned(plan, images(2, 96, 64), model.normalisation))
+    values, x = {}, images(2, 64, 32)
+    context = dataclasses.replace(CONTEXT, theirs=True)
+    for step in found.steps:
+        algorithm = algorithms(step, SIZE, context, Packed())[0]
+        inputs = [values[value] for value in step.inputs] or [x]
+        outputs = [storage(value) for value in step.outputs] if algorithm.in_arena else []
+        scratch = torch.full((algorithm.scratch,), 0x7F, dtype=U8)
+        own = algorithm.prepare()(inputs, outputs, scratch)
+        values[step.output] = outputs[0] if own is None else own
+        check_step(step, inputs, values[step.output])
+
+
+def storage(value):
+    """Poisoned memory for a value."""
+    fill = 77 if value.codes else float("nan")
+    out = torch.full(value.shape(*SIZE), fill, dtype=value.dtype(FLOAT))
+    return out.contiguous(memory_format=torch.channels_last) if out.ndim == 4 else out
+
+
+def check_step(step, inputs, result):
+    x = [
+        t.double() if value.quantum is None else value.quantum.values(t, torch.float64)
+        for value, t in zip(step.inputs or (p.Value(0, 3, 1),), inputs, strict=True)
+    ]
+    truth, quantum = truth_of(step, x), step.output.quantum
+    if quantum is None:
+        assert (result - truth).abs().max() <= 1e-4 * truth.abs().max()
+        return
+    off = (quantum.values(result, torch.float64) - truth.clamp(*ends(quantum))).abs() / quantum.step
+    # Codes between a block's convolutions may become their neighbours.
+    near = 2.0 if isinstance(step, p.SharedBlockStep) else 0.51
+    assert off.max() <= near and (off <= 0.51).double().mean() > 0.98, step.name
+
+
+def ends(quantum):
+    return ((code - quantum.zero) * quantum.step for code in (0, 255))
+
+
+def truth_of(step, x):
+    """A step in float64 on the numbers that its inputs stand for, its weights as their codes have them."""
+    if isinstance(step, p.Quantize):
+        return x[0]
+    if isinstance(step, p.MaxPool):
+        return nn.functional.max_pool2d(x[0], 3, 2, 1)
+    if isinstance(step, p.AttentionGate):
+        parameters = (t.double() for t in (step.weight, step.scale, step.shift))
+        return shelfkern.ops.attention_gate_reference(x[0], *parameters)
+    if isinstance(step, p.UpsampleAdd):
+        return shelfkern.ops.upsample_add_reference(*x)
+    if isinstance(step, p.DeconvAdd):
+        weight = fake_weight(step.weight.transpose(0, 1), INT8).transpose(0, 1).double()
+        return shelfkern.ops.deconv_add_reference(x[0], weight, step.bias.double(), x[1])
+    floating = step.inputs == () or step.inputs[0].codes is None
+    weight = step.weight.double() if floating else fake_weight(step.weight, INT8).double()
+    reference = shelfkern.ops.conv_bn_act_reference
+    if isinstance(step, p.SharedBlockStep):
+        norms = [t.double() for t in (step.scale1, step.shift1, step.scale2, step.shift2)]
+        hidden = reference(x[0], weight, *norms[:2], None, None, 1, 1, step.act.slope)
+        hidden = step.hidden.quantum.values(step.hidden.quantum.codes(hidden), torch.float64)
+        return reference(hidden, weight, *norms[2:], x[0], x[0] if step.skip else None, 1, 1, 0.0)
+    norms = [None if t is None else t.double() for t in (step.scale, step.shift)]
+    if isinstance(step, p.Stem):
+        if native.has_product(torch.bfloat16):
+            x, weight = [x[0].bfloat16().double()], weight.bfloat16().double()
+        features = reference(x[0], weight, *norms, None, None, 2, 3, step.act.slope)
+        return nn.functional.max_pool2d(features, 3, 2, 1)
+    others = x[1] if step.residual else None, x[-1] if step.skip else None
+    return reference(x[0], weight, *norms, *others, step.stride, step.padding, step.act.slope)
+
+
+def simulated(plan, x):
+    """A plan of codes in float64, rounded to codes after each step."""
+    values = {}
+    for step in plan.steps:
+        result = truth_of(step, [values[value] for value in step.inputs] or [x.double()])
+        quantum = step.output.quantum
+        values[step.output] = (
+            result if quantum is None else quantum.values(quantum.codes(result), torch.float64)
+        )
+    return values[plan.scores]
+
+
+@needs_native
+@pytest.mark.parametrize("name", ["attention", "deconv", "five_levels"])
+@torch.no_grad()
+def test_networks_are_near_the_exact_one(name):
+    """The engine's result beside the same codes in float64, and the exact network."""
+    model, x, samples_ = build(CONFIGS[name]), images(1, 64, 96), images(4, 64, 64)
+    fast = shelfkern.accelerate(model, INT8, calibration=samples_)
+    found, exact = fast(x), copy.deepcopy(model).double()(x.double())
+    truth = nn.functional.interpolate(
+        simulated(fast.plan, x), (64, 96), mode="bilinear", align_corners=model.align_corners
+    )
     assert found.dtype is FLOAT and found.shape == exact.shape
-    # A code that becomes its neighbour moves what follows: nearer to the fake network than that to the exact.
+    # A code that becomes its neighbour moves what follows: nearer to the same codes than these to the exact.
     assert rms(found, truth) < 0.5 * rms(truth, exact)
     assert rms(found, exact) <= 1.2 * rms(truth, exact)
     labels = fast.predict(x)
     assert (labels == found.argmax(1)).double().mean() > 0.999
 
 
+@needs_native
 @torch.no_grad()
-def test_isas_give_the_same_codes():
-    """Sums of codes are whole numbers: what differs are roundings of float32 after them."""
-    step = conv_step(writes="codes", kind=INT8)
-    inputs, found = random_inputs(step, FLOAT, SIZE), []
-    each_isa(lambda isa: found.append(run(step, inputs)[0]))
-    for codes in found[1:]:
-        assert (codes != found[0]).double().mean() < 1e-3 and (codes - found[0]).abs().max() <= 1
+def test_raw_images_and_their_normalised_selves_give_the_same():
+    model, raw = build(CONFIGS["attention"]), torch.randint(0, 256, (2, 64, 96, 3), dtype=U8)
+    fast = shelfkern.accelerate(model, INT8, calibration=raw)
+    mean, std = torch.tensor(model.normalisation.mean), torch.tensor(model.normalisation.std)
+    floating = ((raw / 255 - mean) / std).permute(0, 3, 1, 2)
+    assert fast.plan.steps[0].raw and torch.equal(fast.predict(raw), fast.predict(floating))
 
 
+@needs_native
 @torch.no_grad()
 def test_weights_that_change_are_taken_up():
     model, x = build(CONFIGS["attention"]), images(1, 32, 64)
@@ -111,20 +273,22 @@ def test_weights_that_change_are_taken_up():
     assert not torch.equal(fast(x), before) and torch.equal(fast(x), again(x))
 
 
+@needs_native
 def test_the_plan_names_what_runs():
     fast = shelfkern.accelerate(build(CONFIGS["attention"]), INT8, calibration=images(1, 64, 64))
     text = fast.plan.describe(1, 64, 64)
-    assert "of int8 to int8" in text and "native direct" in text and "quantize" in text
+    assert ":uint8" in text and "native direct" in text
     assert fast.scores_dtype is FLOAT
 
 
+@needs_native
 def test_without_our_kernels_torch_multiplies_the_codes(monkeypatch):
     monkeypatch.setattr(native, "disabled", {("native", "conv_bn_act"): "off for a test"})
-    model, samples = build(CONFIGS["attention"]), images(1, 64, 64)
-    fast = shelfkern.accelerate(model, INT8, calibration=samples)
-    assert fast.scores_dtype is torch.float16 and fast(samples).isfinite().all()
+    model, samples_ = build(CONFIGS["attention"]), images(1, 64, 64)
+    fast = shelfkern.accelerate(model, INT8, calibration=samples_)
+    assert fast.scores_dtype is torch.float16 and fast(samples_).isfinite().all()
     with pytest.raises(RuntimeError, match=r"backend is 'native', which cannot run .*off for a test"):
-        shelfkern.accelerate(model, INT8, backend="native", calibration=samples)
+        shelfkern.accelerate(model, INT8, backend="native", calibration=samples_)
 
 
 def test_other_codes_are_refused():
@@ -132,12 +296,3 @@ def test_other_codes_are_refused():
         ValueError, match=r"^dtype is torch\.float8_e4m3fn, on a CPU it may be .*torch\.int8$"
     ):
         shelfkern.accelerate(build(CONFIGS["attention"]), torch.float8_e4m3fn, calibration=images(1, 64, 64))
-
-
-def test_plans_keep_their_values_apart():
-    model = build(CONFIGS["attention"])
-    plan = lower(model)
-    coded = quantized(plan, calibrate(plan, images(1, 64, 64), INT8), INT8)
-    for step in coded.steps:
-        for algorithm in algorithms(step, SIZE, CONTEXT, Packed()):
-            assert algorithm.name.startswith("native")

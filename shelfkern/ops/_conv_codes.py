@@ -1,0 +1,129 @@
+"""Convolutions of unsigned codes on a CPU: what the native kernel multiplies by and adds."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from .. import native
+from .conv_bn_act import PackedConv, native_conv, pack_conv, whole_panels
+from .deconv_add import TAPS
+from .quantize import Quantum, quantize_weight
+
+
+@dataclasses.dataclass(frozen=True)
+class CodedFilters:
+    """A convolution's weights in codes.
+
+    Attributes:
+        packed: of int8.
+        step: (K,) float32, what one step of each output channel's weights is.
+    """
+
+    packed: PackedConv
+    step: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Folded:
+    """What a convolution of codes does with its sums, in the steps of its result.
+
+    act(scale * (sum - offset) + shift + residual_scale * residual) + skip_scale * skip + bias, of the codes
+    of residual and skip: leaky relus let positive factors through.
+
+    Attributes:
+        scale, shift: float32, offset: int32, each of whole panels.
+        x_zero: the code of 0 in x, what lies beyond it.
+    """
+
+    scale: Tensor
+    shift: Tensor
+    offset: Tensor
+    x_zero: int
+    residual_scale: float
+    skip_scale: float
+    bias: float
+
+
+def pack_conv_codes(w: Tensor, stride: int = 1, padding: int = 0) -> CodedFilters:
+    """Makes codes of weights (K, C, kernel_h, kernel_w), each output channel's largest 127 steps.
+
+    Raises:
+        ValueError: a weight is not finite, or sums could overflow 32 bits.
+    """
+    codes, step = _codes(w)
+    return CodedFilters(pack_conv(codes, stride, padding, dtype=torch.int8), step)
+
+
+def pack_deconv_codes(w: Tensor) -> tuple[CodedFilters, ...]:
+    """The same of weights (C, K, 3, 3) of a transposed convolution, as `pack_deconv`."""
+    codes, step = _codes(w.transpose(0, 1))
+    kernels = [codes[:, :, rows][:, :, :, columns] for rows in TAPS for columns in TAPS]
+    return tuple(CodedFilters(pack_conv(kernel, dtype=torch.int8), step) for kernel in kernels)
+
+
+def _codes(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes in the shape of the weights, and their steps."""
+    codes, step = quantize_weight(w, torch.int8)
+    return codes.unflatten(1, w.shape[2:]).permute(0, 3, 1, 2), step
+
+
+def fold(
+    filters: CodedFilters,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    x: Quantum,
+    out: Quantum | None,
+    residual: Quantum | None = None,
+    skip: Quantum | None = None,
+) -> Folded:
+    """Folds a norm, and what the codes of x, residual, skip and the result are, out None for floats."""
+    assert filters.packed.sums is not None
+    unit, zero = (1.0, 0) if out is None else (out.step, out.zero)
+    scales = filters.step.double() * (x.step / unit)
+    shifts = torch.zeros_like(scales) if shift is None else shift.double() / unit
+    if scale is not None:
+        scales = scales * scale.double()
+    residual, skip = residual or Quantum(0.0), skip or Quantum(0.0)
+    shifts = shifts - residual.zero * residual.step / unit
+    return Folded(
+        whole_panels(scales),
+        whole_panels(shifts),
+        x.zero * filters.packed.sums,
+        x.zero,
+        residual.step / unit,
+        skip.step / unit,
+        zero - skip.zero * skip.step / unit,
+    )
+
+
+def conv_codes_native(
+    x: Tensor,
+    packed: PackedConv,
+    folded: Folded,
+    residual: Tensor | None,
+    skip: Tensor | None,
+    out: Tensor,
+    slope: float | None,
+) -> None:
+    """The native kernel into `out`, unchecked: as `conv_bn_act_native`, x, residual and skip uint8.
+
+    out: uint8: the nearest codes, ties to even, within [0, 255], what is no number 0; or float32.
+    """
+    native.module.conv_bn_act(
+        *native_conv(x, packed, folded.scale, folded.shift, residual, skip, out, slope),
+        native.address(folded.offset), folded.x_zero, folded.residual_scale, folded.skip_scale, folded.bias,
+        out.dtype is torch.uint8,
+    )  # fmt: skip
+
+
+def deconv_codes_native(
+    x: Tensor, packed: tuple[CodedFilters, ...], folded: tuple[Folded, ...], skip: Tensor, out: Tensor
+) -> None:
+    """`deconv_add_native` of codes, uint8."""
+    for parity, (taps, after) in enumerate(zip(packed, folded, strict=True)):
+        row, column = divmod(parity, 2)
+        part = (slice(None), slice(None), slice(row, None, 2), slice(column, None, 2))
+        conv_codes_native(x, taps.packed, after, None, skip[part], out[part], None)
