@@ -102,7 +102,7 @@ void conv_bn_act(Address x, Address weight, Address scale, Address shift, Addres
                  Address out, int dtype, int product, int64_t n, int64_t h, int64_t w, int64_t c,
                  int64_t out_h, int64_t out_w, int64_t out_c, int64_t kernel_h, int64_t kernel_w,
                  int64_t stride, int64_t pad_h, int64_t pad_w, int64_t chunk, int64_t stride_n,
-                 int64_t stride_h, int64_t stride_w, float slope, int threads, Address offset, int x_zero,
+                 int64_t stride_h, int64_t stride_w, float slope, int threads, Address start, int x_zero,
                  float residual_scale, float skip_scale, float bias, bool to_codes) {
     const py::gil_scoped_release unlocked;
     kernels().conv_bn_act({pointer(x),
@@ -132,7 +132,7 @@ void conv_bn_act(Address x, Address weight, Address scale, Address shift, Addres
                            stride_w,
                            slope,
                            threads,
-                           pointer<int32_t>(offset),
+                           pointer<int32_t>(start),
                            x_zero,
                            residual_scale,
                            skip_scale,

@@ -129,12 +129,12 @@ Input<P> input_of(const Conv& a, const Shape& s, int64_t n, int64_t y, int64_t o
     using Word = typename P::Word;
     const X* image = static_cast<const X*>(a.x) + n * a.h * a.w * a.c;
     if (used_in_place<P, X>(a, s)) {
-        return {reinterpret_cast<const Word*>(image) + y * a.stride * a.w * s.c, a.w * s.c, s.c};
+        return {reinterpret_cast<const Word*>(image) + y * a.stride * a.w * s.c, a.w * s.c, s.c, nullptr};
     }
     const int64_t rows = s.input_rows(out_rows);
     Word* packed = static_cast<Word*>(thread_scratch(0, rows * s.columns() * s.c * 4));
     pack_strip<P>(a, s, image, y * a.stride - a.pad_h, rows, packed);
-    return {packed, 0, 0};
+    return {packed, 0, 0, nullptr};
 }
 
 template <typename T>
@@ -155,7 +155,6 @@ CodesEpilogue codes_epilogue_of(const Conv& a, int64_t at) {
     CodesEpilogue e;
     e.scale = a.scale;
     e.shift = a.shift;
-    e.offset = a.offset;
     e.residual = moved(static_cast<const uint8_t*>(a.residual), at);
     e.skip = moved(static_cast<const uint8_t*>(a.skip), at);
     e.codes = a.to_codes ? static_cast<uint8_t*>(a.out) + at : nullptr;
@@ -179,13 +178,14 @@ void run(const Conv& a) {
         const int64_t n = task / c.groups / c.strips;
         const int64_t y = strip * c.rows, out_rows = min(c.rows, a.out_h - y);
         if (out_rows <= 0) return;
-        const Input<P> input = input_of<P, X>(a, s, n, y, out_rows);
+        Input<P> input = input_of<P, X>(a, s, n, y, out_rows);
         auto* sums =
             static_cast<typename P::Scalar*>(thread_scratch(1, out_rows * a.out_w * kMaxPanels * kPanel * 4));
         const int64_t at = n * a.stride_n + y * a.stride_h;
         const int64_t begin = group * c.panels / c.groups, end = (group + 1) * c.panels / c.groups;
         const auto* weight = static_cast<const typename P::Word*>(a.weight);
         if constexpr (std::is_same<P, Codes>::value) {
+            input.start = a.start;
             convolve_strip(s, input, out_rows, begin, end, weight, sums, codes_epilogue_of(a, at));
         } else {
             convolve_strip(s, input, out_rows, begin, end, weight, sums, epilogue_of<X>(a, at));

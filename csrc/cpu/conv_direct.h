@@ -42,8 +42,9 @@ struct TileOf {
     const typename P::Word* weight;  // per panel kernel_h x run x 16
     int64_t weight_panel;            // words between panels
     int64_t kernel_h, run;
-    typename P::Scalar* sums;  // pixels x panels x 16, carried between chunks
-    bool first, last;          // chunk
+    typename P::Scalar* sums;         // pixels x panels x 16, carried between chunks
+    const typename P::Scalar* start;  // panels x 16, what sums begin with; or null, zeros
+    bool first, last;                 // chunk
 };
 using Tile = TileOf<Floats>;
 
@@ -57,12 +58,11 @@ static inline __attribute__((always_inline)) void accumulate(const TileOf<P>& ti
                                                              Sums<kPixels, kPanels, typename P::Sum>& out) {
     constexpr int kVectors = kPanels * kPanelVectors;
     Sums<kPixels, kPanels, typename P::Sum> sums;
-#pragma GCC unroll 32
-    for (int p = 0; p < kPixels; ++p) {
 #pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) {
-            sums.v[p][v] = typename P::Sum{};
-        }
+    for (int v = 0; v < kVectors; ++v) {
+        const typename P::Sum start = tile.start ? load(tile.start + v * kLanes) : typename P::Sum{};
+#pragma GCC unroll 32
+        for (int p = 0; p < kPixels; ++p) sums.v[p][v] = start;
     }
     const typename P::Word* weight = tile.weight;
     const int64_t pixel = tile.input_pixel;
@@ -135,10 +135,9 @@ struct Epilogue {
 };
 
 // The same with a residual and skip of codes, to codes or to floats:
-// act(scale * (sum - offset) + shift + residual_scale * residual) + skip_scale * skip + bias.
+// act(scale * sum + shift + residual_scale * residual) + skip_scale * skip + bias.
 struct CodesEpilogue {
     const float *scale, *shift;      // of whole panels
-    const int32_t* offset;           // of sums of codes; of whole panels, or null
     const uint8_t *residual, *skip;  // of the first pixel, or null
     uint8_t* codes;                  // or null where the result is floats
     float* out;
@@ -146,11 +145,12 @@ struct CodesEpilogue {
     int channels;
     float slope, residual_scale, skip_scale, bias;
 
+    // Whether to saturate is all that the activation does.
+    bool saturates() const { return codes && slope == 0 && bias == 0 && !skip; }
     CodesEpilogue of_channels(int64_t first, int64_t count) const {
         CodesEpilogue e = at(first);
         e.scale += first;
         e.shift += first;
-        e.offset = moved(offset, first);
         e.channels = static_cast<int>(count);
         return e;
     }
@@ -215,15 +215,14 @@ static inline void finish(const Sums<kPixels, kPanels>& sums, const Epilogue<T>&
     finish_sums(reinterpret_cast<const float*>(sums.v), kPixels, kPanels * kPanelVectors, e);
 }
 
-static inline vf less_offset(vi sum, const int32_t* offset) {
-    return __builtin_convertvector(offset ? sum - load(offset) : sum, vf);
-}
-static inline vf less_offset(vf sum, const int32_t*) { return sum; }
+static inline vf as_floats(vi sum) { return __builtin_convertvector(sum, vf); }
+static inline vf as_floats(vf sum) { return sum; }
 
-// One pixel's `count` channels from `first`, of which `sum` has been scaled and shifted; `at` is their place.
-static inline __attribute__((always_inline)) void finish_codes(vf y, int64_t at, int count,
+// One pixel's `count` channels, whose place is `at`, of what has been scaled and shifted.
+static inline __attribute__((always_inline)) void finish_codes(vf y, int64_t at, int count, bool saturates,
                                                                const CodesEpilogue& e) {
     if (e.residual) y += load_up_to(e.residual + at, count) * splat(e.residual_scale);
+    if (saturates) return store_up_to(e.codes + at, y, count);
     const vf low = y * splat(e.slope);  // slopes are from 0 to 1
     y = y > low ? y : low;
     y += e.skip ? load_up_to(e.skip + at, count) * splat(e.skip_scale) + splat(e.bias) : splat(e.bias);
@@ -243,36 +242,43 @@ static __attribute__((noinline)) void finish_codes_sums(const Scalar* sums, int 
         const int count = e.channels - first < kLanes ? e.channels - first : kLanes;
         if (count <= 0) break;
         const vf scale = load(e.scale + first), shift = load(e.shift + first);
-        const int32_t* offset = moved(e.offset, first);
         for (int p = 0; p < pixels; ++p) {
-            const vf sum = less_offset(load(sums + (p * vectors + v) * kLanes), offset);
-            finish_codes(sum * scale + shift, p * e.pixel + first, count, e);
+            const vf sum = as_floats(load(sums + (p * vectors + v) * kLanes));
+            finish_codes(sum * scale + shift, p * e.pixel + first, count, e.saturates(), e);
+        }
+    }
+}
+
+template <bool kSaturates, int kPixels, int kPanels>
+static inline __attribute__((always_inline)) void finish_in_registers(const Sums<kPixels, kPanels, vi>& sums,
+                                                                      const CodesEpilogue& e) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kPanels * kPanelVectors; ++v) {
+        const int first = v * kLanes;
+        const vf scale = load(e.scale + first), shift = load(e.shift + first);
+#pragma GCC unroll 32
+        for (int p = 0; p < kPixels; ++p) {
+            const vf y = as_floats((vi)sums.v[p][v]) * scale + shift;
+            finish_codes(y, p * e.pixel + first, kLanes, kSaturates, e);
         }
     }
 }
 
 // Where a pixel has few input channels, to store the sums and load them again would take as long as half of
 // their products: the tiles of most layers are finished in registers. Of all tiles it would be too much code.
-template <int kPixels, int kPanels, typename Sum>
-static inline __attribute__((always_inline)) void finish(const Sums<kPixels, kPanels, Sum>& sums,
-                                                         const CodesEpilogue& e) {
-    constexpr int kVectors = kPanels * kPanelVectors;
-    constexpr bool kInRegisters = std::is_same<Sum, vi>::value && kPanels > 2;
-    if (!kInRegisters || e.channels < kPanels * kPanel || !e.codes) {
-        using Scalar = typename std::conditional<std::is_same<Sum, vi>::value, int32_t, float>::type;
-        return finish_codes_sums(reinterpret_cast<const Scalar*>(sums.v), kPixels, kVectors, e);
+// Floats win nothing by it.
+template <int kPixels, int kPanels>
+static inline void finish(const Sums<kPixels, kPanels, vi>& sums, const CodesEpilogue& e) {
+    if (kPanels > 2 && e.channels == kPanels * kPanel) {
+        if (e.saturates()) return finish_in_registers<true>(sums, e);
+        if (e.codes) return finish_in_registers<false>(sums, e);
     }
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-        const int first = v * kLanes;
-        const vf scale = load(e.scale + first), shift = load(e.shift + first);
-        const vi offset = e.offset ? load(e.offset + first) : vi{};
-#pragma GCC unroll 32
-        for (int p = 0; p < kPixels; ++p) {
-            const vf sum = __builtin_convertvector((vi)sums.v[p][v] - offset, vf);
-            finish_codes(sum * scale + shift, p * e.pixel + first, kLanes, e);
-        }
-    }
+    finish_codes_sums(reinterpret_cast<const int32_t*>(sums.v), kPixels, kPanels * kPanelVectors, e);
+}
+
+template <int kPixels, int kPanels>
+static inline void finish(const Sums<kPixels, kPanels>& sums, const CodesEpilogue& e) {
+    finish_codes_sums(reinterpret_cast<const float*>(sums.v), kPixels, kPanels * kPanelVectors, e);
 }
 
 template <int kPixels, int kPanels, typename P, typename E>
@@ -311,7 +317,8 @@ struct Shape {
 template <typename P>
 struct Input {
     const typename P::Word* data;
-    int64_t row, column;  // words; 0 for a packed strip, where they follow from the chunk's width
+    int64_t row, column;              // words; 0 for a packed strip, where they follow from the chunk's width
+    const typename P::Scalar* start;  // of each output channel, what its sums begin with; or null
 };
 
 // One chunk of `out_rows` output rows, for kPanels panels from output channel `oc`; `o` is of the strip.
@@ -361,6 +368,7 @@ static void convolve_panels(const Shape& s, const Input<P>& input, int64_t out_r
         tile.input_row = input.row ? input.row : columns * width;
         tile.run = s.kernel_w * width;
         tile.first = i == 0;
+        tile.start = tile.first ? moved(input.start, first * kPanel) : nullptr;
         tile.last = i + 1 == s.chunks();
         convolve_chunk_of<P>(panels, s, tile, column, out_rows, first * kPanel, sums, o);
         tile.weight += tile.kernel_h * tile.run * kPanel;

@@ -100,7 +100,7 @@ struct Hardest {
 // channels, kernel_h x kernel_w x chunk x 16 words of product (ops/conv_bn_act.py packs them).
 //
 // Quads: x, residual and skip are codes, uint8, and out codes or float32:
-// act(scale * (conv(x, weight) - offset) + shift + residual_scale * residual) + skip_scale * skip + bias.
+// act(scale * (conv(x, weight) + start) + shift + residual_scale * residual) + skip_scale * skip + bias.
 struct Conv {
     const void *x, *weight;
     const float *scale, *shift;   // per output channel; null: 1 and 0. Of quads per channel of whole panels
@@ -113,8 +113,8 @@ struct Conv {
     int64_t stride_n, stride_h, stride_w;
     float slope;  // of the activation: 0 relu, 1 none
     int threads;
-    const int32_t* offset;  // per channel of whole panels: x_zero times the sum of its weights
-    int x_zero;             // the code of 0
+    const int32_t* start;  // per channel of whole panels: less x_zero times the sum of its weights; or null
+    int x_zero;            // the code of 0
     float residual_scale, skip_scale, bias;
     bool to_codes;
 };

@@ -183,8 +183,9 @@ void run(const Stem& a) {
         const int64_t row = conv_w * a.out_c;
         auto* features = static_cast<Feature*>(thread_scratch(1, (bottom - top) * row * sizeof(Feature)));
         const int64_t panels = (a.out_c + kPanel - 1) / kPanel;
-        convolve_strip(s, Input<P>{image, 0, 0}, bottom - top, 0, panels, static_cast<const Word*>(a.weight),
-                       static_cast<typename P::Scalar*>(nullptr), epilogue_of(a, features, row));
+        convolve_strip(s, Input<P>{image, 0, 0, nullptr}, bottom - top, 0, panels,
+                       static_cast<const Word*>(a.weight), static_cast<typename P::Scalar*>(nullptr),
+                       epilogue_of(a, features, row));
         for (int64_t y = begin; y < end; ++y) {
             T* out = static_cast<T*>(a.out) + (n * out_h + y) * out_w * a.out_c;
             const int64_t y0 = (y ? 2 * y - 1 : 0) - top;

@@ -30,17 +30,18 @@ class CodedFilters:
 class Folded:
     """What a convolution of codes does with its sums, in the steps of its result.
 
-    act(scale * (sum - offset) + shift + residual_scale * residual) + skip_scale * skip + bias, of the codes
+    act(scale * (sum + start) + shift + residual_scale * residual) + skip_scale * skip + bias, of the codes
     of residual and skip: leaky relus let positive factors through.
 
     Attributes:
-        scale, shift: float32, offset: int32, each of whole panels.
+        scale, shift: of whole panels, float32.
+        start: less what the zero of x adds to sums, of whole panels, int32; None where that is 0.
         x_zero: the code of 0 in x, what lies beyond it.
     """
 
     scale: Tensor
     shift: Tensor
-    offset: Tensor
+    start: Tensor | None
     x_zero: int
     residual_scale: float
     skip_scale: float
@@ -91,7 +92,7 @@ def fold(
     return Folded(
         whole_panels(scales),
         whole_panels(shifts),
-        x.zero * filters.packed.sums,
+        -x.zero * filters.packed.sums if x.zero else None,
         x.zero,
         residual.step / unit,
         skip.step / unit,
@@ -114,7 +115,7 @@ def conv_codes_native(
     """
     native.module.conv_bn_act(
         *native_conv(x, packed, folded.scale, folded.shift, residual, skip, out, slope),
-        native.address(folded.offset), folded.x_zero, folded.residual_scale, folded.skip_scale, folded.bias,
+        native.address(folded.start), folded.x_zero, folded.residual_scale, folded.skip_scale, folded.bias,
         out.dtype is torch.uint8,
     )  # fmt: skip
 
