@@ -38,10 +38,11 @@ from table import replaced
 
 import shelfkern.nn
 from shelfkern.data import Dataset, Sample, camvid
+from shelfkern.engine.calibration import calibrate
 from shelfkern.engine.gpu.program import GpuProgram, Options
 from shelfkern.engine.gpu.timing import tuner_of
 from shelfkern.engine.lower import lower
-from shelfkern.engine.quantization import KINDS, calibrate, quantized
+from shelfkern.engine.quantization import KINDS, quantized
 from shelfkern.evaluate import ConfusionMatrix
 from shelfkern.files import replacing
 from shelfkern.nn import ShelfNet

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .. import native
 from ..nn.shelfnet import ShelfNet, check_image_size
 from ..ops._backends import MIN_CAPABILITY
+from .calibration import Images, batches_of, calibrate, calibrate_unsigned, check_calibration
 from .cpu.program import Program
 from .cpu.timing import Tuners
 from .fingerprint import Fingerprint
@@ -24,16 +25,7 @@ from .gpu.timing import tuner_of
 from .image import image_size
 from .lower import lower
 from .plan import Plan
-from .quantization import (
-    KINDS,
-    Images,
-    batches_of,
-    calibrate,
-    calibrate_unsigned,
-    check_calibration,
-    coded,
-    quantized,
-)
+from .quantization import KINDS, coded, quantized
 
 # On a CPU "emulated" runs the GPU's kernels there, thread by thread: for those who work on them.
 BACKENDS = ("auto", "native", "library", "emulated")

@@ -15,6 +15,14 @@ from shelfkern import native
 from shelfkern import nn as published
 from shelfkern.engine import arena, order
 from shelfkern.engine import plan as p
+from shelfkern.engine.calibration import (
+    BATCH,
+    BINS,
+    Histogram,
+    batches_of,
+    calibrate,
+    check_calibration,
+)
 from shelfkern.engine.gpu import quantized as gpu_quantized
 from shelfkern.engine.gpu.algorithm import Context
 from shelfkern.engine.gpu.algorithms import algorithms
@@ -23,16 +31,7 @@ from shelfkern.engine.gpu.program import GpuProgram, Options
 from shelfkern.engine.gpu.timing import candidate, key_of, tuner_of
 from shelfkern.engine.lower import lower
 from shelfkern.engine.problem import Packed
-from shelfkern.engine.quantization import (
-    BATCH,
-    BINS,
-    KINDS,
-    Histogram,
-    batches_of,
-    calibrate,
-    check_calibration,
-    quantized,
-)
+from shelfkern.engine.quantization import KINDS, quantized
 from shelfkern.normalisation import Normalisation
 from shelfkern.ops import _triton
 
@@ -638,6 +637,8 @@ def test_blocks_give_the_steps_result(writes, device, kind):
 @torch.no_grad()
 def test_networks_on_kernels(device, kind):
     """As near to the network in full precision as fake quantisation, and every step on kernels of ours."""
+    if device == "cpu" and native.emulation is None:
+        pytest.skip(f"no emulator: {native.why_not_emulated}")
     model = build(CONFIGS["attention"])
     plan, x = lower(model), images(1, 32, 64)
     ranges = calibrate(plan, images(4, 64, 64), kind)

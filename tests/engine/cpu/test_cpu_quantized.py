@@ -13,11 +13,12 @@ from torch import nn
 import shelfkern
 from shelfkern import native
 from shelfkern.engine import plan as p
+from shelfkern.engine.calibration import Histogram, calibrate_unsigned
 from shelfkern.engine.cpu.algorithm import Context
 from shelfkern.engine.cpu.algorithms import algorithms
 from shelfkern.engine.lower import lower
 from shelfkern.engine.problem import Packed
-from shelfkern.engine.quantization import Calibration, Histogram, calibrate_unsigned, coded
+from shelfkern.engine.quantization import Calibration, coded
 from shelfkern.normalisation import Normalisation
 from shelfkern.ops.quantize import Quantum
 
