@@ -2,6 +2,7 @@
 
 #include "../common/parallel.h"
 #include "conv_direct.h"
+#include "spans.h"
 
 namespace shelfkern {
 namespace SHELFKERN_ISA {
@@ -10,10 +11,6 @@ namespace {
 // One chunk of a strip and its sums: half of an L2, of 512 KiB or with AVX-512 1 MiB, beside the weights
 // that pass by.
 constexpr int64_t kStripBytes = kMaxPanels == 1 ? 224 * 1024 : 448 * 1024;
-
-int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Elements to words, the last one filled up with zeros.
 void pack_channels(const float* from, Floats::Word* to, int64_t count) {

@@ -30,8 +30,8 @@ from .. import native
 from . import _common as common
 from .conv_bn_act import PANEL, PackedConv
 
-# Where polynomials are evaluated, beside infinity; as csrc/cpu/winograd.h. The usual 1 and 2 in place of
-# 5/8 and 3/2 make twice the error, and so do 0, 1, -1 and 2 in place of those of two taps.
+# Where polynomials are evaluated, beside infinity; as csrc/cpu/winograd_filters.h. The usual 1 and 2 in place
+# of 5/8 and 3/2 make twice the error, and so do 0, 1, -1 and 2 in place of those of two taps.
 POINTS = {
     2: (Fraction(0), Fraction(1), Fraction(-1)),
     4: (Fraction(0), Fraction(5, 8), Fraction(-5, 8), Fraction(3, 2), Fraction(-3, 2)),

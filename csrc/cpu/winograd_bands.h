@@ -1,0 +1,93 @@
+// Few weights come transformed: a task is some blocks whose V and M stay in L2, and weights stream by once a
+// block.
+#pragma once
+
+#include "winograd_input.h"
+#include "winograd_output.h"
+#include "winograd_products.h"
+
+namespace shelfkern {
+namespace SHELFKERN_ISA {
+
+// What V and M of a block take at most: a quarter of an L2, of 512 KiB or with AVX-512 1 MiB, beside the
+// weights that pass by and what is fetched ahead.
+constexpr int64_t kBlockBytes = kMaxPanels == 1 ? 128 * 1024 : 256 * 1024;
+// But a weight is multiplied with so many tiles' frequencies: V from L3 costs less than reading the weights
+// more often.
+constexpr int64_t kLeastRows = 12;
+
+// How tiles and panels are cut into tasks: blocks that follow one another in bands, groups of panels in
+// parts.
+struct Cut {
+    int64_t blocks, bands, parts;
+};
+
+// Tiles of a block whose weights are used often enough.
+template <typename Filter>
+static int64_t least_tiles() {
+    return divide_up(kLeastRows * Geometry<Filter>::kWeights, Geometry<Filter>::kFrequencies);
+}
+
+// Tiles of a block that L2 has room for.
+template <typename Filter>
+static int64_t most_tiles(const Geometry<Filter>& g) {
+    const int64_t whole = tile_pixels(kMaxPanels);
+    return max(least_tiles<Filter>(), kBlockBytes / g.tile_bytes() / whole * whole);
+}
+
+// Blocks as large as caches and the threads' share allow; few of them also share out the panels.
+template <typename Filter>
+static Cut cut(const Geometry<Filter>& g) {
+    int64_t blocks = divide_up(g.tiles, most_tiles(g));
+    if (g.a.threads == 1) return {blocks, 1, 1};
+    const int64_t tasks = 4 * g.a.threads;
+    blocks = max(blocks, min(tasks, g.tiles / least_tiles<Filter>()));
+    const int64_t bands = min(tasks, blocks);
+    return {divide_up(blocks, bands) * bands, bands, min(divide_up(g.panels, kGroup), tasks / bands)};
+}
+
+// Every group of panels.
+template <typename Filter>
+static Span all_groups(const Geometry<Filter>& g) {
+    return {0, divide_up(g.panels, kGroup)};
+}
+
+// The outputs of one block for some groups of panels; fetch_next adds what the next block's transform reads.
+template <typename Filter, typename T, typename Fetch>
+static void convolve_block(const Geometry<Filter>& g, Span tiles, Span groups, const Fetch& fetch_next) {
+    const Winograd& a = g.a;
+    const Layout<Filter> v_layout{tiles.count(), g.channels};
+    float* v = scratch<float>(kSlotV, v_layout.floats());
+    float* m = scratch<float>(kSlotM, Layout<Filter>{tiles.count(), min(g.panels, kGroup) * kPanel}.floats());
+    const int64_t floats = a.c * kPanel;
+    transform_input<Filter, T>(g, tiles, {0, a.c}, v_layout, tiles.begin, v);
+    for (int64_t i = groups.begin; i < groups.end; ++i) {
+        const Span panels = share(g.panels, i, all_groups(g).end);
+        Ahead ahead;
+        fetch_outputs<Filter, T>(g, tiles, panels, ahead);
+        if (i + 1 == groups.end) fetch_next(ahead);
+        const Weights weights{a.weight + panels.begin * g.kWeights * floats, g.kWeights * floats, floats};
+        const Layout<Filter> m_layout{tiles.count(), panels.count() * kPanel};
+        multiply<Filter>(v_layout, v, weights, a.c, false, m_layout, m, ahead);
+        transform_outputs<Filter, T>(g, tiles, panels, m);
+    }
+}
+
+// Blocks whose V and M stay in L2, with weights that are transformed already.
+template <typename Filter, typename T>
+static void run_bands(const Geometry<Filter>& g) {
+    const Cut c = cut(g);
+    parallel_for(g.a.threads, c.bands * c.parts, [&](int64_t task) {
+        const Span blocks = share(c.blocks, task / c.parts, c.bands);
+        const Span groups = share(all_groups(g).end, task % c.parts, c.parts);
+        for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+            convolve_block<Filter, T>(g, share(g.tiles, block, c.blocks), groups, [&](Ahead& ahead) {
+                if (block + 1 == blocks.end) return;
+                fetch_inputs<Filter, T>(g, share(g.tiles, block + 1, c.blocks), ahead);
+            });
+        }
+    });
+}
+
+}  // namespace SHELFKERN_ISA
+}  // namespace shelfkern

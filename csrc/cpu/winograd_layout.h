@@ -1,0 +1,101 @@
+// Winograd's tiles in the image, and where a block of them keeps its transformed inputs, V, and products, M.
+#pragma once
+
+#include "../common/parallel.h"
+#include "conv_direct.h"
+#include "spans.h"
+
+namespace shelfkern {
+namespace SHELFKERN_ISA {
+
+constexpr int kGroup = 4;  // panels whose sums are kept at once
+
+// What a thread holds at once.
+enum Slot { kSlotV, kSlotM, kSlotAhead, kSlotWeights, kSlotZeros };
+
+template <typename T>
+static T* scratch(Slot slot, int64_t count) {
+    return static_cast<T*>(thread_scratch(slot, count * static_cast<int64_t>(sizeof(T))));
+}
+
+template <typename Filter>
+struct Geometry {
+    static constexpr int kFrequencies = Filter::kFrequencies * Filter::kFrequencies;
+    static constexpr int kWeightRows = Filter::kFrequencies - Filter::kShared + 1;
+    static constexpr int kWeights = kWeightRows * kWeightRows;
+
+    const Winograd& a;
+    int64_t tiles_h = divide_up(a.out_h, Filter::kOut), tiles_w = divide_up(a.out_w, Filter::kOut);
+    int64_t tiles = a.n * tiles_h * tiles_w;
+    int64_t panels = divide_up(a.out_c, kPanel);
+    int64_t channels = divide_up(a.c, kPanel) * kPanel;  // of V, with padding
+
+    // Of V and M.
+    int64_t tile_bytes() const { return kFrequencies * (channels + min(panels, kGroup) * kPanel) * 4; }
+};
+
+// A block's V or M: [weight][tile][frequency of that weight][channel], so that a weight's products are one
+// matrix product.
+template <typename Filter>
+struct Layout {
+    using G = Geometry<Filter>;
+
+    int64_t tiles, row;  // floats of a tile at one frequency
+
+    // Between weights is a gap, for a power of two would have them meet in few sets of the cache.
+    static constexpr int kGap = kPanel;
+
+    int64_t floats() const { return G::kFrequencies * tiles * row + G::kWeights * kGap; }
+
+    // Of one dimension: the first frequency of a weight, and how many it has.
+    static constexpr int first(int weight) { return weight == 0 ? 0 : weight + Filter::kShared - 1; }
+    static constexpr int shared(int weight) { return weight == 0 ? Filter::kShared : 1; }
+
+    // Frequencies of a weight, from 0 to kWeights.
+    static constexpr int frequencies(int weight) {
+        return shared(weight / G::kWeightRows) * shared(weight % G::kWeightRows);
+    }
+
+    int64_t start(int weight) const {
+        const int y = weight / G::kWeightRows, x = weight % G::kWeightRows;
+        return (first(y) * Filter::kFrequencies + shared(y) * first(x)) * tiles * row + weight * kGap;
+    }
+
+    // Where a tile's frequencies are.
+    void pointers(float* base, int64_t tile, float* (&at)[G::kFrequencies]) const {
+        for (int weight = 0; weight < G::kWeights; ++weight) {
+            const int y = weight / G::kWeightRows, x = weight % G::kWeightRows;
+            float* next = base + start(weight) + tile * frequencies(weight) * row;
+            for (int i = 0; i < shared(y); ++i) {
+                for (int j = 0; j < shared(x); ++j, next += row) {
+                    at[(first(y) + i) * Filter::kFrequencies + first(x) + j] = next;
+                }
+            }
+        }
+    }
+};
+
+// Where a tile's first output is, and the first of its window's inputs.
+struct Place {
+    int64_t n, y, x, in_y, in_x;
+};
+
+template <typename Filter>
+static Place place_of(const Geometry<Filter>& g, int64_t tile) {
+    const int64_t row = tile / g.tiles_w, y = row % g.tiles_h, x = tile % g.tiles_w;
+    return {row / g.tiles_h, y * Filter::kOut, x * Filter::kOut, y * Filter::kStep - Filter::kPadding,
+            x * Filter::kStep - Filter::kPadding};
+}
+
+// Calls row(place, count) for the runs of tiles that are neighbours in a row of the image.
+template <typename Filter, typename Row>
+static void each_row(const Geometry<Filter>& g, Span tiles, const Row& row) {
+    for (int64_t t = tiles.begin; t < tiles.end;) {
+        const int64_t count = min(tiles.end - t, g.tiles_w - t % g.tiles_w);
+        row(place_of(g, t), count);
+        t += count;
+    }
+}
+
+}  // namespace SHELFKERN_ISA
+}  // namespace shelfkern

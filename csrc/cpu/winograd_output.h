@@ -1,0 +1,87 @@
+// From M to outputs.
+#pragma once
+
+#include "winograd_layout.h"
+
+namespace shelfkern {
+namespace SHELFKERN_ISA {
+
+// The rows of one tile's outputs, for the panel from channel `at` of M.
+template <typename Filter>
+static void transform_output(const float* const* from, int64_t at,
+                             Sums<Filter::kOut, 1> (&rows)[Filter::kOut]) {
+    constexpr int kOut = Filter::kOut, kFrequencies = Filter::kFrequencies;
+    for (int v = 0; v < kPanelVectors; ++v, at += kLanes) {
+        vf half[kOut][kFrequencies];
+#pragma GCC unroll 9
+        for (int column = 0; column < kFrequencies; ++column) {
+            vf in[kFrequencies], out[kOut];
+#pragma GCC unroll 9
+            for (int row = 0; row < kFrequencies; ++row)
+                in[row] = load(from[row * kFrequencies + column] + at);
+            Filter::output(in, out);
+#pragma GCC unroll 8
+            for (int row = 0; row < kOut; ++row) half[row][column] = out[row];
+        }
+#pragma GCC unroll 8
+        for (int row = 0; row < kOut; ++row) {
+            vf out[kOut];
+            Filter::output(half[row], out);
+#pragma GCC unroll 8
+            for (int column = 0; column < kOut; ++column) rows[row].v[column][v] = out[column];
+        }
+    }
+}
+
+// finish() for a count of pixels known at run time.
+template <int kOut, typename T, int kPixels = kOut>
+static void finish_row(int64_t pixels, const Sums<kOut, 1>& row, const Epilogue<T>& e) {
+    if constexpr (kPixels > 0) {
+        if (pixels < kPixels) return finish_row<kOut, T, kPixels - 1>(pixels, row, e);
+        Sums<kPixels, 1> some;
+        for (int p = 0; p < kPixels; ++p) {
+            for (int v = 0; v < kPanelVectors; ++v) some.v[p][v] = row.v[p][v];
+        }
+        finish(some, e);
+    }
+}
+
+// The outputs of one tile for `panels` panels from output channel `oc`.
+template <typename Filter, typename T>
+static void finish_tile(const Winograd& a, const Place& place, int64_t oc, int64_t panels,
+                        const float* const* from) {
+    constexpr int kOut = Filter::kOut;
+    const int64_t height = min(kOut, a.out_h - place.y), width = min(kOut, a.out_w - place.x);
+    const int64_t start = place.n * a.stride_n + place.y * a.stride_h + place.x * a.stride_w;
+    for (int64_t i = 0; i < panels; ++i, oc += kPanel) {
+        Sums<kOut, 1> rows[kOut];
+        transform_output<Filter>(from, i * kPanel, rows);
+        Epilogue<T> e;
+        e.scale = a.scale ? a.scale + oc : nullptr;
+        e.shift = a.shift ? a.shift + oc : nullptr;
+        e.pixel = a.stride_w;
+        e.channels = static_cast<int>(min(kPanel, a.out_c - oc));
+        e.slope = a.slope;
+        for (int64_t y = 0; y < height; ++y) {
+            const int64_t at = start + y * a.stride_h + oc;
+            e.residual = a.residual ? static_cast<const T*>(a.residual) + at : nullptr;
+            e.skip = a.skip ? static_cast<const T*>(a.skip) + at : nullptr;
+            e.out = static_cast<T*>(a.out) + at;
+            finish_row<kOut>(width, rows[y], e);
+        }
+    }
+}
+
+// The outputs of a block's tiles for some panels from their M.
+template <typename Filter, typename T>
+static void transform_outputs(const Geometry<Filter>& g, Span tiles, Span panels, float* m) {
+    const Layout<Filter> layout{tiles.count(), panels.count() * kPanel};
+    for (int64_t t = tiles.begin; t < tiles.end; ++t) {
+        float* from[g.kFrequencies];
+        layout.pointers(m, t - tiles.begin, from);
+        finish_tile<Filter, T>(g.a, place_of(g, t), panels.begin * kPanel, panels.count(), from);
+    }
+}
+
+}  // namespace SHELFKERN_ISA
+}  // namespace shelfkern
