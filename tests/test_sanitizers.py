@@ -28,7 +28,8 @@ module = getattr(native, {module!r})
 {call}
 """
 CALLS = {
-    "module": "module.upsample_add(x.data_ptr(), x.data_ptr(), 0, x.data_ptr(), 0, 1, 4, 4, 4, 1)",
+    "module": "module.upsample_add(x.data_ptr(), x.data_ptr(), 0, x.data_ptr(), 0, 1, 4, 4, 4, 1, "
+    "0, 1, 1, 0)",
     "emulation": "module.upsample_add(x.data_ptr(), x.data_ptr(), 0, x.data_ptr(), 0, 1, 4, 4, 4, "
     "*[(64, 16, 4)] * 3, (0, True))",
 }

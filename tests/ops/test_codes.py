@@ -187,7 +187,7 @@ def test_every_code_and_every_rounding_on_every_isa(zero):
         each_isa(run)
 
 
-def test_conv_what_is_not_finite():
+def test_conv_what_is_not_finite_on_every_isa():
     """NaN becomes the lowest code, what is beyond the codes the last on its side."""
     x, weight = nhwc(torch.full((1, 4, 2, 2), 9, dtype=U8)), torch.ones(64, 4, 1, 1, dtype=torch.int8)
     filters = CodedFilters(pack_conv(weight, dtype=torch.int8), torch.ones(64))
@@ -237,7 +237,7 @@ def assert_near(found, truth, out, slack=1e-5):
 
 
 @pytest.mark.parametrize("n, c, k, h, w", [(1, 64, 64, 6, 8), (2, 37, 21, 3, 5), (1, 1, 1, 1, 1)])
-def test_deconv(n, c, k, h, w):
+def test_deconv_on_every_isa(n, c, k, h, w):
     x, skip = some_codes(n, c, h, w, highest=255), some_codes(n, k, 2 * h, 2 * w, seed=1, highest=255)
     weight, bias = random(c, k, 3, 3, seed=2) / c**0.5, random(k, seed=3)
     own, of_skip, out = Quantum(0.02, 3), Quantum(0.03, 5), Quantum(0.05, 90)
@@ -258,7 +258,7 @@ def test_deconv(n, c, k, h, w):
 
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("n, c, h, w", [(2, 64, 3, 5), (1, 21, 4, 2), (1, 1, 1, 1)])
-def test_upsample_add(n, c, h, w, gated):
+def test_upsample_add_on_every_isa(n, c, h, w, gated):
     x, skip = some_codes(n, c, h, w, highest=255), some_codes(n, c, 2 * h, 2 * w, seed=1, highest=255)
     gate = random(n, c, seed=2).sigmoid() if gated else None
     # Of no common step, so that few sums lie in the middle of two codes.
@@ -277,7 +277,7 @@ def test_upsample_add(n, c, h, w, gated):
 
 
 @pytest.mark.parametrize("n, c, h, w", [(2, 64, 13, 15), (1, 21, 1, 1)])
-def test_attention_gate(n, c, h, w):
+def test_attention_gate_on_every_isa(n, c, h, w):
     x, quantum = some_codes(n, c, h, w, highest=255), Quantum(0.02, 90)
     weight, scale, shift = random(c, c) / c**0.5, random(c, seed=1), random(c, seed=2)
     truth = ops.attention_gate_reference(
@@ -311,7 +311,7 @@ STEMS = [
 @pytest.mark.parametrize("slope", [0.0, 0.01])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n, h, w, k, size", STEMS)
-def test_stem_of_normalised_products(n, h, w, k, size, dtype, slope):
+def test_stem_of_normalised_products_on_every_isa(n, h, w, k, size, dtype, slope):
     """Codes of what floats would be pooled to: rounding and the maximum change places."""
     image, (weight, scale, shift) = pixels(n, h, w), parameters(k)
     out = Quantum(0.03, 5)
@@ -331,7 +331,7 @@ def test_stem_of_normalised_products(n, h, w, k, size, dtype, slope):
 
 
 @pytest.mark.parametrize("n, h, w, k, size", STEMS)
-def test_stem_of_raw_products(n, h, w, k, size):
+def test_stem_of_raw_products_on_every_isa(n, h, w, k, size):
     """Raw pixels are exact; beyond the image, where 0 is between two of them, the nearer is taken."""
     image, (weight, scale, shift) = pixels(n, h, w), parameters(k)
     mean, std = MEAN.double(), STD.double()
