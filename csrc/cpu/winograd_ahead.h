@@ -10,16 +10,13 @@ namespace SHELFKERN_ISA {
 // come from L3 or memory while nothing is multiplied. 13 % of the time of 64 channels at 128 x 128.
 class Ahead {
    public:
-    Ahead() : next_(scratch<const void*>(kSlotAhead, kMost + 1)), end_(next_), limit_(next_ + kMost) {
-        *end_ = this;
-    }
+    Ahead() : next_(scratch<const void*>(kSlotAhead, kMost)), end_(next_), limit_(next_ + kMost) {}
 
     void add(const void* data, int64_t bytes) {
         const uintptr_t begin = reinterpret_cast<uintptr_t>(data), end = begin + bytes;
         for (uintptr_t line = begin / kLine * kLine; line < end && end_ < limit_; line += kLine) {
             *end_++ = reinterpret_cast<const void*>(line);
         }
-        *end_ = data;
     }
 
     // The first `bytes` of each of a row of pixels.
@@ -28,12 +25,11 @@ class Ahead {
         for (int64_t i = 0; i < pixels; ++i) add(data + i * pixel, bytes);
     }
 
-    // For so many steps, the first of which fetches *lines, and the next one what is `stride` behind it.
-    const void* const* take(int64_t steps, int64_t* stride) {
-        const void* const* lines = next_;
-        *stride = end_ - next_ >= steps;
-        next_ += *stride * steps;
-        return lines;
+    // One line for each of so many steps, or null.
+    const void* const* take(int64_t steps) {
+        if (end_ - next_ < steps) return nullptr;
+        next_ += steps;
+        return next_ - steps;
     }
 
    private:
