@@ -58,18 +58,17 @@ void read_words(Codes, const Stem& a, int64_t n, int64_t y, int64_t count, Codes
         for (int64_t x = 0; x < count; ++x, from += 3) to[x] = from[0] | from[1] << 8 | from[2] << 16;
         return;
     }
-    const float* from = static_cast<const float*>(a.image) + (n * 3 * a.image_h + y) * a.image_w;
-    const int64_t plane = a.image_h * a.image_w;
-    uint8_t* codes = static_cast<uint8_t*>(thread_scratch(2, 3 * (count + kLanes)));
-    for (int64_t k = 0; k < 3; ++k, from += plane, codes += count + kLanes) {
+    const int64_t row = count + kLanes;
+    uint8_t* codes = static_cast<uint8_t*>(thread_scratch(2, 3 * row));
+    for (int64_t k = 0; k < 3; ++k) {
+        const float* plane = static_cast<const float*>(a.image) + ((n * 3 + k) * a.image_h + y) * a.image_w;
+        const vf scale = splat(a.raw[k]), shift = splat(a.raw[3 + k]);
         for (int64_t x = 0; x < count; x += kLanes) {
             const int some = static_cast<int>(count - x < kLanes ? count - x : kLanes);
-            store(codes + x, load_up_to(from + x, some) * splat(a.raw[k]) + splat(a.raw[3 + k]));
+            store(codes + k * row + x, load_up_to(plane + x, some) * scale + shift);
         }
     }
-    codes -= 3 * (count + kLanes);
-    const uint8_t *green = codes + count + kLanes, *blue = green + count + kLanes;
-    for (int64_t x = 0; x < count; ++x) to[x] = codes[x] | green[x] << 8 | blue[x] << 16;
+    for (int64_t x = 0; x < count; ++x) to[x] = codes[x] | codes[row + x] << 8 | codes[2 * row + x] << 16;
 }
 
 template <typename Word>
