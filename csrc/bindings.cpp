@@ -171,7 +171,7 @@ void bn_act_dropout_backward(Address grad, Address x, Address weight, Address me
 
 Product product_of(const std::string& kind) {
     static const std::map<std::string, Product> products = {
-        {"float32", Product::floats}, {"bfloat16", Product::pairs}, {"int8", Product::quads}};
+        {"float32", Product::float32}, {"bfloat16", Product::bfloat16}, {"int8", Product::int8}};
     const auto found = products.find(kind);
     if (found == products.end()) {
         throw py::value_error("kind is '" + kind + "', it may be float32, bfloat16 or int8");

@@ -1,6 +1,6 @@
 #include "../common/parallel.h"
 #include "codes.h"
-#include "kernels.h"
+#include "dtypes.h"
 
 // exp from libm: nothing of the standard library is instantiated here.
 #include <math.h>
@@ -66,14 +66,7 @@ void run(const AttentionGate& a) {
 }  // namespace
 
 void attention_gate(const AttentionGate& args) {
-    switch (args.dtype) {
-        case DType::f32:
-            return run<float>(args);
-        case DType::bf16:
-            return run<bf16>(args);
-        case DType::u8:
-            return run<uint8_t>(args);
-    }
+    with_type<float, bf16, uint8_t>(args.dtype, [&](auto t) { run<decltype(t)>(args); });
 }
 
 }  // namespace SHELFKERN_ISA

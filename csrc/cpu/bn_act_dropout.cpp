@@ -1,6 +1,5 @@
 #include "../common/parallel.h"
-#include "kernels.h"
-#include "vec.h"
+#include "dtypes.h"
 
 // sqrt from libm: nothing of the standard library is instantiated here.
 #include <math.h>
@@ -396,19 +395,11 @@ void backward(const BnActDropoutBackward& a) {
 }  // namespace
 
 void bn_act_dropout(const BnActDropout& args) {
-    if (args.dtype == DType::f32) {
-        forward<float>(args);
-    } else {
-        forward<bf16>(args);
-    }
+    with_type<float, bf16>(args.dtype, [&](auto t) { forward<decltype(t)>(args); });
 }
 
 void bn_act_dropout_backward(const BnActDropoutBackward& args) {
-    if (args.dtype == DType::f32) {
-        backward<float>(args);
-    } else {
-        backward<bf16>(args);
-    }
+    with_type<float, bf16>(args.dtype, [&](auto t) { backward<decltype(t)>(args); });
 }
 
 }  // namespace SHELFKERN_ISA

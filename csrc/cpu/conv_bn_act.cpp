@@ -2,6 +2,7 @@
 
 #include "../common/parallel.h"
 #include "conv_direct.h"
+#include "dtypes.h"
 #include "spans.h"
 
 namespace shelfkern {
@@ -13,22 +14,22 @@ namespace {
 constexpr int64_t kStripBytes = kMaxPanels == 1 ? 224 * 1024 : 448 * 1024;
 
 // Elements to words, the last one filled up with zeros.
-void pack_channels(const float* from, Floats::Word* to, int64_t count) {
+void pack_channels(const float* from, Float32::Word* to, int64_t count) {
     std::memcpy(to, from, count * sizeof(float));
 }
 
-void pack_channels(const bf16* from, Floats::Word* to, int64_t count) {
+void pack_channels(const bf16* from, Float32::Word* to, int64_t count) {
     int64_t i = 0;
     for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
     for (; i < count; ++i) to[i] = load_one(from + i);
 }
 
-void pack_channels(const bf16* from, Bfloats::Word* to, int64_t count) {
+void pack_channels(const bf16* from, Bfloat16::Word* to, int64_t count) {
     std::memcpy(to, from, count / 2 * sizeof(*to));
     if (count % 2) to[count / 2] = from[count - 1].bits;
 }
 
-void pack_channels(const uint8_t* from, Codes::Word* to, int64_t count) {
+void pack_channels(const uint8_t* from, Int8::Word* to, int64_t count) {
     const int64_t words = count / 4;
     std::memcpy(to, from, words * sizeof(*to));
     if (count % 4) {
@@ -45,7 +46,7 @@ void fill(Word* to, int64_t count, Word zero) {
 // What stands for 0 outside the image.
 template <typename P>
 typename P::Word outside(const Conv& a) {
-    return std::is_same<P, Codes>::value ? static_cast<typename P::Word>(a.x_zero * 0x01010101u) : 0;
+    return std::is_same<P, Int8>::value ? static_cast<typename P::Word>(a.x_zero * 0x01010101u) : 0;
 }
 
 // `count` pixels of a row, side by side where all their channels are.
@@ -181,7 +182,7 @@ void run(const Conv& a) {
         const int64_t at = n * a.stride_n + y * a.stride_h;
         const int64_t begin = group * c.panels / c.groups, end = (group + 1) * c.panels / c.groups;
         const auto* weight = static_cast<const typename P::Word*>(a.weight);
-        if constexpr (std::is_same<P, Codes>::value) {
+        if constexpr (std::is_same<P, Int8>::value) {
             input.start = a.start;
             convolve_strip(s, input, out_rows, begin, end, weight, sums, codes_epilogue_of(a, at));
         } else {
@@ -194,12 +195,12 @@ void run(const Conv& a) {
 
 void conv_bn_act(const Conv& args) {
     switch (args.product) {
-        case Product::floats:
-            return args.dtype == DType::f32 ? run<Floats, float>(args) : run<Floats, bf16>(args);
-        case Product::pairs:
-            return run<Bfloats, bf16>(args);
-        case Product::quads:
-            return run<Codes, uint8_t>(args);
+        case Product::float32:
+            return with_type<float, bf16>(args.dtype, [&](auto t) { run<Float32, decltype(t)>(args); });
+        case Product::bfloat16:
+            return run<Bfloat16, bf16>(args);
+        case Product::int8:
+            return run<Int8, uint8_t>(args);
     }
 }
 

@@ -46,7 +46,6 @@ struct TileOf {
     const typename P::Scalar* start;  // panels x 16, what sums begin with; or null, zeros
     bool first, last;                 // chunk
 };
-using Tile = TileOf<Floats>;
 
 template <int kPixels, int kPanels, typename Sum = vf>
 struct Sums {

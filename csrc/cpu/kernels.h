@@ -10,7 +10,7 @@ namespace shelfkern {
 enum class DType : int { f32 = 0, bf16 = 1, u8 = 2 };
 
 // What a word of 32 bits holds where it is multiplied: one float32, two bfloat16, or four codes of 8 bits.
-enum class Product : int { floats = 0, pairs = 1, quads = 2 };
+enum class Product : int { float32 = 0, bfloat16 = 1, int8 = 2 };
 
 // skip + gate[n, c] * nearest_x2(x). x: n h w c; skip, out: n 2h 2w c; gate: n c float32 or null.
 // Of codes: skip_scale * skip + x_scale * gate * (x - x_zero) + bias.
@@ -99,11 +99,11 @@ struct Hardest {
 // parities can write interleaved pixels. Weights: per panel of 16 output channels and chunk of input
 // channels, kernel_h x kernel_w x chunk x 16 words of product (ops/conv_bn_act.py packs them).
 //
-// Quads: x, residual and skip are codes, uint8, and out codes or float32:
+// Of int8, x, residual and skip are codes, uint8, and out codes or float32:
 // act(scale * (conv(x, weight) + start) + shift + residual_scale * residual) + skip_scale * skip + bias.
 struct Conv {
     const void *x, *weight;
-    const float *scale, *shift;   // per output channel; null: 1 and 0. Of quads per channel of whole panels
+    const float *scale, *shift;   // per output channel; null: 1 and 0. Of int8 per channel of whole panels
     const void *residual, *skip;  // or null
     void* out;
     DType dtype;
@@ -158,8 +158,8 @@ struct WinogradBlock {
 // with zeros beyond it after normalisation. u8 images are NHWC, and `values` (256 x 3) holds all that
 // they may hold, normalised; float ones are NCHW and normalised already.
 //
-// Quads multiply raw images, and of float ones raw[c] * x + raw[3 + c], rounded; `zero` stands for 0. Where
-// the result is codes, `bias` is added before they are rounded; scale and shift are of whole panels.
+// Those of int8 multiply raw images, and of float ones raw[c] * x + raw[3 + c], rounded; `zero` stands for 0.
+// Where the result is codes, `bias` is added before they are rounded; scale and shift are of whole panels.
 struct Stem {
     const void* image;
     const float* values;

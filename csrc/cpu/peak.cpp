@@ -58,12 +58,12 @@ double rate(const Peak& a) {
 
 double peak(const Peak& args) {
     switch (args.product) {
-        case Product::floats:
-            return rate<Floats>(args);
-        case Product::pairs:
-            return rate<Bfloats>(args);
-        case Product::quads:
-            return rate<Codes>(args);
+        case Product::float32:
+            return rate<Float32>(args);
+        case Product::bfloat16:
+            return rate<Bfloat16>(args);
+        case Product::int8:
+            return rate<Int8>(args);
     }
     return 0;
 }

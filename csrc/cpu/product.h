@@ -14,7 +14,7 @@ namespace shelfkern {
 namespace SHELFKERN_ISA {
 
 // One float32.
-struct Floats {
+struct Float32 {
     using Word = float;
     using Weights = vf;
     using Scalar = float;
@@ -25,7 +25,7 @@ struct Floats {
 };
 
 // Two bfloat16, the first in the low half.
-struct Bfloats {
+struct Bfloat16 {
     using Word = uint32_t;
     using Weights = vu;
     using Scalar = float;
@@ -43,7 +43,7 @@ struct Bfloats {
 };
 
 // Four codes: those of the input from 0 to 255, those of the weights from -128 to 127.
-struct Codes {
+struct Int8 {
     using Word = uint32_t;
     using Weights = vu;
     using Scalar = int32_t;

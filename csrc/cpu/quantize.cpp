@@ -1,6 +1,6 @@
 #include "../common/parallel.h"
 #include "codes.h"
-#include "kernels.h"
+#include "dtypes.h"
 
 namespace shelfkern {
 namespace SHELFKERN_ISA {
@@ -34,11 +34,7 @@ void run(const Quantize& a) {
 }  // namespace
 
 void quantize(const Quantize& args) {
-    if (args.dtype == DType::f32) {
-        run<float>(args);
-    } else {
-        run<bf16>(args);
-    }
+    with_type<float, bf16>(args.dtype, [&](auto t) { run<decltype(t)>(args); });
 }
 
 }  // namespace SHELFKERN_ISA

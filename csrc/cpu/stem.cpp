@@ -2,6 +2,7 @@
 
 #include "../common/parallel.h"
 #include "conv_direct.h"
+#include "dtypes.h"
 
 namespace shelfkern {
 namespace SHELFKERN_ISA {
@@ -31,11 +32,11 @@ template <typename P>
 constexpr int64_t kPixelWords = P::kElements == 1 ? 3 : 4 / P::kElements;
 
 // A row of normalised pixels as a product's words.
-void read_words(Floats, const Stem& a, int64_t n, int64_t y, int64_t count, Floats::Word* to) {
+void read_words(Float32, const Stem& a, int64_t n, int64_t y, int64_t count, Float32::Word* to) {
     read_row(a, n, y, count, to);
 }
 
-void read_words(Bfloats, const Stem& a, int64_t n, int64_t y, int64_t count, Bfloats::Word* to) {
+void read_words(Bfloat16, const Stem& a, int64_t n, int64_t y, int64_t count, Bfloat16::Word* to) {
     const int64_t floats = (3 * count + kLanes - 1) / kLanes * kLanes;
     float* row = static_cast<float*>(thread_scratch(2, floats * 4));
     bf16* narrow = static_cast<bf16*>(thread_scratch(3, (floats + 1) * 2));
@@ -52,7 +53,7 @@ void read_words(Bfloats, const Stem& a, int64_t n, int64_t y, int64_t count, Bfl
 }
 
 // A row of raw pixels.
-void read_words(Codes, const Stem& a, int64_t n, int64_t y, int64_t count, Codes::Word* to) {
+void read_words(Int8, const Stem& a, int64_t n, int64_t y, int64_t count, Int8::Word* to) {
     if (a.image_dtype == DType::u8) {
         const uint8_t* from = static_cast<const uint8_t*>(a.image) + (n * a.image_h + y) * a.image_w * 3;
         for (int64_t x = 0; x < count; ++x, from += 3) to[x] = from[0] | from[1] << 8 | from[2] << 16;
@@ -82,7 +83,7 @@ void pack_image(const Stem& a, const Shape& s, int64_t n, int64_t first_row, int
     constexpr int64_t kWords = kPixelWords<P>;
     const int64_t columns = s.columns();
     const int64_t inside = columns - kPad < a.image_w ? columns - kPad : a.image_w;
-    const typename P::Word zero = std::is_same<P, Codes>::value ? a.zero : 0;
+    const typename P::Word zero = std::is_same<P, Int8>::value ? a.zero : 0;
     for (int64_t r = 0; r < rows; ++r, to += kWords * columns) {
         const int64_t y = first_row + r;
         if (y < 0 || y >= a.image_h) {
@@ -199,16 +200,11 @@ void run(const Stem& a) {
 }  // namespace
 
 void stem(const Stem& args) {
-    if (args.product == Product::quads) return run<Codes, uint8_t>(args);
-    const bool wide = args.product == Product::floats;
-    switch (args.dtype) {
-        case DType::f32:
-            return wide ? run<Floats, float>(args) : run<Bfloats, float>(args);
-        case DType::bf16:
-            return wide ? run<Floats, bf16>(args) : run<Bfloats, bf16>(args);
-        case DType::u8:
-            return wide ? run<Floats, uint8_t>(args) : run<Bfloats, uint8_t>(args);
-    }
+    if (args.product == Product::int8) return run<Int8, uint8_t>(args);
+    const bool wide = args.product == Product::float32;
+    with_type<float, bf16, uint8_t>(args.dtype, [&](auto t) {
+        wide ? run<Float32, decltype(t)>(args) : run<Bfloat16, decltype(t)>(args);
+    });
 }
 
 }  // namespace SHELFKERN_ISA

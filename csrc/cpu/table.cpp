@@ -31,14 +31,14 @@ void bn_act_dropout_backward(const BnActDropoutBackward&);
 double peak(const Peak&);
 
 #if defined(__AVX512BF16__)
-constexpr bool kHasPairs = true;
+constexpr bool kHasBfloat16 = true;
 #else
-constexpr bool kHasPairs = false;
+constexpr bool kHasBfloat16 = false;
 #endif
 #if defined(__AVX512VNNI__)
-constexpr bool kHasQuads = true;
+constexpr bool kHasInt8 = true;
 #else
-constexpr bool kHasQuads = false;
+constexpr bool kHasInt8 = false;
 #endif
 
 extern const Kernels table;
@@ -47,8 +47,8 @@ extern const Kernels table;
 const Kernels table = [] {
     Kernels kernels = SHELFKERN_BASE::table;
     kernels.isa = SHELFKERN_NAME(SHELFKERN_ISA);
-    kernels.has[1] = kHasPairs;
-    kernels.has[2] = kHasQuads;
+    kernels.has[static_cast<int>(Product::bfloat16)] = kHasBfloat16;
+    kernels.has[static_cast<int>(Product::int8)] = kHasInt8;
     kernels.conv_bn_act = conv_bn_act;
     kernels.stem = stem;
     kernels.peak = peak;
@@ -56,7 +56,7 @@ const Kernels table = [] {
 }();
 #else
 const Kernels table = {SHELFKERN_NAME(SHELFKERN_ISA),
-                       {true, kHasPairs, kHasQuads},
+                       {true, kHasBfloat16, kHasInt8},
                        upsample_add,
                        attention_gate,
                        upsample_bilinear,

@@ -1,3 +1,4 @@
+#include "dtypes.h"
 #include "resize.h"
 
 namespace shelfkern {
@@ -36,11 +37,7 @@ void run(const Resize& a) {
 }  // namespace
 
 void upsample_argmax(const Resize& args) {
-    if (args.dtype == DType::f32) {
-        run<float>(args);
-    } else {
-        run<bf16>(args);
-    }
+    with_type<float, bf16>(args.dtype, [&](auto t) { run<decltype(t)>(args); });
 }
 
 }  // namespace SHELFKERN_ISA

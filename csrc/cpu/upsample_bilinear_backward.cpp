@@ -1,5 +1,6 @@
 // The gradient of upsample_bilinear with respect to its scores: each low-resolution pixel sums the
 // gradients of the full-size pixels that read it, rows first and then columns, always in the same order.
+#include "dtypes.h"
 #include "gather.h"
 
 namespace shelfkern {
@@ -66,11 +67,7 @@ void run(const Resize& a) {
 }  // namespace
 
 void upsample_bilinear_backward(const Resize& args) {
-    if (args.dtype == DType::f32) {
-        run<float>(args);
-    } else {
-        run<bf16>(args);
-    }
+    with_type<float, bf16>(args.dtype, [&](auto t) { run<decltype(t)>(args); });
 }
 
 }  // namespace SHELFKERN_ISA

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../common/buffers.h"
+#include "dtypes.h"
 #include "exp.h"
 #include "gather.h"
 #include "log.h"
@@ -387,7 +388,7 @@ CrossEntropySums run(const UpsampleCrossEntropy& args) {
 }  // namespace
 
 CrossEntropySums upsample_cross_entropy(const UpsampleCrossEntropy& args) {
-    return args.resize.dtype == DType::f32 ? run<float>(args) : run<bf16>(args);
+    return with_type<float, bf16>(args.resize.dtype, [&](auto t) { return run<decltype(t)>(args); });
 }
 
 }  // namespace SHELFKERN_ISA

@@ -1,5 +1,6 @@
 #include <limits>
 
+#include "dtypes.h"
 #include "exp.h"
 #include "resize.h"
 
@@ -73,11 +74,7 @@ void run(const SoftmaxSum& sum) {
 }  // namespace
 
 void upsample_softmax_sum(const SoftmaxSum& args) {
-    if (args.resize.dtype == DType::f32) {
-        run<float>(args);
-    } else {
-        run<bf16>(args);
-    }
+    with_type<float, bf16>(args.resize.dtype, [&](auto t) { run<decltype(t)>(args); });
 }
 
 }  // namespace SHELFKERN_ISA

@@ -3,6 +3,7 @@
 // The input of a block of tiles is transformed once, into V (winograd_input.h), and for each group of weight
 // panels multiplied, frequency after frequency, into M (winograd_products.h), which the output transform and
 // the epilogue turn into outputs (winograd_output.h). Blocks follow one another in bands or waves.
+#include "dtypes.h"
 #include "winograd_bands.h"
 #include "winograd_filters.h"
 #include "winograd_shared_block.h"
@@ -39,19 +40,11 @@ void run_filter(const Winograd& a) {
 }  // namespace
 
 void winograd_block(const WinogradBlock& args) {
-    if (args.dtype == DType::f32) {
-        run_block<float>(args);
-    } else {
-        run_block<bf16>(args);
-    }
+    with_type<float, bf16>(args.dtype, [&](auto t) { run_block<decltype(t)>(args); });
 }
 
 void winograd(const Winograd& args) {
-    if (args.dtype == DType::f32) {
-        run_filter<float>(args);
-    } else {
-        run_filter<bf16>(args);
-    }
+    with_type<float, bf16>(args.dtype, [&](auto t) { run_filter<decltype(t)>(args); });
 }
 
 }  // namespace SHELFKERN_ISA
