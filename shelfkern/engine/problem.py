@@ -42,6 +42,7 @@ def random_value(value: p.Value, size: Size, dtype: torch.dtype, device: torch.d
     if value.codes is not None:
         # As codes of activations spread: one step of a normal deviate would make most of int8's zeros.
         values = (CODES_DEVIATION * values).round().clamp(-127, 127)
+        values = values.abs() if own is torch.uint8 else values
     return values.to(own).permute(0, 3, 1, 2)
 
 
