@@ -468,6 +468,7 @@ def test_cuda_shared_memory(c, rows):
     assert native.emulation.statistics()["shared_bytes"] == cuda_shared_bytes(c, rows) <= 163 * 1024
 
 
+@needs_emulator
 def test_tiles_fit_a_smaller_gpu(monkeypatch):
     assert tile_rows((8, 64, 256, 512), 132, cuda_shared_bytes(64, 8)) == 8
     monkeypatch.setattr(backends, "shared_bytes", lambda x: 99 * 1024)
