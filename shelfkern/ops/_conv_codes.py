@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import native
 from .conv_bn_act import PackedConv, native_conv, pack_conv, whole_panels
-from .deconv_add import TAPS
+from .deconv_add import parities, parity_kernels
 from .quantize import Quantum, quantize_weight
 
 
@@ -61,7 +61,7 @@ def pack_conv_codes(w: Tensor, stride: int = 1, padding: int = 0) -> CodedFilter
 def pack_deconv_codes(w: Tensor) -> tuple[CodedFilters, ...]:
     """The same of weights (C, K, 3, 3) of a transposed convolution, as `pack_deconv`."""
     codes, step = _codes(w.transpose(0, 1))
-    kernels = [codes[:, :, rows][:, :, :, columns] for rows in TAPS for columns in TAPS]
+    kernels = parity_kernels(codes)
     return tuple(CodedFilters(pack_conv(kernel, dtype=torch.int8), step) for kernel in kernels)
 
 
@@ -124,7 +124,5 @@ def deconv_codes_native(
     x: Tensor, packed: tuple[CodedFilters, ...], folded: tuple[Folded, ...], skip: Tensor, out: Tensor
 ) -> None:
     """`deconv_add_native` of codes, uint8."""
-    for parity, (taps, after) in enumerate(zip(packed, folded, strict=True)):
-        row, column = divmod(parity, 2)
-        part = (slice(None), slice(None), slice(row, None, 2), slice(column, None, 2))
-        conv_codes_native(x, taps.packed, after, None, skip[part], out[part], None)
+    for taps, after, added, part in zip(packed, folded, parities(skip), parities(out), strict=True):
+        conv_codes_native(x, taps.packed, after, None, added, part, None)

@@ -32,9 +32,19 @@ def pack_deconv(w: Tensor, dtype: torch.dtype = torch.float32) -> PackedDeconv:
 
     dtype: of the products, float32 or bfloat16.
     """
-    kernels = [w[:, :, rows][:, :, :, columns] for rows in TAPS for columns in TAPS]
-    a, b, c, d = (pack_conv(kernel.transpose(0, 1), terms=MAX_TERMS, dtype=dtype) for kernel in kernels)
+    kernels = parity_kernels(w.transpose(0, 1))
+    a, b, c, d = (pack_conv(kernel, terms=MAX_TERMS, dtype=dtype) for kernel in kernels)
     return a, b, c, d
+
+
+def parity_kernels(w: Tensor) -> list[Tensor]:
+    """Of weights (K, C, 3, 3) the taps that reach each parity of outputs: even and odd rows and columns."""
+    return [w[:, :, rows][:, :, :, columns] for rows in TAPS for columns in TAPS]
+
+
+def parities(x: Tensor) -> list[Tensor]:
+    """Every second pixel, in the order of `parity_kernels`."""
+    return [x[:, :, row::2, column::2] for row in range(2) for column in range(2)]
 
 
 def deconv_add_reference(x: Tensor, w: Tensor, bias: Tensor, skip: Tensor) -> Tensor:
@@ -49,10 +59,8 @@ def can_run(x: Tensor) -> backends.Reasons:
 
 def deconv_add_native(x: Tensor, packed: PackedDeconv, bias: Tensor, skip: Tensor, out: Tensor) -> None:
     """The native kernel into `out`, unchecked: NHWC storage, bias float32."""
-    for parity, taps in enumerate(packed):
-        row, column = divmod(parity, 2)
-        part = (slice(None), slice(None), slice(row, None, 2), slice(column, None, 2))
-        conv_bn_act_native(x, taps, None, bias, skip[part], None, out[part], None)
+    for taps, residual, part in zip(packed, parities(skip), parities(out), strict=True):
+        conv_bn_act_native(x, taps, None, bias, residual, None, part, None)
 
 
 @jit

@@ -46,7 +46,7 @@ class Quantum:
 
 def quantize_reference(x: Tensor, step: float | Tensor, dtype: torch.dtype = torch.int8) -> Tensor:
     """The same in torch calls, for any device and dtype; in float64 for it, otherwise in float32."""
-    values = x.to(torch.promote_types(x.dtype, torch.float32)) / step
+    values = common.wide(x) / step
     if dtype is torch.int8:
         values = torch.where(values.isnan(), 0.0, values.clamp(-128, 127)).round()
     else:
