@@ -1,4 +1,4 @@
-"""Augmentation of an image and its mask together, as published, and a change of light and camera of ours.
+"""Augmentation of an image and its mask together, as published, a change of light and camera, and ClassMix.
 
 All randomness comes from the generator given. Padding comes last, so that no filter takes its colour into
 the image, and labels are only ever copied, never interpolated.
@@ -38,6 +38,8 @@ class Augmentation:
         blur: probability of a Gaussian blur, of a radius from 0 to 1 pixel.
         jitter: how far brightness, contrast and saturation go from their factor of 1, either way.
         light: how far `relight` goes, 0 for not at all.
+        mix: probability that `mixed` lays half the classes of another image over this one. The trainer, which
+            has the others, does so after both are augmented.
     """
 
     crop: tuple[int, int]
@@ -50,6 +52,7 @@ class Augmentation:
     blur: float = 0.0
     jitter: tuple[float, float, float] = (0.0, 0.0, 0.0)
     light: float = 0.0
+    mix: float = 0.0
 
     def __post_init__(self) -> None:
         if len(self.crop) != 2 or min(self.crop) < 1:
@@ -64,7 +67,7 @@ class Augmentation:
             raise ValueError(f"scale_range is {self.scale_range}, it must be the lowest and the highest")
         if self.base_size is not None and self.base_size < 1:
             raise ValueError(f"base_size is {self.base_size}, it must be 1 or more")
-        for name in ("mirror", "blur"):
+        for name in ("mirror", "blur", "mix"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, a probability is 0 to 1")
         if not 0 <= self.rotation <= 180:
@@ -219,3 +222,24 @@ def relight(image: Image.Image, strength: float, rng: np.random.Generator) -> Im
         noise = rng.standard_normal(pixels.shape, np.float32)
         pixels = pixels + noise * np.float32(rng.uniform(0, 0.04))
     return Image.fromarray(np.uint8(np.rint(np.clip(pixels, 0, 1) * 255)))
+
+
+def mixed(
+    image: np.ndarray, mask: np.ndarray, other: np.ndarray, other_mask: np.ndarray, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """An image over which lie all pixels of half of another's classes (Olsson et al. 2021, ClassMix).
+
+    The classes are chosen at random: of an odd number the smaller half, so that of one class nothing is
+    taken. `IGNORE` is no class and never taken.
+
+    Args:
+        image, other: uint8 (height, width, 3).
+        mask, other_mask: uint8 (height, width).
+
+    Returns:
+        the image and its mask, in new arrays.
+    """
+    present = np.unique(other_mask)
+    present = present[present != IGNORE]
+    taken = np.isin(other_mask, rng.choice(present, len(present) // 2, replace=False))
+    return np.where(taken[..., None], other, image), np.where(taken, other_mask, mask)

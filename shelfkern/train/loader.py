@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils import data
 
 from ..data.dataset import Dataset
-from ..data.transforms import Augmentation
+from ..data.transforms import Augmentation, mixed
 from .recipe import Stage
 
 
@@ -53,14 +53,26 @@ class Keys:
 
 
 class Augmented(data.Dataset[tuple[np.ndarray, np.ndarray]]):
-    """Augmented images by `Key`."""
+    """Augmented images by `Key`, (height, width, 3), and their masks (height, width), both uint8.
+
+    Where the augmentation mixes, another image of the source is augmented alike for it.
+    """
 
     def __init__(self, source: Dataset, augmentation: Augmentation) -> None:
         self.source, self.augmentation = source, augmentation
 
     def __getitem__(self, key: Key) -> tuple[np.ndarray, np.ndarray]:
-        sample = self.source[key.index]
-        return self.augmentation(sample.image, sample.mask, np.random.default_rng(key.seed))
+        rng = np.random.default_rng(key.seed)
+        image, mask = self._augmented(key.index, rng)
+        # Without mixing nothing is drawn for it: such recipes give what they gave before there was any.
+        if self.augmentation.mix and rng.random() < self.augmentation.mix:
+            other = self._augmented(int(rng.integers(len(self.source))), rng)
+            image, mask = mixed(image, mask, *other, rng)
+        return image, mask
+
+    def _augmented(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        sample = self.source[index]
+        return self.augmentation(sample.image, sample.mask, rng)
 
 
 def batches(

@@ -13,6 +13,7 @@ from shelfkern.data import IGNORE
 from shelfkern.data.transforms import (
     Augmentation,
     jitter,
+    mixed,
     padded,
     random_window,
     relight,
@@ -433,6 +434,7 @@ def test_arguments_are_left_alone(augmentation: Augmentation) -> None:
         ({"base_size": 0}, "^base_size is 0"),
         ({"mirror": 1.5}, "^mirror is 1.5, a probability"),
         ({"blur": -0.1}, "^blur is -0.1, a probability"),
+        ({"mix": 1.1}, "^mix is 1.1, a probability"),
         ({"rotation": -3}, "^rotation is -3, it may be 0 to 180"),
         ({"jitter": (0.5, 0.5)}, "^jitter is"),
         ({"jitter": (0.5, 0.5, 1.5)}, "^jitter is"),
@@ -522,3 +524,55 @@ def test_relight_does_not_touch_padding() -> None:
     for seed in range(20):
         pixels, labels = augmentation(image, mask, rng(seed))
         assert not pixels[labels == IGNORE].any()
+
+
+def mixed_pair(seed: int, classes: list[int]) -> tuple[np.ndarray, ...]:
+    """An image and its mask, and another with the given labels, each in some pixel."""
+    image, mask = map(np.array, random_pair(12, 14, seed))
+    other, _ = map(np.array, random_pair(12, 14, seed + 50))
+    other_mask = rng(seed + 70).permutation(np.resize(np.array(classes, np.uint8), 12 * 14)).reshape(12, 14)
+    mask[:2] = IGNORE
+    return image, mask, other, other_mask
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("classes", [[0, 3, 4, 9], [1, 5, 200], [7, 2, IGNORE], [0, 1, 2, 3, IGNORE]])
+def test_mixed_takes_all_pixels_of_half_the_classes(classes: list[int], seed: int) -> None:
+    image, mask, other, other_mask = mixed_pair(seed, classes)
+    # Labels that the first mask has not, so that they show what was taken.
+    mask[mask != IGNORE] += 100
+    found, labels = mixed(image, mask, other, other_mask, rng(seed))
+    known = [label for label in classes if label != IGNORE]
+    taken = [label for label in known if (labels[other_mask == label] == label).all()]
+    assert len(taken) == len(known) // 2
+    over = np.isin(other_mask, taken)
+    assert_array_equal(labels[over], other_mask[over])
+    assert_array_equal(found[over], other[over])
+    assert_array_equal(labels[~over], mask[~over])
+    assert_array_equal(found[~over], image[~over])
+    assert found.dtype == labels.dtype == np.uint8
+
+
+@pytest.mark.parametrize("classes", [[4], [4, IGNORE], [IGNORE]])
+def test_mixed_takes_nothing_of_fewer_than_two_classes(classes: list[int]) -> None:
+    image, mask, other, other_mask = mixed_pair(0, classes)
+    found, labels = mixed(image, mask, other, other_mask, rng())
+    assert_array_equal(found, image)
+    assert_array_equal(labels, mask)
+
+
+def test_mixed_takes_every_class_as_often() -> None:
+    pair = mixed_pair(0, [11, 12, 13, 14])
+    labels = [np.unique(mixed(*pair, rng(seed))[1]) for seed in range(300)]
+    counts = [sum(label in found for found in labels) for label in (11, 12, 13, 14)]
+    assert all(110 < count < 190 for count in counts)
+
+
+def test_mixed_repeats_and_leaves_its_arguments() -> None:
+    pair = mixed_pair(0, list(range(8)))
+    before = [array.copy() for array in pair]
+    first, second, third = (mixed(*pair, rng(seed)) for seed in (3, 3, 4))
+    assert all(map(np.array_equal, first, second)) and not all(map(np.array_equal, first, third))
+    for array in first:
+        assert not any(np.shares_memory(array, one) for one in pair)
+    assert all(map(np.array_equal, pair, before))

@@ -77,6 +77,7 @@ def test_changes(tmp_path) -> None:
         ("steps=0", "stage train: steps is 0, epochs is 0, one of them must be given"),
         ("average=1", "stage train: average is 1.0, it may be from 0 to below 1"),
         ("schedule.warmup_from=0", "stage train.schedule: warmup_from is 0.0, it may be above 0, to 1"),
+        ("augmentation.mix=2", "stage train.augmentation: mix is 2.0, a probability is 0 to 1"),
         ("augmentation.crop=[32]", "stage train.augmentation.crop.1 is missing"),
         ("name=a/b", "stage a/b: name is 'a/b', it may be any name of a folder"),
     ],
@@ -155,7 +156,7 @@ def assert_as_published_for_50(stage: Stage) -> None:
     augmentation = stage.augmentation
     assert (augmentation.scale_range, augmentation.mirror) == ((0.5, 2.0), 0.5)
     assert (augmentation.rotation, augmentation.blur) == (10.0, 0.5)
-    assert augmentation.jitter == (0, 0, 0) and not augmentation.light
+    assert augmentation.jitter == (0, 0, 0) and not augmentation.light and not augmentation.mix
     assert stage.model == Model("shelfnet50")
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from shelfkern import checkpoints
 from shelfkern.data import Dataset, open_dataset
+from shelfkern.data.transforms import Augmentation
 from shelfkern.nn import save_weights, shelfnet18_lw, shelfnet50
 from shelfkern.train.distributed import Processes
 from shelfkern.train.loader import batches
@@ -59,6 +60,7 @@ def assert_same(one: object, other: object, where: str = "") -> None:
         {"precision": "bfloat16", "loss": Loss(lovasz=0.5, class_margin=1.1)},
         {"precision": "float16", "optimizer": Optimizer("sgd", momentum=0.9, clip=1.0), "accumulate": 2},
         {"loss": Loss("ohem"), "average": 0.0, "fused": False},
+        {"augmentation": Augmentation((32, 48), mix=0.5)},
     ],
 )
 def test_a_resumed_run_equals_one_never_stopped(changes, source, tmp_path) -> None:
