@@ -7,6 +7,7 @@ import signal
 import click
 
 from ..version import __version__
+from .average import average
 from .bench import bench
 from .doctor import doctor
 from .evaluate import evaluate
@@ -26,6 +27,7 @@ commands.add_command(segment)
 commands.add_command(evaluate)
 commands.add_command(bench)
 commands.add_command(train)
+commands.add_command(average)
 commands.add_command(doctor)
 commands.add_command(export)
 commands.add_command(resources)

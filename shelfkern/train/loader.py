@@ -55,7 +55,7 @@ class Keys:
 class Augmented(data.Dataset[tuple[np.ndarray, np.ndarray]]):
     """Augmented images by `Key`, (height, width, 3), and their masks (height, width), both uint8.
 
-    Where the augmentation mixes, another image of the source is augmented alike for it.
+    Where the augmentation mixes, any image of the source is augmented alike for it.
     """
 
     def __init__(self, source: Dataset, augmentation: Augmentation) -> None:
