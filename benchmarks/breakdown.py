@@ -144,8 +144,7 @@ def _row(case: Case, index: int, layer: Layer | CpuLayer, timing: Timing, ceilin
     step, size = layer.step, (case.batch, *case.padded)
     # What is not codes of 8 bits stays floating: 16 bits on a GPU, float32 on a CPU.
     floating = case.torch_dtype if case.torch_dtype.is_floating_point else torch.float32
-    # Winograd's products are of float32 whatever the activations.
-    dtype = torch.float32 if "winograd" in layer.algorithm.name else step.weights_dtype(floating)
+    dtype = _multiplied(layer, floating)
     direct, nbytes = 2 * step_macs(step, *size), step_bytes(step, floating, *size)
     flop = step_flop(step, layer.algorithm.name, case.batch, case.padded)
     floor = ceilings.seconds(flop, nbytes, dtype)
@@ -168,6 +167,14 @@ def _row(case: Case, index: int, layer: Layer | CpuLayer, timing: Timing, ceilin
         "bound_by": "flop" if flop / ceilings.flop_per_s[ceilings.arithmetic(dtype)] == floor else "bytes",
         "fraction": _round(floor / timing.median),
     }
+
+
+def _multiplied(layer: Layer | CpuLayer, floating: torch.dtype) -> torch.dtype:
+    """What a layer's products are of: Winograd's are not of what its activations are."""
+    name = layer.algorithm.name
+    if "winograd" in name:
+        return torch.int16 if "int16" in name else torch.float32
+    return layer.step.weights_dtype(floating)
 
 
 def _sum(case: Case, found: list[Row], total: float, together: float) -> Row:

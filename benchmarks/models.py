@@ -216,6 +216,8 @@ class Bench:
 def ceilings_of(meter: Meter, cases: list[Case]) -> dict[int | None, Ceilings]:
     """What the machine reaches in all dtypes of the cases, by their numbers of threads."""
     dtypes = tuple(dict.fromkeys(case.torch_dtype for case in cases))
+    if cases and cases[0].device == "cpu":
+        dtypes += (torch.int16,)  # of which some algorithms are, whatever the case's dtype
     found = {}
     for case in {case.threads: case for case in cases}.values():
         with threads_of(case):

@@ -170,11 +170,13 @@ void bn_act_dropout_backward(Address grad, Address x, Address weight, Address me
 }
 
 Product product_of(const std::string& kind) {
-    static const std::map<std::string, Product> products = {
-        {"float32", Product::float32}, {"bfloat16", Product::bfloat16}, {"int8", Product::int8}};
+    static const std::map<std::string, Product> products = {{"float32", Product::float32},
+                                                            {"bfloat16", Product::bfloat16},
+                                                            {"int8", Product::int8},
+                                                            {"int16", Product::int16}};
     const auto found = products.find(kind);
     if (found == products.end()) {
-        throw py::value_error("kind is '" + kind + "', it may be float32, bfloat16 or int8");
+        throw py::value_error("kind is '" + kind + "', it may be float32, bfloat16, int8 or int16");
     }
     return found->second;
 }
@@ -218,19 +220,21 @@ void stem(Address image, Address values, Address weight, Address scale, Address 
                     bias});
 }
 
-void winograd(Address x, Address weight, Address scale, Address shift, Address residual, Address skip,
-              Address out, int dtype, int64_t n, int64_t h, int64_t w, int64_t c, int64_t out_h,
-              int64_t out_w, int64_t out_c, int tile, int stride, bool transposed, int64_t chunk,
-              int64_t stride_n, int64_t stride_h, int64_t stride_w, float slope, int threads) {
+void winograd(Address x, Address weight, Address units, Address scale, Address shift, Address residual,
+              Address skip, Address out, int dtype, int product, int64_t n, int64_t h, int64_t w, int64_t c,
+              int64_t out_h, int64_t out_w, int64_t out_c, int tile, int stride, bool transposed,
+              int64_t chunk, int64_t stride_n, int64_t stride_h, int64_t stride_w, float slope, int threads) {
     const py::gil_scoped_release unlocked;
     kernels().winograd({pointer(x),
-                        pointer<float>(weight),
+                        pointer(weight),
+                        pointer<float>(units),
                         pointer<float>(scale),
                         pointer<float>(shift),
                         pointer(residual),
                         pointer(skip),
                         pointer(out),
                         static_cast<DType>(dtype),
+                        static_cast<Product>(product),
                         n,
                         h,
                         w,
@@ -249,14 +253,14 @@ void winograd(Address x, Address weight, Address scale, Address shift, Address r
                         threads});
 }
 
-void winograd_block(Address x, Address weight, Address scale1, Address shift1, Address scale2, Address shift2,
-                    Address hidden, Address out, int dtype, int64_t n, int64_t h, int64_t w, int64_t c,
-                    bool skip, float slope, int threads) {
+void winograd_block(Address x, Address weight, Address units, Address scale1, Address shift1, Address scale2,
+                    Address shift2, Address hidden, Address out, int dtype, int product, int64_t n, int64_t h,
+                    int64_t w, int64_t c, bool skip, float slope, int threads) {
     const py::gil_scoped_release unlocked;
-    kernels().winograd_block({pointer(x), pointer<float>(weight), pointer<float>(scale1),
+    kernels().winograd_block({pointer(x), pointer(weight), pointer<float>(units), pointer<float>(scale1),
                               pointer<float>(shift1), pointer<float>(scale2), pointer<float>(shift2),
-                              pointer(hidden), pointer(out), static_cast<DType>(dtype), n, h, w, c, skip,
-                              slope, threads});
+                              pointer(hidden), pointer(out), static_cast<DType>(dtype),
+                              static_cast<Product>(product), n, h, w, c, skip, slope, threads});
 }
 
 std::vector<std::string> isas() {

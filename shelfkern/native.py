@@ -19,7 +19,7 @@ from torch import Tensor
 # As the enums in csrc/cpu/kernels.h and csrc/cuda.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2, torch.float16: 3}
 # What convolutions multiply on a CPU: as `Product` in csrc/cpu/kernels.h.
-PRODUCT_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+PRODUCT_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.int16: 3}
 
 NO_COMPILER = "shelfkern was installed without a C++ compiler; install one and reinstall"
 NO_EMULATOR = "shelfkern was installed without the emulator; set SHELFKERN_EMULATION=1 and reinstall"
@@ -113,7 +113,7 @@ def disable(op: str, because: str, backend: str = "native") -> None:
 
 
 def has_product(dtype: torch.dtype) -> bool:
-    """Whether this CPU has instructions for products of bfloat16 or int8; of float32 all have."""
+    """Whether this CPU has instructions for products of bfloat16, int8 or int16; of float32 all have."""
     return module is not None and module.has_product(str(dtype).removeprefix("torch."))
 
 

@@ -177,16 +177,17 @@ def test_products_and_their_peaks():
     module = native.module
     before = module.isa()
     assert native.has_product(torch.float32)
-    with pytest.raises(ValueError, match=r"^kind is 'float64', it may be float32, bfloat16 or int8$"):
+    with pytest.raises(ValueError, match=r"^kind is 'float64', it may be float32, bfloat16, int8 or int16$"):
         module.peak("float64", 1, 1)
     with pytest.raises(ValueError, match=r"^threads is 0, it must be at least 1$"):
         module.peak("float32", 0, 1)
     try:
         for isa in module.isas():
             module.force_isa(isa)
-            assert native.has_product(torch.int8) == (isa in ("avx512_vnni", "avx512_bf16"))
+            for dtype in (torch.int8, torch.int16):
+                assert native.has_product(dtype) == (isa in ("avx512_vnni", "avx512_bf16"))
             assert native.has_product(torch.bfloat16) == (isa == "avx512_bf16")
-            for kind in ("float32", "bfloat16", "int8"):
+            for kind in ("float32", "bfloat16", "int8", "int16"):
                 if module.has_product(kind):
                     assert module.peak(kind, 2, 1) > 0
                 else:

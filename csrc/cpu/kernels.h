@@ -9,8 +9,9 @@ namespace shelfkern {
 
 enum class DType : int { f32 = 0, bf16 = 1, u8 = 2 };
 
-// What a word of 32 bits holds where it is multiplied: one float32, two bfloat16, or four codes of 8 bits.
-enum class Product : int { float32 = 0, bfloat16 = 1, int8 = 2 };
+// What a word of 32 bits holds where it is multiplied: one float32, two bfloat16, four codes of 8 bits, or two
+// whole numbers of 16 bits.
+enum class Product : int { float32 = 0, bfloat16 = 1, int8 = 2, int16 = 3 };
 
 // skip + gate[n, c] * nearest_x2(x). x: n h w c; skip, out: n 2h 2w c; gate: n c float32 or null.
 // Of codes: skip_scale * skip + x_scale * gate * (x - x_zero) + bias.
@@ -122,15 +123,17 @@ struct Conv {
 // The same for 3x3 kernels of padding 1 by Winograd's minimal filtering: of stride 1 with tiles of 2 or 4, of
 // stride 2 with tiles of 4, or the transposed convolution of stride 2 and output padding 1 with tiles of 4.
 //
-// Weights: where chunk is 0, per panel of 16 output channels, (tile + 2)^2 frequencies x c x 16 float32
-// (ops/_conv_winograd.py transforms them); else untransformed, as of Conv in chunks of that many channels.
+// Weights: where chunk is 0, per panel of 16 output channels, (tile + 2)^2 frequencies x c x 16 float32, or
+// of int16 c / 2 x 16 words (ops/_conv_winograd.py transforms them); else untransformed float32, as of Conv in
+// chunks of that many channels. units, of int16: what 1 is worth, panels x (tile + 2)^2 x 16.
 struct Winograd {
-    const void* x;
-    const float* weight;
+    const void *x, *weight;
+    const float* units;
     const float *scale, *shift;   // per output channel; null: 1 and 0
     const void *residual, *skip;  // or null
     void* out;
     DType dtype;
+    Product product;
     int64_t n, h, w, c, out_h, out_w, out_c;
     int tile, stride;
     bool transposed;
@@ -144,10 +147,11 @@ struct Winograd {
 // Winograd's filtering of stride 1 with tiles of 4. x, hidden, out: n h w c, dense; weights transformed, of
 // both.
 struct WinogradBlock {
-    const void* x;
-    const float *weight, *scale1, *shift1, *scale2, *shift2;
+    const void *x, *weight;
+    const float *units, *scale1, *shift1, *scale2, *shift2;
     void *hidden, *out;
     DType dtype;
+    Product product;
     int64_t n, h, w, c;
     bool skip;
     float slope;
@@ -227,7 +231,7 @@ struct Peak {
 
 struct Kernels {
     const char* isa;
-    bool has[3];  // whether there are instructions for each product
+    bool has[4];  // whether there are instructions for each product
     void (*upsample_add)(const UpsampleAdd&);
     void (*attention_gate)(const AttentionGate&);
     void (*upsample_bilinear)(const Resize&);

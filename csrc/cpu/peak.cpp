@@ -64,6 +64,8 @@ double peak(const Peak& args) {
             return rate<Bfloat16>(args);
         case Product::int8:
             return rate<Int8>(args);
+        case Product::int16:
+            return rate<Int16>(args);
     }
     return 0;
 }

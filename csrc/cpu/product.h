@@ -1,5 +1,6 @@
 // Products of 32-bit words, the step that convolutions repeat: one word of an input, which holds one float,
-// two bfloat16 or four codes of 8 bits, times a word of weights in every lane, added to the lanes' sums.
+// two bfloat16, two whole numbers of 16 bits or four codes of 8 bits, times a word of weights in every lane,
+// added to the lanes' sums.
 //
 // Each runs on every instruction set; without instructions of its own it takes several.
 #pragma once
@@ -42,6 +43,37 @@ struct Bfloat16 {
     }
 };
 
+// Sums of two products of 16 bits in every lane.
+static inline vi dot(vs a, vs b) {
+#if defined(__AVX512BW__)
+    return (vi)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+    return (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+    return (vi)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#else
+    const vi x = (vi)a, y = (vi)b;
+    return (x << 16 >> 16) * (y << 16 >> 16) + (x >> 16) * (y >> 16);
+#endif
+}
+
+// Two whole numbers, the first in the low half.
+struct Int16 {
+    using Word = uint32_t;
+    using Weights = vu;
+    using Scalar = int32_t;
+    using Sum = vi;
+    static constexpr int kElements = 2;
+
+    static inline __attribute__((always_inline)) vi add(vi sum, uint32_t x, vu w) {
+#if defined(__AVX512VNNI__)
+        return (vi)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)splat_word(x), (__m512i)w);
+#else
+        return sum + dot((vs)splat_word(x), (vs)w);
+#endif
+    }
+};
+
 // Four codes: those of the input from 0 to 255, those of the weights from -128 to 127.
 struct Int8 {
     using Word = uint32_t;
@@ -58,21 +90,6 @@ struct Int8 {
         const vs even = (vs)(w << 8) >> 8, odd = (vs)w >> 8;
         sum += dot((vs)splat_word(x & 0x00ff00ff), even);
         return sum + dot((vs)splat_word(x >> 8 & 0x00ff00ff), odd);
-#endif
-    }
-
-   private:
-    // Sums of two products of 16 bits in every lane.
-    static inline vi dot(vs a, vs b) {
-#if defined(__AVX512BW__)
-        return (vi)_mm512_madd_epi16((__m512i)a, (__m512i)b);
-#elif defined(__AVX2__)
-        return (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b);
-#elif defined(__SSE2__)
-        return (vi)_mm_madd_epi16((__m128i)a, (__m128i)b);
-#else
-        const vi x = (vi)a, y = (vi)b;
-        return (x << 16 >> 16) * (y << 16 >> 16) + (x >> 16) * (y >> 16);
 #endif
     }
 };

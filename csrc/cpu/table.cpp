@@ -36,9 +36,9 @@ constexpr bool kHasBfloat16 = true;
 constexpr bool kHasBfloat16 = false;
 #endif
 #if defined(__AVX512VNNI__)
-constexpr bool kHasInt8 = true;
+constexpr bool kHasIntegers = true;
 #else
-constexpr bool kHasInt8 = false;
+constexpr bool kHasIntegers = false;
 #endif
 
 extern const Kernels table;
@@ -48,15 +48,18 @@ const Kernels table = [] {
     Kernels kernels = SHELFKERN_BASE::table;
     kernels.isa = SHELFKERN_NAME(SHELFKERN_ISA);
     kernels.has[static_cast<int>(Product::bfloat16)] = kHasBfloat16;
-    kernels.has[static_cast<int>(Product::int8)] = kHasInt8;
+    kernels.has[static_cast<int>(Product::int8)] = kHasIntegers;
+    kernels.has[static_cast<int>(Product::int16)] = kHasIntegers;
     kernels.conv_bn_act = conv_bn_act;
     kernels.stem = stem;
+    kernels.winograd = winograd;
+    kernels.winograd_block = winograd_block;
     kernels.peak = peak;
     return kernels;
 }();
 #else
 const Kernels table = {SHELFKERN_NAME(SHELFKERN_ISA),
-                       {true, kHasBfloat16, kHasInt8},
+                       {true, kHasBfloat16, kHasIntegers, kHasIntegers},
                        upsample_add,
                        attention_gate,
                        upsample_bilinear,

@@ -1,9 +1,13 @@
-// Vectors of the instruction set a file is compiled for, as compiler extensions: no intrinsics, so
-// that one source serves them all.
+// Vectors of the instruction set a file is compiled for, as compiler extensions, so that one source serves
+// them all; intrinsics only where compilers take several instructions for one.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 namespace shelfkern {
 namespace SHELFKERN_ISA {
@@ -52,9 +56,14 @@ static inline vu load(const uint32_t* p) { return load_vector<vu>(p); }
 static inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof(v)); }
 static inline void store(int32_t* p, vi v) { std::memcpy(p, &v, sizeof(v)); }
 
+// Between vectors a cast keeps the bits.
 static inline vf load(const bf16* p) {
-    const vu bits = __builtin_convertvector(load_vector<vh>(p), vu) << 16;
-    return (vf)bits;  // between vectors a cast keeps the bits
+#if defined(__AVX512F__)
+    // GCC widens both halves apart and joins them.
+    return (vf)((vu)_mm512_cvtepu16_epi32((__m256i)load_vector<vh>(p)) << 16);
+#else
+    return (vf)(__builtin_convertvector(load_vector<vh>(p), vu) << 16);
+#endif
 }
 
 // Rounds to nearest, ties to even; NaN stays NaN.

@@ -24,27 +24,30 @@ void run(const Winograd& a) {
     }
 }
 
-template <typename T>
+template <typename P, typename T>
 void run_filter(const Winograd& a) {
     if (a.transposed) {
-        run<FilterTransposed, T>(a);
+        run<Multiplied<FilterTransposed, P>, T>(a);
     } else if (a.stride == 2) {
-        run<FilterStride2, T>(a);
+        run<Multiplied<FilterStride2, P>, T>(a);
     } else if (a.tile == 4) {
-        run<Filter4, T>(a);
-    } else {
-        run<Filter2, T>(a);
+        run<Multiplied<Filter4, P>, T>(a);
+    } else if constexpr (P::kElements == 1) {
+        run<Multiplied<Filter2, P>, T>(a);
     }
 }
 
 }  // namespace
 
 void winograd_block(const WinogradBlock& args) {
-    with_type<float, bf16>(args.dtype, [&](auto t) { run_block<decltype(t)>(args); });
+    if (args.product == Product::int16) return run_block<Multiplied<Filter4, Int16>, bf16>(args);
+    with_type<float, bf16>(args.dtype,
+                           [&](auto t) { run_block<Multiplied<Filter4, Float32>, decltype(t)>(args); });
 }
 
 void winograd(const Winograd& args) {
-    with_type<float, bf16>(args.dtype, [&](auto t) { run_filter<decltype(t)>(args); });
+    if (args.product == Product::int16) return run_filter<Int16, bf16>(args);
+    with_type<float, bf16>(args.dtype, [&](auto t) { run_filter<Float32, decltype(t)>(args); });
 }
 
 }  // namespace SHELFKERN_ISA

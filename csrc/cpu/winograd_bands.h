@@ -61,21 +61,23 @@ static Cut cut(const Geometry<Filter>& g) {
 // The outputs of one block for some groups of panels; fetch_next adds what the next block's transform reads.
 template <typename Filter, typename T, typename Fetch>
 static void convolve_block(const Geometry<Filter>& g, Span tiles, Span groups, const Fetch& fetch_next) {
+    using P = typename Filter::P;
     const Winograd& a = g.a;
-    const Layout<Filter> v_layout{tiles.count(), g.channels};
-    float* v = scratch<float>(kSlotV, v_layout.floats());
-    float* m = scratch<float>(kSlotM, Layout<Filter>{tiles.count(), min(g.panels, kGroup) * kPanel}.floats());
-    const int64_t floats = a.c * kPanel;
-    transform_input<Filter, T>(g, tiles, {0, a.c}, v_layout, tiles.begin, v);
+    Transformed<Filter> v{tiles, a.c, 1};
+    v.allocate();
+    float* m = scratch<float>(kSlotM, Layout<Filter>{tiles.count(), min(g.panels, kGroup) * kPanel}.words());
+    const int64_t words = divide_up(a.c, P::kElements) * kPanel, panel = g.kWeights * words;
+    transform_input<Filter, T>(g, v, tiles);
     for (int64_t i = groups.begin; i < groups.end; ++i) {
         const Span panels = share(g.panels, i, all_groups(g).end);
         Ahead ahead;
         fetch_outputs<Filter, T>(g, tiles, panels, ahead);
         if (i + 1 == groups.end) fetch_next(ahead);
-        const Weights weights{a.weight + panels.begin * g.kWeights * floats, g.kWeights * floats, floats};
+        const Weights<P> weights{static_cast<const typename P::Word*>(a.weight) + panels.begin * panel, panel,
+                                 words, moved(a.units, panels.begin * g.kWeights * kPanel)};
         const Layout<Filter> m_layout{tiles.count(), panels.count() * kPanel};
-        multiply<Filter>(v_layout, v, weights, a.c, false, m_layout, m, ahead);
-        transform_outputs<Filter, T>(g, tiles, panels, m);
+        multiply<Filter>(v, 0, weights, m_layout, m, ahead);
+        transform_outputs<Filter, T>(g, v, panels, m);
     }
 }
 

@@ -6,11 +6,11 @@
 namespace shelfkern {
 namespace SHELFKERN_ISA {
 
-// The transform of `count` channels of one tile from channel `c`, up to kLanes, from the pixels of its window
-// to what is behind `at`.
-template <typename Filter, typename T>
+// The transform of `count` channels of one tile from channel `c`, up to kLanes, from the pixels of its
+// window. Calls put(frequency, values).
+template <typename Filter, typename T, typename Put>
 static inline __attribute__((always_inline)) void transform_vector(const T* const* from, int64_t c, int count,
-                                                                   int64_t at, float* const* to) {
+                                                                   const Put& put) {
     constexpr int kIn = Filter::kIn, kFrequencies = Filter::kFrequencies;
     vf half[kIn][kFrequencies];
 #pragma GCC unroll 9
@@ -29,15 +29,93 @@ static inline __attribute__((always_inline)) void transform_vector(const T* cons
         for (int row = 0; row < kIn; ++row) in[row] = half[row][column];
         Filter::input(in, out);
 #pragma GCC unroll 9
-        for (int row = 0; row < kFrequencies; ++row) store(to[row * kFrequencies + column] + at, out[row]);
+        for (int row = 0; row < kFrequencies; ++row) put(row * kFrequencies + column, out[row]);
     }
 }
 
-// V of some channels of some tiles; that of tile `first` is the first in `v`. Pixels beyond the image are one
-// of zeros.
+// transform_vector for some channels.
+template <typename Filter, typename T, typename Put>
+static inline __attribute__((always_inline)) void transform_channels(const T* const* from, Span channels,
+                                                                     const Put& put) {
+    for (int64_t c = channels.begin; c < channels.end; c += kLanes) {
+        if (c + kLanes <= channels.end) {
+            transform_vector<Filter>(from, c, kLanes, [&](int f, vf v) { put(c - channels.begin, f, v); });
+        } else {
+            const int count = static_cast<int>(channels.end - c);
+            transform_vector<Filter>(from, c, count, [&](int f, vf v) { put(c - channels.begin, f, v); });
+        }
+    }
+}
+
 template <typename Filter, typename T>
-static void transform_input(const Geometry<Filter>& g, Span tiles, Span channels,
-                            const Layout<Filter>& layout, int64_t first, float* v) {
+static void transform_tile(const T* const* from, const Transformed<Filter>& v, int64_t tile) {
+    for (int64_t i = 0; i < v.chunks; ++i) {
+        float* to[Geometry<Filter>::kFrequencies];
+        v.layout.pointers(v.chunk(i), tile, to);
+        transform_channels<Filter>(from, v.channels(i),
+                                   [&](int64_t c, int f, vf values) { store(to[f] + c, values); });
+    }
+}
+
+// Of a tile's values: what 1 is worth where the largest is 2^14 - 1, and its inverse. Values that are not
+// finite make what is to become of the tile NaN.
+struct Unit {
+    float value, inverse;
+};
+
+static inline Unit unit_of(vu sizes) {
+    uint32_t bits = 0;
+    for (int i = 0; i < kLanes; ++i) bits = sizes[i] > bits ? sizes[i] : bits;
+    float largest;
+    std::memcpy(&largest, &bits, sizeof(largest));
+    constexpr float kMost = 16383, kLeast = 1e-30f;  // or the inverse would be infinite
+    if (!(largest < __builtin_inff())) return {__builtin_nanf(""), 0};
+    largest = largest > kLeast ? largest : kLeast;
+    return {largest / kMost, kMost / largest};
+}
+
+// In the low half the nearest whole number of 16 bits, ties to even.
+static inline vu whole_bits(vf v) { return (vu)(v + splat(12582912)); }
+
+// Two to a word.
+static inline void store_whole(uint32_t* p, vf v) {
+    const vh whole = __builtin_convertvector(whole_bits(v), vh);
+    std::memcpy(p, &whole, sizeof(whole));
+}
+
+// The same in whole numbers, their unit the tile's: values of different channels are summed, but those of
+// different tiles are not.
+template <typename Filter, typename T>
+static void transform_tile_to_whole(const T* const* from, const Transformed<Filter>& v, int64_t tile) {
+    constexpr int kFrequencies = Geometry<Filter>::kFrequencies, kVector = kFrequencies * kLanes;
+    float* const values = scratch<float>(kSlotTile, v.chunks * divide_up(v.widest, kLanes) * kVector);
+    float* to = values;
+    vu sizes{};
+    for (int64_t i = 0; i < v.chunks; ++i) {
+        transform_channels<Filter>(from, v.channels(i), [&](int64_t, int f, vf out) {
+            store(to + f * kLanes, out);
+            const vu size = (vu)out & 0x7fffffff;
+            sizes = size > sizes ? size : sizes;
+            if (f == kFrequencies - 1) to += kVector;
+        });
+    }
+    const Unit unit = unit_of(sizes);
+    v.units[tile] = unit.value;
+    const float* next = values;
+    for (int64_t i = 0; i < v.chunks; ++i) {
+        uint32_t* words[kFrequencies];
+        v.layout.pointers(v.chunk(i), tile, words);
+        for (int64_t c = 0; c < v.channels(i).count(); c += kLanes, next += kVector) {
+            for (int f = 0; f < kFrequencies; ++f) {
+                store_whole(words[f] + c / 2, load(next + f * kLanes) * splat(unit.inverse));
+            }
+        }
+    }
+}
+
+// V of some of its tiles. Pixels beyond the image are one of zeros.
+template <typename Filter, typename T>
+static void transform_input(const Geometry<Filter>& g, const Transformed<Filter>& v, Span tiles) {
     constexpr int kIn = Filter::kIn;
     const Winograd& a = g.a;
     T* zeros = scratch<T>(kSlotZeros, a.c);
@@ -50,15 +128,10 @@ static void transform_input(const Geometry<Filter>& g, Span tiles, Span channels
             const int64_t y = p.in_y + i / kIn, x = p.in_x + i % kIn;
             from[i] = y >= 0 && y < a.h && x >= 0 && x < a.w ? image + (y * a.w + x) * a.c : zeros;
         }
-        float* to[g.kFrequencies];
-        layout.pointers(v, t - first, to);
-        for (int64_t c = channels.begin; c < channels.end; c += kLanes) {
-            const int64_t at = c - channels.begin;
-            if (c + kLanes <= channels.end) {
-                transform_vector<Filter>(from, c, kLanes, at, to);
-            } else {
-                transform_vector<Filter>(from, c, static_cast<int>(channels.end - c), at, to);
-            }
+        if constexpr (Filter::kWholeNumbers) {
+            transform_tile_to_whole(from, v, t - v.tiles.begin);
+        } else {
+            transform_tile(from, v, t - v.tiles.begin);
         }
     }
 }

@@ -11,15 +11,23 @@ namespace SHELFKERN_ISA {
 constexpr int kGroup = 4;  // panels whose sums are kept at once
 
 // What a thread holds at once.
-enum Slot { kSlotV, kSlotM, kSlotAhead, kSlotWeights, kSlotZeros };
+enum Slot { kSlotV, kSlotM, kSlotAhead, kSlotWeights, kSlotZeros, kSlotUnits, kSlotTile };
 
 template <typename T>
 static T* scratch(Slot slot, int64_t count) {
     return static_cast<T*>(thread_scratch(slot, count * static_cast<int64_t>(sizeof(T))));
 }
 
+// A filter (winograd_filters.h) whose V is multiplied as words of N: Float32 or Int16.
+template <typename F, typename N>
+struct Multiplied : F {
+    using P = N;
+    static constexpr bool kWholeNumbers = N::kElements > 1;
+};
+
 template <typename Filter>
 struct Geometry {
+    using P = typename Filter::P;
     static constexpr int kFrequencies = Filter::kFrequencies * Filter::kFrequencies;
     static constexpr int kWeightRows = Filter::kFrequencies - Filter::kShared + 1;
     static constexpr int kWeights = kWeightRows * kWeightRows;
@@ -28,10 +36,12 @@ struct Geometry {
     int64_t tiles_h = divide_up(a.out_h, Filter::kOut), tiles_w = divide_up(a.out_w, Filter::kOut);
     int64_t tiles = a.n * tiles_h * tiles_w;
     int64_t panels = divide_up(a.out_c, kPanel);
-    int64_t channels = divide_up(a.c, kPanel) * kPanel;  // of V, with padding
+
+    // Words of V for so many channels of a tile at one frequency, with padding.
+    static int64_t words(int64_t channels) { return divide_up(channels, kPanel) * kPanel / P::kElements; }
 
     // Of V and M.
-    int64_t tile_bytes() const { return kFrequencies * (channels + min(panels, kGroup) * kPanel) * 4; }
+    int64_t tile_bytes() const { return kFrequencies * (words(a.c) + min(panels, kGroup) * kPanel) * 4; }
 };
 
 // A block's V or M: [weight][tile][frequency of that weight][channel], so that a weight's products are one
@@ -40,12 +50,12 @@ template <typename Filter>
 struct Layout {
     using G = Geometry<Filter>;
 
-    int64_t tiles, row;  // floats of a tile at one frequency
+    int64_t tiles, row;  // words of a tile at one frequency
 
     // Between weights is a gap, for a power of two would have them meet in few sets of the cache.
     static constexpr int kGap = kPanel;
 
-    int64_t floats() const { return G::kFrequencies * tiles * row + G::kWeights * kGap; }
+    int64_t words() const { return G::kFrequencies * tiles * row + G::kWeights * kGap; }
 
     // Of one dimension: the first frequency of a weight, and how many it has.
     static constexpr int first(int weight) { return weight == 0 ? 0 : weight + Filter::kShared - 1; }
@@ -62,16 +72,44 @@ struct Layout {
     }
 
     // Where a tile's frequencies are.
-    void pointers(float* base, int64_t tile, float* (&at)[G::kFrequencies]) const {
+    template <typename Word>
+    void pointers(Word* base, int64_t tile, Word* (&at)[G::kFrequencies]) const {
         for (int weight = 0; weight < G::kWeights; ++weight) {
             const int y = weight / G::kWeightRows, x = weight % G::kWeightRows;
-            float* next = base + start(weight) + tile * frequencies(weight) * row;
+            Word* next = base + start(weight) + tile * frequencies(weight) * row;
             for (int i = 0; i < shared(y); ++i) {
                 for (int j = 0; j < shared(x); ++j, next += row) {
                     at[(first(y) + i) * Filter::kFrequencies + first(x) + j] = next;
                 }
             }
         }
+    }
+};
+
+// V of some tiles: that of one chunk of channels after another.
+template <typename Filter>
+struct Transformed {
+    using G = Geometry<Filter>;
+    using P = typename Filter::P;
+
+    Span tiles;
+    int64_t c, chunks;
+    typename P::Word* data = nullptr;
+    float* units = nullptr;  // of whole numbers: what 1 is worth in each tile
+    // Chunks begin at whole words.
+    int64_t pairs = divide_up(c, P::kElements), widest = divide_up(pairs, chunks) * P::kElements;
+    Layout<Filter> layout{tiles.count(), G::words(widest)};
+
+    Span channels(int64_t chunk) const {
+        const Span some = share(pairs, chunk, chunks);
+        return {some.begin * P::kElements, min(some.end * P::kElements, c)};
+    }
+    typename P::Word* chunk(int64_t i) const { return data + i * layout.words(); }
+
+    // In this thread's memory.
+    void allocate() {
+        data = scratch<typename P::Word>(kSlotV, chunks * layout.words());
+        if (Filter::kWholeNumbers) units = scratch<float>(kSlotUnits, tiles.count());
     }
 };
 

@@ -6,9 +6,9 @@
 namespace shelfkern {
 namespace SHELFKERN_ISA {
 
-// The rows of one tile's outputs, for the panel from channel `at` of M.
+// The rows of one tile's outputs, for the panel from channel `at` of M, in which 1 is worth `unit`.
 template <typename Filter>
-static void transform_output(const float* const* from, int64_t at,
+static void transform_output(const float* const* from, int64_t at, float unit,
                              Sums<Filter::kOut, 1> (&rows)[Filter::kOut]) {
     constexpr int kOut = Filter::kOut, kFrequencies = Filter::kFrequencies;
     for (int v = 0; v < kPanelVectors; ++v, at += kLanes) {
@@ -28,7 +28,9 @@ static void transform_output(const float* const* from, int64_t at,
             vf out[kOut];
             Filter::output(half[row], out);
 #pragma GCC unroll 8
-            for (int column = 0; column < kOut; ++column) rows[row].v[column][v] = out[column];
+            for (int column = 0; column < kOut; ++column) {
+                rows[row].v[column][v] = Filter::kWholeNumbers ? out[column] * splat(unit) : out[column];
+            }
         }
     }
 }
@@ -49,13 +51,13 @@ static void finish_row(int64_t pixels, const Sums<kOut, 1>& row, const Epilogue<
 // The outputs of one tile for `panels` panels from output channel `oc`.
 template <typename Filter, typename T>
 static void finish_tile(const Winograd& a, const Place& place, int64_t oc, int64_t panels,
-                        const float* const* from) {
+                        const float* const* from, float unit) {
     constexpr int kOut = Filter::kOut;
     const int64_t height = min(kOut, a.out_h - place.y), width = min(kOut, a.out_w - place.x);
     const int64_t start = place.n * a.stride_n + place.y * a.stride_h + place.x * a.stride_w;
     for (int64_t i = 0; i < panels; ++i, oc += kPanel) {
         Sums<kOut, 1> rows[kOut];
-        transform_output<Filter>(from, i * kPanel, rows);
+        transform_output<Filter>(from, i * kPanel, unit, rows);
         Epilogue<T> e;
         e.scale = a.scale ? a.scale + oc : nullptr;
         e.shift = a.shift ? a.shift + oc : nullptr;
@@ -72,14 +74,17 @@ static void finish_tile(const Winograd& a, const Place& place, int64_t oc, int64
     }
 }
 
-// The outputs of a block's tiles for some panels from their M.
+// The outputs of V's tiles for some panels from their M.
 template <typename Filter, typename T>
-static void transform_outputs(const Geometry<Filter>& g, Span tiles, Span panels, float* m) {
-    const Layout<Filter> layout{tiles.count(), panels.count() * kPanel};
-    for (int64_t t = tiles.begin; t < tiles.end; ++t) {
+static void transform_outputs(const Geometry<Filter>& g, const Transformed<Filter>& v, Span panels,
+                              float* m) {
+    const Layout<Filter> layout{v.tiles.count(), panels.count() * kPanel};
+    for (int64_t i = 0; i < v.tiles.count(); ++i) {
         float* from[g.kFrequencies];
-        layout.pointers(m, t - tiles.begin, from);
-        finish_tile<Filter, T>(g.a, place_of(g, t), panels.begin * kPanel, panels.count(), from);
+        layout.pointers(m, i, from);
+        const float unit = Filter::kWholeNumbers ? v.units[i] : 1;
+        finish_tile<Filter, T>(g.a, place_of(g, v.tiles.begin + i), panels.begin * kPanel, panels.count(),
+                               from, unit);
     }
 }
 

@@ -11,55 +11,77 @@ namespace SHELFKERN_ISA {
 constexpr int64_t kTerms = 64;
 
 // A block's V and M of one weight. Rows are tiles and their frequencies.
+template <typename P>
 struct Matrices {
-    const float *v, *weight;
+    const typename P::Word *v, *weight;
+    const float* units;  // of whole numbers: what 1 of the weights is worth, per output channel
     float* m;
-    int64_t rows, c, weight_panel;
-    int64_t v_row, m_row;  // floats between rows
+    int64_t rows, words, weight_panel, units_panel;
+    int64_t v_row, m_row;  // words between rows
     bool add;              // to what M holds
 };
 
 // The products of one chunk of channels, summed from zero. A step fetches one of `lines`, if kFetch.
-template <bool kFetch, int kPixels, int kPanels>
-static inline __attribute__((always_inline)) void accumulate_chunk(const Matrices& p, const float* input,
-                                                                   const float* weight, int64_t run,
-                                                                   const void* const* lines,
-                                                                   Sums<kPixels, kPanels>& out) {
+template <bool kFetch, typename P, int kPixels, int kPanels>
+static inline __attribute__((always_inline)) void accumulate_chunk(
+    const Matrices<P>& p, const typename P::Word* input, const typename P::Word* weight, int64_t run,
+    const void* const* lines, Sums<kPixels, kPanels, typename P::Sum>& out) {
     constexpr int kVectors = kPanels * kPanelVectors;
     const int64_t row = p.v_row, panel = p.weight_panel;
-    Sums<kPixels, kPanels> sums{};
+    Sums<kPixels, kPanels, typename P::Sum> sums{};
     for (int64_t k = 0; k < run; ++k, ++input, weight += kPanel) {
         if (kFetch) __builtin_prefetch(lines[k], 0, 2);
-        vf w[kVectors];
+        typename P::Weights w[kVectors];
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) {
             w[v] = load(weight + v / kPanelVectors * panel + v % kPanelVectors * kLanes);
         }
 #pragma GCC unroll 32
         for (int t = 0; t < kPixels; ++t) {
-            const vf x = splat(input[t * row]);
+            const typename P::Word x = input[t * row];
 #pragma GCC unroll 4
-            for (int v = 0; v < kVectors; ++v) sums.v[t][v] += x * w[v];
+            for (int v = 0; v < kVectors; ++v) sums.v[t][v] = P::add(sums.v[t][v], x, w[v]);
         }
     }
     out = sums;
 }
 
-// M of `kPixels` rows and kPanels panels of one weight: chunks of channels, each summed from zero.
 template <int kPixels, int kPanels>
-static void multiply_rows(const Matrices& p, int64_t first, Ahead& ahead) {
+static inline const Sums<kPixels, kPanels>& in_floats(const Matrices<Float32>&,
+                                                      const Sums<kPixels, kPanels>& sums) {
+    return sums;
+}
+
+template <int kPixels, int kPanels>
+static inline Sums<kPixels, kPanels> in_floats(const Matrices<Int16>& p,
+                                               const Sums<kPixels, kPanels, vi>& sums) {
+    Sums<kPixels, kPanels> values;
+#pragma GCC unroll 4
+    for (int v = 0; v < kPanels * kPanelVectors; ++v) {
+        const vf unit = load(p.units + v / kPanelVectors * p.units_panel + v % kPanelVectors * kLanes);
+#pragma GCC unroll 32
+        for (int t = 0; t < kPixels; ++t) values.v[t][v] = as_floats(sums.v[t][v]) * unit;
+    }
+    return values;
+}
+
+// M of `kPixels` rows and kPanels panels of one weight: chunks of channels, each summed from zero.
+template <int kPixels, int kPanels, typename P>
+static void multiply_rows(const Matrices<P>& p, int64_t first, Ahead& ahead) {
     constexpr int kVectors = kPanels * kPanelVectors;
-    const int64_t chunks = divide_up(p.c, kTerms), m_row = p.m_row;
+    const int64_t chunks = divide_up(p.words, kTerms / P::kElements), m_row = p.m_row;
     for (int64_t i = 0; i < chunks; ++i) {
-        const Span c = share(p.c, i, chunks);
-        Sums<kPixels, kPanels> sums;
-        const float *v = p.v + first * p.v_row + c.begin, *weight = p.weight + c.begin * kPanel;
+        const Span words = share(p.words, i, chunks);
+        Sums<kPixels, kPanels, typename P::Sum> sums;
+        const typename P::Word *v = p.v + first * p.v_row + words.begin,
+                               *weight = p.weight + words.begin * kPanel;
         // Most steps have nothing to fetch, and its two loads would take 4 % of their time with AVX2.
-        if (const void* const* lines = ahead.take(c.count())) {
-            accumulate_chunk<true>(p, v, weight, c.count(), lines, sums);
+        if (const void* const* lines = ahead.take(words.count())) {
+            accumulate_chunk<true>(p, v, weight, words.count(), lines, sums);
         } else {
-            accumulate_chunk<false>(p, v, weight, c.count(), nullptr, sums);
+            accumulate_chunk<false>(p, v, weight, words.count(), nullptr, sums);
         }
+        const Sums<kPixels, kPanels> values = in_floats(p, sums);
         float* m = p.m + first * m_row;
         const bool add = p.add || i > 0;
 #pragma GCC unroll 32
@@ -67,26 +89,26 @@ static void multiply_rows(const Matrices& p, int64_t first, Ahead& ahead) {
 #pragma GCC unroll 4
             for (int v = 0; v < kVectors; ++v) {
                 float* to = m + v * kLanes;
-                store(to, add ? load(to) + sums.v[t][v] : sums.v[t][v]);
+                store(to, add ? load(to) + values.v[t][v] : values.v[t][v]);
             }
         }
     }
 }
 
 // Calls multiply_rows<count, kPanels> for a count known at run time.
-template <int kPanels, int kPixels = tile_pixels(kPanels)>
-static void multiply_rows_of(int64_t count, const Matrices& p, int64_t first, Ahead& ahead) {
+template <int kPanels, typename P, int kPixels = tile_pixels(kPanels)>
+static void multiply_rows_of(int64_t count, const Matrices<P>& p, int64_t first, Ahead& ahead) {
     if constexpr (kPixels > 0) {
         if (count == kPixels) return multiply_rows<kPixels, kPanels>(p, first, ahead);
-        multiply_rows_of<kPanels, kPixels - 1>(count, p, first, ahead);
+        multiply_rows_of<kPanels, P, kPixels - 1>(count, p, first, ahead);
     }
 }
 
 // M of all rows for `panels` panels, at most kMaxPanels.
-template <int kPanels = kMaxPanels>
-static void multiply_panels(int64_t panels, const Matrices& p, Ahead& ahead) {
+template <typename P, int kPanels = kMaxPanels>
+static void multiply_panels(int64_t panels, const Matrices<P>& p, Ahead& ahead) {
     if constexpr (kPanels > 0) {
-        if (panels != kPanels) return multiply_panels<kPanels - 1>(panels, p, ahead);
+        if (panels != kPanels) return multiply_panels<P, kPanels - 1>(panels, p, ahead);
         const int64_t parts = divide_up(p.rows, tile_pixels(kPanels));
         for (int64_t i = 0; i < parts; ++i) {
             const Span rows = share(p.rows, i, parts);
@@ -96,29 +118,35 @@ static void multiply_panels(int64_t panels, const Matrices& p, Ahead& ahead) {
 }
 
 // Weights of some panels and channels as products read them.
+template <typename P>
 struct Weights {
-    const float* data;
-    int64_t panel, weight;  // floats between panels, and between weights of a panel
+    const typename P::Word* data;
+    int64_t panel, weight;  // words between panels, and between weights of a panel
+    const float* units;     // of whole numbers: what 1 is worth, panels x weights x 16
 };
 
-// M of a block's tiles for `panels` panels and `c` channels of V.
+// M of a block's tiles for some panels and one chunk of V's channels.
 template <typename Filter>
-static void multiply(const Layout<Filter>& v_layout, const float* v, const Weights& weights, int64_t c,
-                     bool add, const Layout<Filter>& m_layout, float* m, Ahead& ahead) {
+static void multiply(const Transformed<Filter>& v, int64_t chunk, const Weights<typename Filter::P>& weights,
+                     const Layout<Filter>& m_layout, float* m, Ahead& ahead) {
+    using P = typename Filter::P;
+    constexpr int64_t kUnits = Geometry<Filter>::kWeights * kPanel;
     const int64_t panels = m_layout.row / kPanel;
     for (int weight = 0; weight < Geometry<Filter>::kWeights; ++weight) {
         for (int64_t i = 0; i < panels; i += kMaxPanels) {
-            Matrices p;
-            p.v = v + v_layout.start(weight);
+            Matrices<P> p;
+            p.v = v.chunk(chunk) + v.layout.start(weight);
             p.weight = weights.data + i * weights.panel + weight * weights.weight;
+            p.units = moved(weights.units, i * kUnits + weight * kPanel);
+            p.units_panel = kUnits;
             p.m = m + m_layout.start(weight) + i * kPanel;
-            p.rows = v_layout.tiles * m_layout.frequencies(weight);
-            p.c = c;
+            p.rows = v.layout.tiles * m_layout.frequencies(weight);
+            p.words = divide_up(v.channels(chunk).count(), P::kElements);
             p.weight_panel = weights.panel;
-            p.v_row = v_layout.row;
+            p.v_row = v.layout.row;
             p.m_row = m_layout.row;
-            p.add = add;
-            multiply_panels(min(kMaxPanels, panels - i), p, ahead);
+            p.add = chunk > 0;
+            multiply_panels<P>(min(kMaxPanels, panels - i), p, ahead);
         }
     }
 }

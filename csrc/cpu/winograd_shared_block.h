@@ -57,10 +57,12 @@ static Winograd convolution(const WinogradBlock& b, const void* x, const float* 
     Winograd a{};
     a.x = x;
     a.weight = b.weight;
+    a.units = b.units;
     a.scale = scale;
     a.shift = shift;
     a.out = out;
     a.dtype = b.dtype;
+    a.product = b.product;
     a.n = b.n;
     a.h = a.out_h = b.h;
     a.w = a.out_w = b.w;
@@ -72,51 +74,51 @@ static Winograd convolution(const WinogradBlock& b, const void* x, const float* 
 }
 
 // One share of the hidden tiles of the two rows at each edge between bands.
-template <typename T>
-static void make_edges(const Geometry<Filter4>& g, int64_t rows, int64_t bands, Span mine) {
+template <typename Filter, typename T>
+static void make_edges(const Geometry<Filter>& g, int64_t rows, int64_t bands, Span mine) {
     const int64_t edge = 2 * g.tiles_w, most = most_tiles(g);
     for (int64_t at = mine.begin; at < mine.end;) {
         const int64_t i = at / edge, end = min((i + 1) * edge, mine.end);
         const int64_t start = (share(rows, i + 1, bands).begin - 1) * g.tiles_w - i * edge;
         for (Blocks blocks({at + start, end + start}, most); !blocks.done();) {
-            convolve_block<Filter4, T>(g, blocks.take(), all_groups(g), [](Ahead&) {});
+            convolve_block<Filter, T>(g, blocks.take(), all_groups(g), [](Ahead&) {});
         }
         at = end;
     }
 }
 
 // Both convolutions for a band of tile rows, of which `made` are hidden ones to be made.
-template <typename T>
-static void run_band(const Geometry<Filter4>& first, const Geometry<Filter4>& second, Span made, Span band) {
+template <typename Filter, typename T>
+static void run_band(const Geometry<Filter>& first, const Geometry<Filter>& second, Span made, Span band) {
     const int64_t row = first.tiles_w, most = most_tiles(first);
     Turns turns(Blocks({made.begin * row, made.end * row}, most),
                 Blocks({band.begin * row, band.end * row}, most), row);
     for (Turns::Turn turn = turns.next(), after; turn.tiles.count() > 0; turn = after) {
         after = turns.next();
-        const Geometry<Filter4>& g = turn.hidden ? first : second;
-        convolve_block<Filter4, T>(g, turn.tiles, all_groups(g), [&](Ahead& ahead) {
-            fetch_inputs<Filter4, T>(after.hidden ? first : second, after.tiles, ahead);
+        const Geometry<Filter>& g = turn.hidden ? first : second;
+        convolve_block<Filter, T>(g, turn.tiles, all_groups(g), [&](Ahead& ahead) {
+            fetch_inputs<Filter, T>(after.hidden ? first : second, after.tiles, ahead);
         });
     }
 }
 
 // Bands of tile rows, one a thread. Of hidden rows both bands read the two at the edge between them, which
 // all threads make first.
-template <typename T>
+template <typename Filter, typename T>
 static void run_block(const WinogradBlock& b) {
     const Winograd to_hidden = convolution(b, b.x, b.scale1, b.shift1, b.hidden, b.slope);
     Winograd to_out = convolution(b, b.hidden, b.scale2, b.shift2, b.out, 0);
     to_out.residual = b.x;
     to_out.skip = b.skip ? b.x : nullptr;
-    const Geometry<Filter4> first{to_hidden}, second{to_out};
+    const Geometry<Filter> first{to_hidden}, second{to_out};
     const int64_t rows = b.n * first.tiles_h, bands = max(1, min(b.threads, rows / 2));
     const int64_t at_edges = (bands - 1) * 2 * first.tiles_w;
     parallel_for(b.threads, min(b.threads, at_edges), [&](int64_t i) {
-        make_edges<T>(first, rows, bands, share(at_edges, i, min(b.threads, at_edges)));
+        make_edges<Filter, T>(first, rows, bands, share(at_edges, i, min(b.threads, at_edges)));
     });
     parallel_for(b.threads, bands, [&](int64_t i) {
         const Span band = share(rows, i, bands);
-        run_band<T>(first, second, {band.begin + (i > 0), band.end - (i + 1 < bands)}, band);
+        run_band<Filter, T>(first, second, {band.begin + (i > 0), band.end - (i + 1 < bands)}, band);
     });
 }
 

@@ -27,7 +27,7 @@ struct Taps {
 
 static Taps taps_of(const Winograd& a, int64_t panel, int64_t c) {
     const int64_t first = c / a.chunk * a.chunk;
-    return {a.weight + ((panel * a.c + first) * kTaps + c - first) * kPanel,
+    return {static_cast<const float*>(a.weight) + ((panel * a.c + first) * kTaps + c - first) * kPanel,
             min(a.chunk, a.c - first) * kPanel};
 }
 
@@ -61,6 +61,57 @@ static void transform_weight(const Taps& taps, float* u, int64_t weight) {
     }
 }
 
+// The weights of one panel, channel after channel.
+class Channels {
+   public:
+    Channels(const Winograd& a, int64_t panel, int64_t c) : a_(a), panel_(panel), c_(c) {}
+
+    Taps next() {
+        if (left_ == 0) {
+            taps_ = taps_of(a_, panel_, c_);
+            left_ = a_.chunk - c_ % a_.chunk;
+        }
+        const Taps taps = taps_;
+        taps_.data += kPanel;
+        ++c_, --left_;
+        return taps;
+    }
+
+   private:
+    const Winograd& a_;
+    int64_t panel_, c_, left_ = 0;
+    Taps taps_{};
+};
+
+// The weights of some channels of one panel as products read them, to u, u + weight, ...
+template <typename Filter>
+static void transform_weights(Channels from, int64_t count, const float*, float* u, int64_t weight) {
+    for (int64_t c = 0; c < count; ++c, u += kPanel) transform_weight<Filter>(from.next(), u, weight);
+}
+
+// In whole numbers of these units, two channels to a word.
+template <typename Filter>
+static void transform_weights(Channels from, int64_t count, const float* units, uint32_t* u, int64_t weight) {
+    constexpr int kFloats = Geometry<Filter>::kWeights * kPanel;
+    float inverses[kFloats], first[kFloats], second[kFloats] = {};
+    for (int i = 0; i < kFloats; ++i) inverses[i] = 1 / units[i];
+    for (int64_t c = 0; c < count; c += 2, u += kPanel) {
+        transform_weight<Filter>(from.next(), first, kPanel);
+        if (c + 1 < count) {
+            transform_weight<Filter>(from.next(), second, kPanel);
+        } else {
+            std::memset(second, 0, sizeof(second));
+        }
+        for (int i = 0; i < kFloats; i += kLanes) {
+            const vf inverse = load(inverses + i);
+            const vu low = whole_bits(load(first + i) * inverse),
+                     high = whole_bits(load(second + i) * inverse);
+            const vu words = (low & 0xffff) | high << 16;
+            std::memcpy(u + i / kPanel * weight + i % kPanel, &words, sizeof(words));
+        }
+    }
+}
+
 // Calls run(taps of the first, count) for channels that lie together, panel after panel.
 template <typename Run>
 static void each_run(const Winograd& a, Span panels, Span channels, const Run& run) {
@@ -73,71 +124,57 @@ static void each_run(const Winograd& a, Span panels, Span channels, const Run& r
     }
 }
 
-// A wave's V is that of one chunk of channels after another.
-template <typename Filter>
-struct Wave {
-    const Geometry<Filter>& g;
-    Span tiles;
-    int64_t chunks = divide_up(g.a.c, kTerms), widest = divide_up(g.a.c, chunks);
-    Layout<Filter> layout{tiles.count(), divide_up(widest, kPanel) * kPanel};
-
-    Span channels(int64_t chunk) const { return share(g.a.c, chunk, chunks); }
-};
-
 // The outputs of a wave's tiles for some panels from their V.
 template <typename Filter, typename T>
-static void convolve_wave(const Wave<Filter>& wave, Span panels, const float* v) {
-    const Winograd& a = wave.g.a;
-    const Layout<Filter> m_layout{wave.tiles.count(), panels.count() * kPanel};
-    float* m = scratch<float>(kSlotM, m_layout.floats());
-    const int64_t weight = panels.count() * wave.widest * kPanel + kPanel;
-    float* u = scratch<float>(kSlotWeights, wave.g.kWeights * weight);
-    for (int64_t i = 0; i < wave.chunks; ++i) {
-        const Span channels = wave.channels(i);
-        float* to = u;
-        each_run(a, panels, channels, [&](Taps taps, int64_t count) {
-            for (int64_t c = 0; c < count; ++c, taps.data += kPanel, to += kPanel) {
-                transform_weight<Filter>(taps, to, weight);
-            }
-        });
+static void convolve_wave(const Geometry<Filter>& g, const Transformed<Filter>& v, Span panels) {
+    using P = typename Filter::P;
+    using Word = typename P::Word;
+    const Winograd& a = g.a;
+    const Layout<Filter> m_layout{v.tiles.count(), panels.count() * kPanel};
+    float* m = scratch<float>(kSlotM, m_layout.words());
+    const int64_t weight = panels.count() * divide_up(v.widest, P::kElements) * kPanel + kPanel;
+    Word* u = scratch<Word>(kSlotWeights, g.kWeights * weight);
+    const auto units = [&](int64_t panel) { return moved(a.units, panel * g.kWeights * kPanel); };
+    for (int64_t i = 0; i < v.chunks; ++i) {
+        Word* to = u;
+        const Span channels = v.channels(i);
+        for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+            transform_weights<Filter>({a, panel, channels.begin}, channels.count(), units(panel), to, weight);
+            to += divide_up(channels.count(), P::kElements) * kPanel;
+        }
         Ahead ahead;
-        if (i + 1 < wave.chunks) {
-            each_run(a, panels, wave.channels(i + 1), [&](const Taps& taps, int64_t count) {
+        if (i + 1 < v.chunks) {
+            each_run(a, panels, v.channels(i + 1), [&](const Taps& taps, int64_t count) {
                 for (int tap = 0; tap < kTaps; ++tap)
                     ahead.add(taps.data + tap * taps.tap, count * kPanel * 4);
             });
         } else {
-            fetch_outputs<Filter, T>(wave.g, wave.tiles, panels, ahead);
+            fetch_outputs<Filter, T>(g, v.tiles, panels, ahead);
         }
-        const Weights weights{u, channels.count() * kPanel, weight};
-        multiply<Filter>(wave.layout, v + i * wave.layout.floats(), weights, channels.count(), i > 0,
-                         m_layout, m, ahead);
+        const Weights<P> weights{u, divide_up(channels.count(), P::kElements) * kPanel, weight,
+                                 units(panels.begin)};
+        multiply<Filter>(v, i, weights, m_layout, m, ahead);
     }
-    transform_outputs<Filter, T>(wave.g, wave.tiles, panels, m);
+    transform_outputs<Filter, T>(g, v, panels, m);
 }
 
 // Waves of tiles, with weights that are not transformed yet.
 template <typename Filter, typename T>
 static void run_waves(const Geometry<Filter>& g) {
     const Winograd& a = g.a;
-    const int64_t most = max(kWaveTiles, kWaveBytes / (g.kFrequencies * g.channels * 4));
+    const int64_t most = max(kWaveTiles, kWaveBytes / (g.kFrequencies * g.words(a.c) * 4));
     const int64_t waves = divide_up(g.tiles, most);
     for (int64_t i = 0; i < waves; ++i) {
-        const Wave<Filter> wave{g, share(g.tiles, i, waves)};
-        const int64_t tiles = wave.tiles.count(), parts = min(tiles, 4 * a.threads);
-        float* v = scratch<float>(kSlotV, wave.chunks * wave.layout.floats());
+        Transformed<Filter> v{share(g.tiles, i, waves), a.c, divide_up(a.c, kTerms)};
+        v.allocate();
+        const int64_t tiles = v.tiles.count(), parts = min(tiles, 4 * a.threads);
         parallel_for(a.threads, parts, [&](int64_t part) {
             const Span some = share(tiles, part, parts);
-            for (int64_t chunk = 0; chunk < wave.chunks; ++chunk) {
-                transform_input<Filter, T>(g, {wave.tiles.begin + some.begin, wave.tiles.begin + some.end},
-                                           wave.channels(chunk), wave.layout, wave.tiles.begin,
-                                           v + chunk * wave.layout.floats());
-            }
+            transform_input<Filter, T>(g, v, {v.tiles.begin + some.begin, v.tiles.begin + some.end});
         });
         const int64_t groups = divide_up(g.panels, tiles < kFewTiles ? kGroup / 2 : kGroup);
-        parallel_for(a.threads, groups, [&](int64_t group) {
-            convolve_wave<Filter, T>(wave, share(g.panels, group, groups), v);
-        });
+        parallel_for(a.threads, groups,
+                     [&](int64_t group) { convolve_wave<Filter, T>(g, v, share(g.panels, group, groups)); });
     }
 }
 

@@ -11,15 +11,16 @@ dimension 4 outputs take 4 products of the one and, by F(4, 2), 5 of the others,
 times fewer in two. A transposed convolution of stride 2 is the same with its even and odd outputs. All 4
 products of the middle tap have one weight, so that transformed weights are 4 times as many, as of F(4 x 4).
 
-Products are float32 of bfloat16 activations too. Of transformed values rounded to bfloat16 F(4x4) would make
-4 to 7 times eager's error in bfloat16, root mean square, and F(2x2) 1.6 to 2.5 times; at twice the rate
-F(2x2)'s products would take 0.9 of the time of F(4x4)'s in float32, and its transforms move twice as much.
+Products of bfloat16 activations are float32, or whole numbers of 16 bits where the CPU has instructions for
+them, at twice the rate. Transformed values rounded to bfloat16, of 8 bits, would make 4 to 7 times eager's
+error in bfloat16 with F(4x4). Whole numbers have 14 bits below the largest value of a tile, and the weights'
+are as fine as sums of 64 channels in 32 bits allow: the error is at most 1.4 times eager's.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
 import torch
@@ -45,6 +46,8 @@ LEAST_CHANNELS = {1: 32, 2: 64}
 # them takes 0.8 of the time for 512 channels at 16 x 16, for 256 channels 0.9 there and 1.05 at 32 x 32, but
 # from 128 channels to 256 1.15.
 MOST_TRANSFORMED = 8 * 1024 * 1024
+# Channels whose products are summed before they join the rest: kTerms in csrc/cpu/winograd_products.h.
+TERMS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +57,13 @@ class PackedWinograd:
     Attributes:
         data: float32. If transformed (panels, frequencies, in_channels, 16): panels of 16 output channels,
             zeros beyond the last; the rows of the transformed kernels, then their columns, (tile + 2)^2 in
-            all. Else as of `PackedConv`.
+            all; or int16 (panels, frequencies, pairs of in_channels, 16, 2). Else as of `PackedConv`.
         out_channels, in_channels: of the convolution.
         tile: outputs of a tile in each dimension, 2 or 4; inputs if transposed.
         stride: 1 or 2.
         transposed: the convolution is a transposed one, of padding 1 and output padding 1.
         chunk: 0 if they are transformed; else that of `PackedConv`, and the kernel transforms them.
+        units: where products are int16, what 1 is worth, float32 (panels, frequencies, 16); else None.
     """
 
     data: Tensor
@@ -69,6 +73,12 @@ class PackedWinograd:
     stride: int
     transposed: bool
     chunk: int = 0
+    units: Tensor | None = None
+
+    @property
+    def product(self) -> torch.dtype:
+        """What is multiplied."""
+        return torch.float32 if self.units is None else torch.int16
 
 
 def _evaluations(points: Sequence[Fraction], taps: int) -> Tensor:
@@ -103,42 +113,95 @@ def weight_transform(tile: int, stride: int = 1, transposed: bool = False) -> Te
     return g
 
 
-def pack_winograd(w: Tensor, tile: int = 4, stride: int = 1, transposed: bool = False) -> PackedWinograd:
+def pack_winograd(
+    w: Tensor,
+    tile: int = 4,
+    stride: int = 1,
+    transposed: bool = False,
+    product: torch.dtype = torch.float32,
+) -> PackedWinograd:
     """Transforms weights (K, C, 3, 3), (C, K, 3, 3) if transposed, for the native kernel.
 
     G w Gt is float64, rounded once.
 
+    Args:
+        product: what is multiplied, float32 or, of bfloat16 activations in tiles of 4, int16.
+
     Raises:
         ValueError: w is not of 3x3 kernels, or there is no such algorithm.
+    """
+    panels = _transformed(w, tile, stride, transposed)
+    k, c = w.shape[:2] if not transposed else (w.shape[1], w.shape[0])
+    frequencies = (tile + 2) ** 2
+    if product is torch.float32:
+        data = torch.empty(-(-k // PANEL), frequencies, c, PANEL, dtype=torch.float32)
+        for panel, values in enumerate(panels):
+            data[panel] = values
+        return PackedWinograd(data, k, c, tile, stride, transposed)
+    _check_whole(tile, product)
+    units = torch.empty(-(-k // PANEL), frequencies, PANEL, dtype=torch.float32)
+    words = torch.empty(*units.shape[:2], -(-c // 2), PANEL, 2, dtype=torch.int16)
+    for panel, values in enumerate(panels):
+        units[panel] = _units(values)
+        whole = (values / units[panel].double()[:, None]).round()
+        words[panel] = F.pad(whole, (0, 0, 0, c % 2)).unflatten(1, (-1, 2)).transpose(2, 3)
+    return PackedWinograd(words, k, c, tile, stride, transposed, units=units)
+
+
+def _transformed(w: Tensor, tile: int, stride: int, transposed: bool) -> Iterator[Tensor]:
+    """Panels of G w Gt, float64 (frequencies, in_channels, 16).
+
+    One at a time: all of a large layer in float64 would be eight times the size of what is kept.
     """
     if w.ndim != 4 or w.shape[2:] != (3, 3):
         order = "(C, K, 3, 3)" if transposed else "(K, C, 3, 3)"
         raise ValueError(f"conv_winograd: w is {tuple(w.shape)}, it must be {order}")
-    if transposed:
-        w = w.transpose(0, 1)
-    k, c = w.shape[:2]
     g = weight_transform(tile, stride, transposed)
     transform = torch.kron(g, g)
-    panels = -(-k // PANEL)
-    data = torch.empty(panels, len(transform), c, PANEL, dtype=torch.float32, device="cpu")
-    # A panel at a time: all of a large layer in float64 would be eight times the result's size.
-    for panel, kernels in enumerate(w.detach().cpu().split(PANEL)):
-        transformed = transform @ kernels.double().flatten(2).permute(2, 1, 0).flatten(1)
-        data[panel] = F.pad(transformed.unflatten(1, (c, -1)), (0, PANEL - len(kernels)))
-    return PackedWinograd(data, k, c, tile, stride, transposed)
+    for kernels in (w.transpose(0, 1) if transposed else w).detach().cpu().split(PANEL):
+        values = transform @ kernels.double().flatten(2).permute(2, 1, 0).flatten(1)
+        yield F.pad(values.unflatten(1, (kernels.shape[1], -1)), (0, PANEL - len(kernels)))
 
 
-def keeps_transformed(w: Tensor, tile: int = 4) -> bool:
+def _check_whole(tile: int, product: torch.dtype) -> None:
+    if product is not torch.int16 or tile != 4:
+        raise ValueError(
+            f"conv_winograd: product and tile are {product} and {tile}, they may be torch.float32 and 2 or "
+            "4, or torch.int16 and 4"
+        )
+
+
+def _units(values: Tensor) -> Tensor:
+    """What 1 is worth of a panel's weights in 16 bits, float32 (frequencies, 16).
+
+    Inputs have 14 bits and a sign, and the kernel sums up to 64 neighbouring channels in 32 bits, so that the
+    sizes of so many weights may add up to 2^17, less half of each that rounding may add.
+    """
+    sums = F.pad(values.abs().cumsum(1), (0, 0, 1, 0))
+    window = min(TERMS, values.shape[1])
+    largest_sum = (sums[:, window:] - sums[:, :-window]).amax(1)
+    units = torch.maximum(largest_sum / (2**17 - TERMS), values.abs().amax(1) / (2**15 - 2))
+    return torch.where(units > 0, units, 1).float()
+
+
+def keeps_transformed(w: Tensor, tile: int = 4, product: torch.dtype = torch.float32) -> bool:
     """Whether weights of 3x3 kernels are better kept transformed than transformed at each call."""
-    return w.shape[0] * w.shape[1] * (tile + 2) ** 2 * 4 <= MOST_TRANSFORMED
+    return w.shape[0] * w.shape[1] * (tile + 2) ** 2 * product.itemsize <= MOST_TRANSFORMED
 
 
 def as_winograd(
-    packed: PackedConv, tile: int = 4, stride: int = 1, transposed: bool = False
+    packed: PackedConv,
+    tile: int = 4,
+    stride: int = 1,
+    transposed: bool = False,
+    whole: Tensor | None = None,
 ) -> PackedWinograd:
     """Weights in the memory of `packed`, which the kernel transforms in float32 at each call.
 
-    packed: of weights (K, C, 3, 3); of a transposed convolution's as well, though they come as (C, K, 3, 3).
+    Args:
+        packed: of weights (K, C, 3, 3); of a transposed convolution's as well, though they come as
+            (C, K, 3, 3).
+        whole: the weights, where products are to be int16; None for float32.
 
     Raises:
         ValueError: packed is not of 3x3 kernels, or there is no such algorithm.
@@ -146,8 +209,12 @@ def as_winograd(
     if packed.kernel != (3, 3):
         raise ValueError(f"conv_winograd: packed is of kernels of {packed.kernel}, they must be (3, 3)")
     weight_transform(tile, stride, transposed)
+    units = None
+    if whole is not None:
+        _check_whole(tile, torch.int16)
+        units = torch.stack([_units(values) for values in _transformed(whole, tile, stride, transposed)])
     channels = packed.out_channels, packed.in_channels
-    return PackedWinograd(packed.data, *channels, tile, stride, transposed, packed.chunk)
+    return PackedWinograd(packed.data, *channels, tile, stride, transposed, packed.chunk, units)
 
 
 def can_pay(w: Tensor, stride: int, padding: int) -> bool:
@@ -189,14 +256,16 @@ def conv_winograd_native(
     Arithmetic is float32. Against float64, as root mean squares, the error of F(4x4) is at most 4.5 times
     that of eager torch's direct convolution in float32, 7 times with one channel; that of F(2x2) 1.7 and
     2.2 times; of stride 2, 2.2 and 4 times; of a transposed one, whose taps eager sums apart, 3.2 and 4.5
-    times. With up to 16 channels a sixth more where the kernel transforms the weights, in float32.
+    times. With up to 16 channels a sixth more where the kernel transforms the weights, in float32. With
+    products of int16 the error of any is at most 1.4 times eager's in bfloat16.
 
     What is not finite in x spoils the outputs of every tile whose window holds it, nothing beyond. Tiles are
     tile x tile outputs counted from the top left, 8 x 8 if transposed, and a window is what their taps meet,
     of a transposed one the 5 x 5 inputs from the first. An infinity may become NaN.
 
     Args:
-        x: (N, C, H, W) in NHWC storage, float32 or bfloat16; padding is 1.
+        x: (N, C, H, W) in NHWC storage, float32 or bfloat16, the latter where products are int16; padding
+            is 1.
         scale, shift: float32 (K,), or None.
         residual, skip, out: (N, K, H', W') of x's dtype, with one stride of channels, 1, and the same other
             strides; they need not be dense. H' is ceil(H / stride), if transposed 2 H; so is W'.
@@ -208,12 +277,14 @@ def conv_winograd_native(
     native.module.winograd(
         x.data_ptr(),
         packed.data.data_ptr(),
+        native.address(packed.units),
         native.address(scale),
         native.address(shift),
         native.address(residual),
         native.address(skip),
         out.data_ptr(),
         native.DTYPE_CODES[x.dtype],
+        native.PRODUCT_CODES[packed.product],
         n, h, w, c, out_h, out_w, k,
         packed.tile,
         packed.stride,
@@ -253,6 +324,7 @@ def shared_block_winograd_native(
     native.module.winograd_block(
         x.data_ptr(),
         packed.data.data_ptr(),
+        native.address(packed.units),
         scale1.data_ptr(),
         shift1.data_ptr(),
         scale2.data_ptr(),
@@ -260,6 +332,7 @@ def shared_block_winograd_native(
         hidden.data_ptr(),
         out.data_ptr(),
         native.DTYPE_CODES[x.dtype],
+        native.PRODUCT_CODES[packed.product],
         n, h, w, c,
         skip,
         common.native_slope(slope),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import breakdown
@@ -14,6 +15,8 @@ from measure import Times
 
 import shelfkern
 from shelfkern import native
+from shelfkern.engine import plan
+from shelfkern.engine.cpu.algorithm import Algorithm
 from shelfkern.engine.plan import step_bytes, step_macs
 from shelfkern.nn import ShelfNet, ShelfNetConfig
 from shelfkern.ops import _triton
@@ -131,6 +134,24 @@ def test_each_layer_is_timed_in_every_pass_but_the_first(on_cpu):
         assert len(layers) == len(times) == len(fast.plan.steps) and together > 0
         assert {len(timing.seconds) for timing in times} == {3}
         assert torch.equal(fast(images), wanted)
+
+
+def test_floors_are_of_what_is_multiplied():
+    value = plan.Value(0, 32, 1)
+    step = plan.Conv(
+        "it", (value,), plan.Value(1, 32, 1), torch.zeros(32, 32, 3, 3), None, None, 1, plan.Activation()
+    )
+    ceilings = Ceilings(1e15, {"float32": 1e12, "bfloat16": 2e12, "int16": 3e12})
+    case = dataclasses.replace(CPU_CASE, dtype="bfloat16")
+    for name, rate in (
+        ("native direct", 2e12),
+        ("native winograd 4x4", 1e12),
+        ("native winograd 4x4 int16 strips", 3e12),
+    ):
+        layer = breakdown.CpuLayer(step, Algorithm(name, 1.0, None), (1, 32, 64, 64))
+        row, _ = breakdown.table_rows(case, [layer], [Timing((1.0,))], 1.0, ceilings)
+        flop = step_flop(step, name, 1, (64, 64))
+        assert row["floor_us"] == pytest.approx(1e6 * flop / rate, rel=1e-3), name
 
 
 @emulated

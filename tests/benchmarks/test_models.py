@@ -536,6 +536,7 @@ def test_ours_counts_the_arithmetic_of_its_algorithms():
         ("conv", 1, "native direct", None),
         # 10 x 10 pixels are 3 x 3 tiles of 4 and 5 x 5 tiles of 2.
         ("conv", 1, "native winograd 4x4", 9 * 36 / 100),
+        ("conv", 1, "native winograd 4x4 int16 strips", 9 * 36 / 100),
         ("conv", 1, "native winograd 2x2", 25 * 16 / 100),
         ("conv", 2, "native winograd 4x4", 9 * 81 / 100),
         ("deconv", 2, "native winograd 4x4", 4 * 81 / 100),

@@ -52,12 +52,20 @@ class Algorithm(NamedTuple):
     stride: int = 1
     transposed: bool = False
     untransformed: bool = False
+    product: torch.dtype = torch.float32
+
+    @property
+    def dtypes(self):
+        """Of activations."""
+        return DTYPES if self.product is torch.float32 else [torch.bfloat16]
 
     def pack(self, weight):
         if not self.untransformed:
-            return pack_winograd(weight, *self[:3])
-        packed = ops.pack_conv(weight.transpose(0, 1) if self.transposed else weight, padding=1)
-        return as_winograd(packed, *self[:3])
+            return pack_winograd(weight, *self[:3], self.product)
+        packed = ops.pack_conv(
+            weight.float().transpose(0, 1) if self.transposed else weight.float(), padding=1
+        )
+        return as_winograd(packed, *self[:3], weight if self.product is torch.int16 else None)
 
     def reference(self, x, w, scale, shift, residual, skip, slope):
         if not self.transposed:
@@ -83,10 +91,29 @@ class Algorithm(NamedTuple):
 
 
 TRANSFORMED = [Algorithm(2), Algorithm(4), Algorithm(4, 2), Algorithm(4, 2, True)]
-ALGORITHMS = [*TRANSFORMED, *(algorithm._replace(untransformed=True) for algorithm in TRANSFORMED)]
 IDS = ["2x2", "4x4", "stride2", "transposed"]
-every_algorithm = pytest.mark.parametrize(
-    "algorithm", ALGORITHMS, ids=[*IDS, *(f"{name}-untransformed" for name in IDS)]
+WHOLE = [algorithm._replace(product=torch.int16) for algorithm in TRANSFORMED[1:]]
+
+
+def with_untransformed(algorithms):
+    return [*algorithms, *(algorithm._replace(untransformed=True) for algorithm in algorithms)]
+
+
+ALGORITHMS = with_untransformed(TRANSFORMED)
+ALL = [*ALGORITHMS, *with_untransformed(WHOLE)]
+
+
+def name(algorithm):
+    kind = "-int16" if algorithm.product is torch.int16 else ""
+    form = "-untransformed" if algorithm.untransformed else ""
+    return IDS[[one[:3] for one in TRANSFORMED].index(algorithm[:3])] + kind + form
+
+
+every_float_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS, ids=name)
+every_algorithm = pytest.mark.parametrize("algorithm", ALL, ids=name)
+EVERY_DTYPE = [(algorithm, dtype) for algorithm in ALL for dtype in algorithm.dtypes]
+every_algorithm_and_dtype = pytest.mark.parametrize(
+    "algorithm, dtype", EVERY_DTYPE, ids=lambda value: name(value) if isinstance(value, Algorithm) else None
 )
 # n, c, h, w, k
 SHAPES = [
@@ -107,8 +134,9 @@ SHAPES = [
 ]
 
 
-def arguments(n, c, h, w, k, dtype=torch.float32, algorithm=ALGORITHMS[0]):
-    """x, w, scale, shift, residual, skip."""
+def arguments(n, c, h, w, k, dtype=None, algorithm=ALGORITHMS[0]):
+    """x, w, scale, shift, residual, skip; of the first dtype that the algorithm takes unless it is given."""
+    dtype = dtype or algorithm.dtypes[0]
     x, weight, scale, shift, *_ = inputs(n, c, h, w, k, (3, 3), 1, 1, dtype)
     maps = [random(n, k, *algorithm.out_sizes(h, w), seed=seed, dtype=dtype) for seed in (4, 5)]
     return [x, weight.transpose(0, 1) if algorithm.transposed else weight, scale, shift, *maps]
@@ -134,15 +162,22 @@ def assert_right(result, args, algorithm, slope=0.25):
     if algorithm.tile == 2:
         assert torch.equal(result, truth.to(result.dtype))
         return
-    rounding = 0 if result.dtype is torch.float32 else 2.0**-8
-    assert ((result.double() - truth).abs() <= truth.abs() * rounding + 0.02).all()
+    assert ((result.double() - truth).abs() <= allowed(truth, result.dtype, algorithm)).all()
+
+
+def allowed(truth, dtype, algorithm):
+    """How far results are from those of whole numbers at most."""
+    rounding = 0 if dtype is torch.float32 else 2.0**-8 * truth.abs()
+    return rounding + (
+        0.02 if algorithm.product is torch.float32 else 0.02 + 2.0**-9 * root_mean_square(truth)
+    )
 
 
 def root_mean_square(t):
     return t.double().square().mean().sqrt()
 
 
-@pytest.mark.parametrize("algorithm", TRANSFORMED, ids=IDS)
+@pytest.mark.parametrize("algorithm", TRANSFORMED, ids=name)
 def test_weights_are_transformed_once_in_float64(algorithm):
     weight, g = random(18, 5, 3, 3), weight_transform(*algorithm[:3])
     given = weight.transpose(0, 1) if algorithm.transposed else weight
@@ -155,7 +190,41 @@ def test_weights_are_transformed_once_in_float64(algorithm):
     assert not packed.data[1, :, :, 2:].any()
 
 
+@pytest.mark.parametrize("algorithm", WHOLE, ids=name)
+@pytest.mark.parametrize("channels", [1, 5, 64, 131])
+def test_whole_weights_are_as_fine_as_their_sums_allow(channels, algorithm):
+    weight, g = random(18, channels, 3, 3), weight_transform(*algorithm[:3])
+    weight[7] = 0
+    packed = algorithm.pack(weight.transpose(0, 1) if algorithm.transposed else weight)
+    assert packed.product is torch.int16 and packed.data.dtype is torch.int16
+    assert packed.data.shape == (2, 36, (channels + 1) // 2, 16, 2) and packed.units.shape == (2, 36, 16)
+    whole = packed.data.transpose(3, 2).flatten(3).double()
+    expected = torch.einsum("ir,kcrs,js->kijc", g, weight.double(), g).flatten(1, 2)
+    for k in range(18):
+        units = packed.units[k // 16, :, k % 16, None].double()
+        found = whole[k // 16, :, k % 16] * units
+        assert ((found[:, :channels] - expected[k]).abs() <= 0.501 * units).all() and not found[
+            :, channels:
+        ].any()
+    sums = whole.abs().cumsum(-1)
+    sums[..., 64:] -= sums[..., :-64].clone()
+    # The largest of a tile's values is 2^14 - 1.
+    assert sums.max() * (2**14 - 1) < 2**31 and whole.abs().max() < 2**15
+    assert sums[0, :, :7].amax(-1).min() > 2**14
+    taps = algorithm._replace(untransformed=True).pack(
+        weight.transpose(0, 1) if algorithm.transposed else weight
+    )
+    assert torch.equal(taps.units, packed.units) and taps.data.dtype is torch.float32
+
+
 def test_what_cannot_be_packed():
+    for tile, product in ((2, torch.int16), (4, torch.int8), (4, torch.bfloat16)):
+        with pytest.raises(
+            ValueError,
+            match=f"^conv_winograd: product and tile are {product} and {tile}, they may be torch.float32 and "
+            "2 or 4, or torch.int16 and 4$",
+        ):
+            pack_winograd(torch.zeros(4, 2, 3, 3), tile, product=product)
     for transposed, order in ((False, r"\(K, C"), (True, r"\(C, K")):
         with pytest.raises(
             ValueError, match=rf"^conv_winograd: w is \(4, 2, 3, 1\), it must be {order}, 3, 3\)$"
@@ -179,11 +248,11 @@ def test_many_weights_stay_in_the_memory_of_the_direct_kernel():
         torch.empty(256, 256, 3, 3), 2
     )
     assert not keeps_transformed(torch.empty(256, 256, 3, 3))
+    assert keeps_transformed(torch.empty(256, 256, 3, 3), product=torch.int16)
 
 
 @needs_native
-@every_algorithm
-@pytest.mark.parametrize("dtype", DTYPES)
+@every_algorithm_and_dtype
 @pytest.mark.parametrize("shape", SHAPES)
 def test_is_the_reference(shape, dtype, algorithm):
     args = whole(arguments(*shape, dtype, algorithm))
@@ -203,12 +272,13 @@ def test_every_part_of_the_epilogue(parts, slope, algorithm):
 @needs_native
 @given(
     n=st.integers(0, 3), c=st.one_of(st.integers(1, 35), st.sampled_from([64, 65, 129])),
-    h=st.integers(1, 11), w=st.integers(1, 30), k=st.integers(1, 70), algorithm=st.sampled_from(ALGORITHMS),
-    parts=st.sets(st.sampled_from(EVERY)), dtype=st.sampled_from(DTYPES),
+    h=st.integers(1, 11), w=st.integers(1, 30), k=st.integers(1, 70), kind=st.sampled_from(EVERY_DTYPE),
+    parts=st.sets(st.sampled_from(EVERY)),
     slope=st.sampled_from([0.0, 0.25, None]), count=st.sampled_from([1, 2, 3]),
 )  # fmt: skip
 @settings(max_examples=40, deadline=None)
-def test_every_isa_writes_all_of_the_output(n, c, h, w, k, algorithm, parts, dtype, slope, count):
+def test_every_isa_writes_all_of_the_output(n, c, h, w, k, kind, parts, slope, count):
+    algorithm, dtype = kind
     args = only(whole(arguments(max(n, 1), c, h, w, k, dtype, algorithm)), parts)
     args = [t[:n] if t is not None and t.ndim == 4 and i != 1 else t for i, t in enumerate(args)]
     x, weight, scale, shift, residual, skip = args
@@ -232,7 +302,7 @@ FEW_CHANNELS, MORE_OF_FEW = 16, 7 / 6
 
 
 @needs_native
-@every_algorithm
+@every_float_algorithm
 @pytest.mark.parametrize("channels", [1, 16, 64, 128, 512])
 def test_every_isa_is_within_the_error_stated(channels, algorithm):
     signed, weight, *_ = arguments(1, channels, 32, 32, 64, algorithm=algorithm)
@@ -253,6 +323,50 @@ def test_every_isa_is_within_the_error_stated(channels, algorithm):
             assert error.abs().max() <= 1e-5 * truth.abs().max(), isa
 
         each_isa(check_error)
+
+
+# The error of products of int16 to that of eager in bfloat16, root mean square, at most.
+BOUND_OF_WHOLE = 1.4
+
+
+@needs_native
+@pytest.mark.parametrize("algorithm", with_untransformed(WHOLE), ids=name)
+@pytest.mark.parametrize("channels", [1, 16, 64, 128, 512])
+def test_every_isa_is_within_the_error_stated_in_whole_numbers(channels, algorithm):
+    signed, weight, *_ = arguments(1, channels, 32, 32, 64, algorithm=algorithm)
+    # The largest channels say what 1 is worth, also to those of which little else is made.
+    uneven = signed.relu() * random(channels, 1, 1, seed=9).exp()
+    for x in (signed, signed.relu(), uneven.bfloat16()):
+        args = (x, weight, None, None, None, None)
+        truth = algorithm.reference(*double(args), None)
+        limit = BOUND_OF_WHOLE * root_mean_square(algorithm.reference(*args, None) - truth)
+
+        def check_error(isa, args=args, truth=truth, limit=limit):
+            error = run(args, algorithm, None) - truth
+            assert root_mean_square(error) <= limit, isa
+            assert error.abs().max() <= 2.0**-7 * truth.abs().max(), isa
+
+        each_isa(check_error)
+
+
+@needs_native
+@pytest.mark.parametrize("algorithm", with_untransformed(WHOLE[:1]), ids=name)
+@pytest.mark.parametrize("channels", [64, 100, 128])
+def test_every_isa_sums_what_is_largest(channels, algorithm):
+    """Each image makes one frequency as large as it can be in all channels, where the weights are alike."""
+    rows = [(-1, 1, 1, -1, 1, 1), (1, -1, -1, 1, 1, 1), (1, 1, -1, -1, 1, 1), (1, 1, 1, 1, 1, -1)]
+    windows = torch.tensor(rows, dtype=torch.bfloat16)
+    x = torch.zeros(16, channels, 12, 12, dtype=torch.bfloat16)
+    x[:, :, 3:9, 3:9] = torch.einsum("ih,jw->ijhw", windows, windows).reshape(16, 1, 6, 6)
+    for taps in torch.tensor([[1.0, 1, 1], [1, -1, 1], [1, 0, 0]]):
+        weight = taps.outer(taps).expand(20, channels, 3, 3).bfloat16().contiguous()
+        args = (x, weight, None, None, None, None)
+        truth = algorithm.reference(*double(args), None)
+
+        def check(isa, args=args, truth=truth):
+            assert ((run(args, algorithm, None) - truth).abs() <= 2.0**-7 * truth.abs().max()).all(), isa
+
+        each_isa(check)
 
 
 @needs_native
@@ -280,7 +394,8 @@ def test_what_is_not_finite_stays_in_the_tiles_whose_windows_hold_it(value, algo
         windows = [algorithm.window(torch.arange(size) // algorithm.outputs) for size in result.shape[2:]]
         rows, columns = ((first <= i) & (i <= last) for (first, last), i in zip(windows, (y, x), strict=True))
         beyond = ~(rows[:, None] & columns[None, :]).expand_as(result)
-        assert beyond.any() and ((result - finite)[beyond].abs() <= 0.02).all()
+        near = (result - finite).abs() <= allowed(finite, result.dtype, algorithm)
+        assert beyond.any() and near[beyond].all()
 
 
 @needs_native
@@ -296,8 +411,7 @@ def test_nan_and_inf_of_residual_and_skip_go_where_torch_sends_them(slope, algor
 
 
 @needs_native
-@every_algorithm
-@pytest.mark.parametrize("dtype", DTYPES)
+@every_algorithm_and_dtype
 @pytest.mark.parametrize("shape", [(2, 20, 23, 60, 100), (1, 200, 9, 9, 150)])
 def test_threads_and_repeats_change_no_bit(shape, dtype, algorithm):
     args = arguments(*shape, dtype, algorithm)
@@ -436,9 +550,9 @@ def test_the_engine_keeps_many_weights_once_for_both_kernels(calls):
         assert root_mean_square(out - truth) <= BOUNDS[Algorithm(4)][1] * root_mean_square(eager - truth)
     assert calls == ["winograd", "conv_bn_act"]
     made = []
-    for form in ("direct", "winograd 4"):
+    for form in ("direct", "native winograd 4x4"):
         packed.get(form, lambda form=form: made.append(form))
-    assert made == ["winograd 4"]
+    assert made == ["native winograd 4x4"]
 
 
 @needs_native
@@ -455,15 +569,15 @@ def test_the_engine_keeps_many_weights_of_a_transposed_convolution_untransformed
     truth, eager = algorithm.reference(*double(args), None), algorithm.reference(*args, None)
     assert root_mean_square(out - truth) <= BOUNDS[algorithm][1] * root_mean_square(eager - truth)
     made = []
-    packed.get("winograd 4", lambda: made.append("winograd 4"))
+    packed.get("native winograd 4x4", lambda: made.append("transformed"))
     assert calls == ["winograd"] and made
 
 
-def block_arguments(n, c, h, w, dtype=torch.float32):
+def block_arguments(n, c, h, w, dtype=torch.float32, product=torch.float32):
     """x in a fence of NaN, packed weights, and scale and shift of both convolutions."""
-    weight = random(c, c, 3, 3, seed=1) / (9 * c) ** 0.5
+    packed = pack_winograd(random(c, c, 3, 3, seed=1) / (9 * c) ** 0.5, product=product)
     affine = [random(c, seed=seed) for seed in (2, 3, 4, 5)]
-    return fenced(random(max(n, 1), c, h, w, dtype=dtype)[:n])[1], pack_winograd(weight), *affine
+    return fenced(random(max(n, 1), c, h, w, dtype=dtype)[:n])[1], packed, *affine
 
 
 def one_after_the_other(x, packed, scale1, shift1, scale2, shift2, slope, skip):
@@ -482,6 +596,8 @@ def in_strips(*args):
     return out, ((between, hidden), (storage, out))
 
 
+KINDS = [(torch.float32,) * 2, (torch.bfloat16, torch.float32), (torch.bfloat16, torch.int16)]
+every_kind = pytest.mark.parametrize("dtype, product", KINDS)
 BLOCKS = [
     (0, 33, 9, 9),
     (1, 1, 1, 1),
@@ -497,11 +613,11 @@ BLOCKS = [
 
 
 @needs_native
-@pytest.mark.parametrize("dtype", DTYPES)
+@every_kind
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("shape", BLOCKS)
-def test_every_isa_makes_strips_bit_for_bit_as_one_convolution_after_the_other(shape, skip, dtype):
-    args = block_arguments(*shape, dtype)
+def test_every_isa_makes_strips_bit_for_bit_as_one_convolution_after_the_other(shape, skip, dtype, product):
+    args = block_arguments(*shape, dtype, product)
 
     def check(isa):
         for slope in (0.0, 0.25, None):
@@ -529,9 +645,11 @@ def test_strips_have_the_same_values_that_are_not_finite(value):
 
 @needs_native
 @pytest.mark.parametrize("skip", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_engine_has_strips_for_measuring_to_choose(skip, dtype):
-    x, packed, *norms = block_arguments(1, 40, 12, 20, dtype)
+@every_kind
+def test_the_engine_has_strips_for_measuring_to_choose(skip, dtype, product):
+    if not native.has_product(product):
+        pytest.skip(f"{native.module.isa()} has no products of {product}")
+    x, packed, *norms = block_arguments(1, 40, 12, 20, dtype, product)
     weight = random(40, 40, 3, 3, seed=1) / (9 * 40) ** 0.5
     values = [p.Value(i, 40, 1) for i in range(3)]
     step = p.SharedBlockStep(
@@ -539,9 +657,9 @@ def test_the_engine_has_strips_for_measuring_to_choose(skip, dtype):
     )
     context = Context(dtype, Normalisation(), theirs=False)
     found = {a.name: a for a in algorithms.algorithms(step, (1, 12, 20), context, Packed())}
-    names = list(found)
-    assert names.index("native winograd 4x4 strips") == names.index("native winograd 4x4") + 1
-    strips = found["native winograd 4x4 strips"]
+    names, whole = list(found), "native winograd 4x4" + " int16" * (product is torch.int16)
+    assert names.index(f"{whole} strips") == names.index(whole) + 1
+    strips = found[f"{whole} strips"]
     out = nhwc(poisoned(tuple(x.shape), dtype))
     assert strips.scratch >= x.numel() * x.itemsize
     scratch = torch.full((x.numel() * x.itemsize,), 255, dtype=torch.uint8)

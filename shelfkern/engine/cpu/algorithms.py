@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,42 +81,70 @@ def _products(context: Context) -> torch.dtype:
     return context.dtype if native.has_product(context.dtype) else torch.float32
 
 
-def _convolutions(
-    weight: Tensor, stride: int, padding: int, context: Context, packed: Packed
-) -> dict[str, tuple[int | None, Prepare]]:
-    """Our ways to convolve by name: the Winograd tile, None for a direct one, and what prepares it."""
+def _plain(weight: Tensor, stride: int, padding: int, packed: Packed, dtype: torch.dtype) -> ops.PackedConv:
+    form = "direct" if dtype is torch.float32 else f"direct {dtype}"
+    return packed.get(form, lambda: ops.pack_conv(weight, stride, padding, dtype=dtype))
 
-    def plain(dtype: torch.dtype) -> ops.PackedConv:
-        form = "direct" if dtype is torch.float32 else f"direct {dtype}"
-        return packed.get(form, lambda: ops.pack_conv(weight, stride, padding, dtype=dtype))
 
-    def direct() -> Convolve:
-        filters = plain(_products(context))
-        return lambda x, *others: ops.conv_bn_act_native(x, filters, *others)
+class _Winograd(NamedTuple):
+    """A way to convolve with few products: the outputs of a tile, and what is multiplied."""
 
-    def filters_of(tile: int) -> PackedWinograd:
-        if keeps_transformed(weight, tile):
-            return packed.get(f"winograd {tile}", lambda: pack_winograd(weight, tile, stride))
-        return as_winograd(plain(torch.float32), tile, stride)
+    tile: int
+    product: torch.dtype
 
-    def winograd(tile: int) -> Prepare:
-        def prepare() -> Convolve:
-            filters = filters_of(tile)
-            return lambda x, *others: conv_winograd_native(x, filters, *others)
+    def __str__(self) -> str:
+        kind = " int16" if self.product is torch.int16 else ""
+        return f"native winograd {self.tile}x{self.tile}{kind}"
 
-        return prepare
+    def filters(
+        self, weight: Tensor, stride: int, packed: Packed, transposed: bool = False
+    ) -> PackedWinograd:
+        if keeps_transformed(weight, self.tile, self.product):
+            parameters = self.tile, stride, transposed, self.product
+            return packed.get(str(self), lambda: pack_winograd(weight, *parameters))
+        if transposed:
+            taps = packed.get("taps", lambda: ops.pack_conv(weight.transpose(0, 1), padding=1))
+        else:
+            taps = _plain(weight, stride, 1, packed, torch.float32)
+        whole = weight if self.product is torch.int16 else None
+        return packed.get(f"{self} of taps", lambda: as_winograd(taps, self.tile, stride, transposed, whole))
 
-    found: dict[str, tuple[int | None, Prepare]] = {"native direct": (None, direct)}
-    if can_pay(weight, stride, padding):
-        tiles = (4, 2) if stride == 1 else (4,)
-        found |= {f"native winograd {tile}x{tile}": (tile, winograd(tile)) for tile in tiles}
+
+def _winograds(weight: Tensor, stride: int, padding: int, context: Context) -> list[_Winograd]:
+    """Those that may pay for such weights; stride and padding are of a transposed convolution too."""
+    if not can_pay(weight, stride, padding):
+        return []
+    found = [_Winograd(tile, torch.float32) for tile in ((4, 2) if stride == 1 else (4,))]
+    if context.dtype is torch.bfloat16 and native.has_product(torch.int16):
+        found.append(_Winograd(4, torch.int16))
     return found
 
 
-def _time(step: p.Conv | p.SharedBlockStep, size: Size, tile: int | None, context: Context) -> float:
-    if tile is None:
+def _convolutions(
+    weight: Tensor, stride: int, padding: int, context: Context, packed: Packed
+) -> dict[_Winograd | None, Prepare]:
+    """What prepares each of our ways to convolve; None is the direct one."""
+
+    def direct() -> Convolve:
+        filters = _plain(weight, stride, padding, packed, _products(context))
+        return lambda x, *others: ops.conv_bn_act_native(x, filters, *others)
+
+    def winograd(way: _Winograd) -> Convolve:
+        filters = way.filters(weight, stride, packed)
+        return lambda x, *others: conv_winograd_native(x, filters, *others)
+
+    ways = _winograds(weight, stride, padding, context)
+    return {None: direct} | {way: functools.partial(winograd, way) for way in ways}
+
+
+def _name(way: _Winograd | None) -> str:
+    return str(way or "native direct")
+
+
+def _time(step: p.Conv | p.SharedBlockStep, size: Size, way: _Winograd | None, context: Context) -> float:
+    if way is None:
         return cost.direct(step, size, _products(context))
-    return cost.winograd(step, size, tile)
+    return cost.winograd(step, size, *way)
 
 
 def _our_conv(step: p.Conv, size: Size, context: Context, packed: Packed) -> list[Algorithm]:
@@ -131,8 +160,8 @@ def _our_conv(step: p.Conv, size: Size, context: Context, packed: Packed) -> lis
 
     ways = _convolutions(step.weight, step.stride, step.padding, context, packed)
     return [
-        Algorithm(name, _time(step, size, tile, context), functools.partial(bound, prepare))
-        for name, (tile, prepare) in ways.items()
+        Algorithm(_name(way), _time(step, size, way, context), functools.partial(bound, prepare))
+        for way, prepare in ways.items()
     ]
 
 
@@ -151,8 +180,8 @@ def _our_shared_block(
 
         return run
 
-    def strips() -> Run:
-        filters = packed.get("winograd 4", lambda: pack_winograd(step.weight))
+    def strips(way: _Winograd) -> Run:
+        filters = way.filters(step.weight, 1, packed)
         norms = step.scale1, step.shift1, step.scale2, step.shift2
 
         def run(inputs: Sequence[Tensor], outputs: Sequence[Tensor], scratch: Tensor) -> None:
@@ -163,13 +192,17 @@ def _our_shared_block(
         return run
 
     scratch = value_bytes(step.hidden, *size, context.dtype)
+    ways = _convolutions(step.weight, 1, 1, context, packed)
     found = [
-        Algorithm(name, _time(step, size, tile, context), functools.partial(bound, prepare), scratch=scratch)
-        for name, (tile, prepare) in _convolutions(step.weight, 1, 1, context, packed).items()
+        Algorithm(
+            _name(way), _time(step, size, way, context), functools.partial(bound, prepare), scratch=scratch
+        )
+        for way, prepare in ways.items()
     ]
-    if can_pay(step.weight, 1, 1) and keeps_transformed(step.weight):
-        time = STRIPS * cost.winograd(step, size, 4)
-        found.append(Algorithm("native winograd 4x4 strips", time, strips, scratch=scratch))
+    for way in filter(None, ways):
+        if way.tile == 4 and keeps_transformed(step.weight, *way):
+            time = STRIPS * _time(step, size, way, context)
+            found.append(Algorithm(f"{way} strips", time, functools.partial(strips, way), scratch=scratch))
     return found
 
 
@@ -219,14 +252,8 @@ def _our_deconv(step: p.DeconvAdd, size: Size, context: Context, packed: Packed)
 
         return no_scratch(run)
 
-    def filters_of() -> PackedWinograd:
-        if keeps_transformed(step.weight):
-            return packed.get("winograd 4", lambda: pack_winograd(step.weight, 4, 2, transposed=True))
-        plain = packed.get("plain taps", lambda: ops.pack_conv(step.weight.transpose(0, 1), padding=1))
-        return as_winograd(plain, 4, 2, transposed=True)
-
-    def winograd() -> Run:
-        filters = filters_of()
+    def winograd(way: _Winograd) -> Run:
+        filters = way.filters(step.weight, 2, packed, transposed=True)
 
         def run(inputs: Sequence[Tensor], out: Tensor) -> None:
             x, skip = inputs
@@ -235,8 +262,9 @@ def _our_deconv(step: p.DeconvAdd, size: Size, context: Context, packed: Packed)
         return no_scratch(run)
 
     found = [Algorithm("native direct", cost.direct(step, size, dtype), direct)]
-    if can_pay(step.weight, stride=2, padding=1):
-        found.append(Algorithm("native winograd 4x4", cost.winograd(step, size, 4), winograd))
+    for way in _winograds(step.weight, 2, 1, context):
+        time = cost.winograd(step, size, *way)
+        found.append(Algorithm(str(way), time, functools.partial(winograd, way)))
     return found
 
 

@@ -26,8 +26,14 @@ DOT_MACS_A_US = {torch.bfloat16: 100e3, torch.int8: 170e3}
 # Of kernels that only move data; memory that the library takes anew costs page faults.
 BYTES_A_US, FRESH_BYTES_A_US = 10e3, 4e3
 # Outputs, of a transposed convolution inputs, convolved directly in the time of one Winograd tile, by the
-# stride and the tile.
-TILE_PIXELS = {(1, 2): 2.6, (1, 4): 5.5, (2, 4): 11.5}
+# stride, the tile and what is multiplied.
+TILE_PIXELS = {
+    (1, 2, torch.float32): 2.6,
+    (1, 4, torch.float32): 5.5,
+    (2, 4, torch.float32): 11.5,
+    (1, 4, torch.int16): 3.5,
+    (2, 4, torch.int16): 7,
+}
 # The same of what is done once a call, whatever the tiles: reading and transforming the weights.
 WEIGHT_PIXELS = 27
 
@@ -38,7 +44,12 @@ def direct(step: p.Step, size: Size, products: torch.dtype = torch.float32) -> f
     return CALL + p.step_macs(step, *size) / rate
 
 
-def winograd(step: p.Conv | p.SharedBlockStep | p.DeconvAdd, size: Size, tile: int) -> float:
+def winograd(
+    step: p.Conv | p.SharedBlockStep | p.DeconvAdd,
+    size: Size,
+    tile: int,
+    product: torch.dtype = torch.float32,
+) -> float:
     """Our Winograd kernels: below a direct one in float32 exactly where `pays` says that the digits pay.
 
     Direct products of bfloat16 are faster, and may be below both.
@@ -48,7 +59,7 @@ def winograd(step: p.Conv | p.SharedBlockStep | p.DeconvAdd, size: Size, tile: i
     shape = (step.inputs[0] if transposed else step.output).shape(*size)
     n, _, h, w = shape
     tiles = n * -(-h // tile) * -(-w // tile)
-    pixels = TILE_PIXELS[stride, tile] * tiles + WEIGHT_PIXELS
+    pixels = TILE_PIXELS[stride, tile, product] * tiles + WEIGHT_PIXELS
     time = CALL + pixels / max(1, n * h * w) * p.step_macs(step, *size) / MACS_A_US
     limit = direct(step, size)
     return min(time, 0.99 * limit) if pays(shape, stride, transposed) else max(time, 1.01 * limit)

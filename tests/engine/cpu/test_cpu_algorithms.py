@@ -85,6 +85,21 @@ def test_without_measurements_filters_of_stride_2_run_where_they_pay(extent):
 
 
 @needs_native
+@pytest.mark.parametrize("has", [False, True])
+def test_whole_numbers_are_multiplied_of_bfloat16_where_there_are_instructions(has, monkeypatch):
+    monkeypatch.setattr(native, "has_product", lambda dtype: dtype is not torch.int16 or has)
+    low, high = p.Value(0, 64, 2), p.Value(1, 64, 1)
+    up = p.DeconvAdd("up", (low, high), p.Value(2, 64, 1), torch.randn(64, 64, 3, 3), torch.ones(64))
+    for step in (conv_step(64), conv_step(64, 3, 2), up):
+        found = names(step, (1, 64, 64), context(torch.bfloat16))
+        assert ("native winograd 4x4 int16" in found) == has and "native winograd 4x4" in found
+        assert not has or found[0] == "native winograd 4x4 int16"
+        assert "native winograd 4x4 int16" not in names(step, (1, 64, 64), context())
+    narrow = names(conv_step(31), (1, 64, 64), context(torch.bfloat16))
+    assert not any("winograd" in name for name in narrow)
+
+
+@needs_native
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_backend_has_its_own_algorithms(name):
     for step in lower(build(CONFIGS[name])).steps:
@@ -112,8 +127,8 @@ def test_weights_are_packed_once_for_all_sizes_and_only_for_what_runs():
 
     assert not packed._made
     first = made(0, (1, 64, 64))
-    assert set(first) == {"winograd 4"} and made(0, (2, 32, 96)) == first
-    assert set(made(0, (1, 2, 2))) == {"winograd 4", "direct"}
+    assert set(first) == {"native winograd 4x4"} and made(0, (2, 32, 96)) == first
+    assert set(made(0, (1, 2, 2))) == {"native winograd 4x4", "direct"}
 
 
 @pytest.mark.skipif(library.onednn_reason() is not None, reason="no oneDNN")
