@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from shelfkern import ops
 from shelfkern.normalisation import Normalisation
 from shelfkern.ops.conv_bn_act import product_dtype
-from shelfkern.ops.stem import normalise, normalised_values, pack_stem
+from shelfkern.ops.stem import normalise, normalised_values, pack_stem, pack_stem_rows
 
 
 def inputs(problem: Problem, random: Inputs) -> tuple[Tensors, dict[str, Any]]:
@@ -34,7 +34,7 @@ def inputs(problem: Problem, random: Inputs) -> tuple[Tensors, dict[str, Any]]:
 
 def native(case: Case, kernel: Kernel) -> Run:
     image, w, scale, shift, mean, std = case.tensors.values()
-    packed = ops.pack_conv(w, stride=2, padding=3, dtype=product_dtype(case.dtype, case.dtype))
+    packed = pack_stem_rows(w, product_dtype(case.dtype, case.dtype))
     values = normalised_values(mean, std)
     out = case.poisoned()
 

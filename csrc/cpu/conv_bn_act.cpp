@@ -127,7 +127,8 @@ Input<P> input_of(const Conv& a, const Shape& s, int64_t n, int64_t y, int64_t o
     using Word = typename P::Word;
     const X* image = static_cast<const X*>(a.x) + n * a.h * a.w * a.c;
     if (used_in_place<P, X>(a, s)) {
-        return {reinterpret_cast<const Word*>(image) + y * a.stride * a.w * s.c, a.w * s.c, s.c, nullptr};
+        return {reinterpret_cast<const Word*>(image) + y * a.stride * a.w * s.c, a.w * s.c, a.stride * s.c,
+                nullptr};
     }
     const int64_t rows = s.input_rows(out_rows);
     Word* packed = static_cast<Word*>(thread_scratch(0, rows * s.columns() * s.c * 4));

@@ -316,17 +316,18 @@ struct Shape {
 template <typename P>
 struct Input {
     const typename P::Word* data;
-    int64_t row, column;              // words; 0 for a packed strip, where they follow from the chunk's width
+    // Words between input rows, and between neighbouring output pixels; 0 for a packed strip, where they
+    // follow from the chunk's width.
+    int64_t row, pixel;
     const typename P::Scalar* start;  // of each output channel, what its sums begin with; or null
 };
 
 // One chunk of `out_rows` output rows, for kPanels panels from output channel `oc`; `o` is of the strip.
 template <int kPanels, typename P, typename E>
-static void convolve_chunk(const Shape& s, TileOf<P> tile, int64_t column, int64_t out_rows, int64_t oc,
+static void convolve_chunk(const Shape& s, TileOf<P> tile, int64_t out_rows, int64_t oc,
                            typename P::Scalar* sums, const E& o) {
     const typename P::Word* chunk = tile.input;
     const int64_t tiles = (s.out_w + tile_pixels(kPanels) - 1) / tile_pixels(kPanels);
-    tile.input_pixel = s.stride * column;
     const E of_panels = o.of_channels(oc, s.out_c - oc < kPanels * kPanel ? s.out_c - oc : kPanels * kPanel);
     for (int64_t y = 0; y < out_rows; ++y) {
         for (int64_t t = 0; t < tiles; ++t) {
@@ -341,11 +342,11 @@ static void convolve_chunk(const Shape& s, TileOf<P> tile, int64_t column, int64
 
 // Calls convolve_chunk<panels> for a count of panels known at run time.
 template <typename P, typename E, int kPanels = kMaxPanels>
-static inline void convolve_chunk_of(int64_t panels, const Shape& s, const TileOf<P>& tile, int64_t column,
-                                     int64_t out_rows, int64_t oc, typename P::Scalar* sums, const E& o) {
+static inline void convolve_chunk_of(int64_t panels, const Shape& s, const TileOf<P>& tile, int64_t out_rows,
+                                     int64_t oc, typename P::Scalar* sums, const E& o) {
     if constexpr (kPanels > 0) {
-        if (panels == kPanels) return convolve_chunk<kPanels>(s, tile, column, out_rows, oc, sums, o);
-        convolve_chunk_of<P, E, kPanels - 1>(panels, s, tile, column, out_rows, oc, sums, o);
+        if (panels == kPanels) return convolve_chunk<kPanels>(s, tile, out_rows, oc, sums, o);
+        convolve_chunk_of<P, E, kPanels - 1>(panels, s, tile, out_rows, oc, sums, o);
     }
 }
 
@@ -362,16 +363,16 @@ static void convolve_panels(const Shape& s, const Input<P>& input, int64_t out_r
     const typename P::Word* chunk = input.data;
     for (int64_t i = 0; i < s.chunks(); ++i) {
         const int64_t width = s.chunk_width(i);
-        const int64_t column = input.column ? input.column : width;
         tile.input = chunk;
         tile.input_row = input.row ? input.row : columns * width;
+        tile.input_pixel = input.pixel ? input.pixel : s.stride * width;
         tile.run = s.kernel_w * width;
         tile.first = i == 0;
         tile.start = tile.first ? moved(input.start, first * kPanel) : nullptr;
         tile.last = i + 1 == s.chunks();
-        convolve_chunk_of<P>(panels, s, tile, column, out_rows, first * kPanel, sums, o);
+        convolve_chunk_of<P>(panels, s, tile, out_rows, first * kPanel, sums, o);
         tile.weight += tile.kernel_h * tile.run * kPanel;
-        chunk += input.column ? width : rows * columns * width;
+        chunk += input.pixel ? width : rows * columns * width;
     }
 }
 

@@ -9,8 +9,8 @@ namespace shelfkern {
 
 enum class DType : int { f32 = 0, bf16 = 1, u8 = 2 };
 
-// What a word of 32 bits holds where it is multiplied: one float32, two bfloat16, four codes of 8 bits, or two
-// whole numbers of 16 bits.
+// What a word of 32 bits holds where it is multiplied: one float32, two bfloat16, four codes of 8 bits, or
+// two whole numbers of 16 bits.
 enum class Product : int { float32 = 0, bfloat16 = 1, int8 = 2, int16 = 3 };
 
 // skip + gate[n, c] * nearest_x2(x). x: n h w c; skip, out: n 2h 2w c; gate: n c float32 or null.
@@ -124,8 +124,8 @@ struct Conv {
 // stride 2 with tiles of 4, or the transposed convolution of stride 2 and output padding 1 with tiles of 4.
 //
 // Weights: where chunk is 0, per panel of 16 output channels, (tile + 2)^2 frequencies x c x 16 float32, or
-// of int16 c / 2 x 16 words (ops/_conv_winograd.py transforms them); else untransformed float32, as of Conv in
-// chunks of that many channels. units, of int16: what 1 is worth, panels x (tile + 2)^2 x 16.
+// of int16 c / 2 x 16 words (ops/_conv_winograd.py transforms them); else untransformed float32, as of Conv
+// in chunks of that many channels. units, of int16: what 1 is worth, panels x (tile + 2)^2 x 16.
 struct Winograd {
     const void *x, *weight;
     const float* units;
@@ -167,7 +167,7 @@ struct WinogradBlock {
 struct Stem {
     const void* image;
     const float* values;
-    const void* weight;  // as Conv's
+    const void* weight;  // as Conv's, the pixels of a kernel row as channels of one tap
     const float *scale, *shift;
     void* out;
     DType image_dtype, dtype;

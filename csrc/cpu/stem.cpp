@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <type_traits>
 
 #include "../common/parallel.h"
@@ -27,33 +28,43 @@ void read_row(const Stem& a, int64_t n, int64_t y, int64_t count, float* to) {
     }
 }
 
-// Words of a pixel: three floats, four bfloat16 or four codes, the last of them zero.
+// How a row of pixels lies in words: pixels of three floats or three bfloat16, which words may cut, or of
+// four codes, the last of them unused. The seven pixels of a kernel row begin at a word for every output
+// pixel.
 template <typename P>
-constexpr int64_t kPixelWords = P::kElements == 1 ? 3 : 4 / P::kElements;
+struct Pixels {
+    using Element = typename std::conditional<std::is_same<P, Float32>::value, float, bf16>::type;
+    static constexpr int64_t kElements = 3;  // of a pixel
+};
 
-// A row of normalised pixels as a product's words.
-void read_words(Float32, const Stem& a, int64_t n, int64_t y, int64_t count, Float32::Word* to) {
+template <>
+struct Pixels<Int8> {
+    using Element = uint32_t;
+    static constexpr int64_t kElements = 1;
+};
+
+template <typename P>
+constexpr int64_t words_of(int64_t pixels) {
+    const int64_t bytes = pixels * Pixels<P>::kElements * sizeof(typename Pixels<P>::Element);
+    return (bytes + 3) / 4;
+}
+
+// A row of normalised pixels.
+void read_pixels(const Stem& a, int64_t n, int64_t y, int64_t count, float* to) {
     read_row(a, n, y, count, to);
 }
 
-void read_words(Bfloat16, const Stem& a, int64_t n, int64_t y, int64_t count, Bfloat16::Word* to) {
-    const int64_t floats = (3 * count + kLanes - 1) / kLanes * kLanes;
-    float* row = static_cast<float*>(thread_scratch(2, floats * 4));
-    bf16* narrow = static_cast<bf16*>(thread_scratch(3, (floats + 1) * 2));
+void read_pixels(const Stem& a, int64_t n, int64_t y, int64_t count, bf16* to) {
+    const int64_t floats = 3 * count;
+    float* row = static_cast<float*>(thread_scratch(2, (floats + kLanes) * 4));
     read_row(a, n, y, count, row);
-    for (int64_t i = 3 * count; i < floats; ++i) row[i] = 0;
-    for (int64_t i = 0; i < floats; i += kLanes) store(narrow + i, load(row + i));
-    narrow[floats] = {};  // the last pixel is read with the element after it
-    for (int64_t x = 0; x < count; ++x) {
-        uint16_t pixel[4];
-        std::memcpy(pixel, narrow + 3 * x, sizeof(pixel));
-        pixel[3] = 0;
-        std::memcpy(to + 2 * x, pixel, sizeof(pixel));
+    for (int64_t i = 0; i < floats; i += kLanes) {
+        store_up_to(to + i, load(row + i), static_cast<int>(floats - i < kLanes ? floats - i : kLanes));
     }
 }
 
 // A row of raw pixels.
-void read_words(Int8, const Stem& a, int64_t n, int64_t y, int64_t count, Int8::Word* to) {
+void read_pixels(const Stem& a, int64_t n, int64_t y, int64_t count, uint32_t* to) {
     if (a.image_dtype == DType::u8) {
         const uint8_t* from = static_cast<const uint8_t*>(a.image) + (n * a.image_h + y) * a.image_w * 3;
         for (int64_t x = 0; x < count; ++x, from += 3) to[x] = from[0] | from[1] << 8 | from[2] << 16;
@@ -72,67 +83,70 @@ void read_words(Int8, const Stem& a, int64_t n, int64_t y, int64_t count, Int8::
     for (int64_t x = 0; x < count; ++x) to[x] = codes[x] | codes[row + x] << 8 | codes[2 * row + x] << 16;
 }
 
-template <typename Word>
-void fill(Word* to, int64_t count, Word value) {
-    for (int64_t i = 0; i < count; ++i) to[i] = value;
-}
-
 template <typename P>
-void pack_image(const Stem& a, const Shape& s, int64_t n, int64_t first_row, int64_t rows,
+void pack_image(const Stem& a, int64_t columns, int64_t n, int64_t first_row, int64_t rows,
                 typename P::Word* to) {
-    constexpr int64_t kWords = kPixelWords<P>;
-    const int64_t columns = s.columns();
+    using Element = typename Pixels<P>::Element;
+    constexpr int64_t kElements = Pixels<P>::kElements;
     const int64_t inside = columns - kPad < a.image_w ? columns - kPad : a.image_w;
-    const typename P::Word zero = std::is_same<P, Int8>::value ? a.zero : 0;
-    for (int64_t r = 0; r < rows; ++r, to += kWords * columns) {
+    Element zero{};
+    if constexpr (std::is_same<P, Int8>::value) zero = a.zero;
+    for (int64_t r = 0; r < rows; ++r, to += words_of<P>(columns)) {
         const int64_t y = first_row + r;
+        Element* row = reinterpret_cast<Element*>(to);
+        Element* const end = reinterpret_cast<Element*>(to + words_of<P>(columns));
         if (y < 0 || y >= a.image_h) {
-            fill(to, kWords * columns, zero);
+            std::fill(row, end, zero);
             continue;
         }
-        fill(to, kWords * kPad, zero);
-        read_words(P{}, a, n, y, inside, to + kWords * kPad);
-        fill(to + kWords * (kPad + inside), kWords * (columns - kPad - inside), zero);
+        std::fill(row, row + kElements * kPad, zero);
+        row += kElements * kPad;
+        read_pixels(a, n, y, inside, row);
+        std::fill(row + kElements * inside, end, zero);
     }
 }
 
-// The greatest of up to 3 x 3 pixels, for all channels of one pooled pixel. rows: [row][column][c].
-template <typename T>
-void pool_pixel(const float* rows, int64_t row, int64_t c, int64_t y0, int64_t y1, int64_t x0, int64_t x1,
-                T* out) {
+// The rows of features that a row of pooled pixels sees.
+template <typename F>
+struct Window {
+    const F* rows[3];
+    int count;
+};
+
+// The greatest of up to 3 x 3 pixels, columns x0 to x1, for `count` channels from k.
+template <typename F>
+inline __attribute__((always_inline)) vf greatest(const Window<F>& window, int64_t c, int64_t k, int count,
+                                                  int64_t x0, int64_t x1) {
+    vf best = load_up_to(window.rows[0] + x0 * c + k, count);
+    for (int y = 0; y < window.count; ++y) {
+        const F* row = window.rows[y] + k;
+        for (int64_t x = x0; x < x1; ++x) {
+            const vf v = load_up_to(row + x * c, count);
+            best = ((v > best) | (v != v)) ? v : best;  // NaN wins, as in torch
+        }
+    }
+    return best;
+}
+
+// All channels of one pooled pixel.
+template <typename F>
+void pool_pixel(const Window<F>& window, int64_t c, int64_t x0, int64_t x1, F* out) {
     int64_t k = 0;
-    for (; k + kLanes <= c; k += kLanes) {
-        vf best = load(rows + y0 * row + x0 * c + k);
-        for (int64_t y = y0; y < y1; ++y) {
-            for (int64_t x = x0; x < x1; ++x) {
-                const vf v = load(rows + y * row + x * c + k);
-                best = ((v > best) | (v != v)) ? v : best;  // NaN wins, as in torch
-            }
-        }
-        store(out + k, best);
-    }
-    for (; k < c; ++k) {
-        float best = rows[y0 * row + x0 * c + k];
-        for (int64_t y = y0; y < y1; ++y) {
-            for (int64_t x = x0; x < x1; ++x) {
-                const float v = rows[y * row + x * c + k];
-                best = v > best || v != v ? v : best;
-            }
-        }
-        store_one(out + k, best);
-    }
+    for (; k + kLanes <= c; k += kLanes) store(out + k, greatest(window, c, k, kLanes, x0, x1));
+    if (k == c) return;
+    const int count = static_cast<int>(c - k);
+    store_some(out + k, greatest(window, c, k, count, x0, x1), count);
 }
 
 typedef uint8_t Bytes __attribute__((vector_size(16)));
 
-void pool_pixel(const uint8_t* rows, int64_t row, int64_t c, int64_t y0, int64_t y1, int64_t x0, int64_t x1,
-                uint8_t* out) {
+void pool_pixel(const Window<uint8_t>& window, int64_t c, int64_t x0, int64_t x1, uint8_t* out) {
     int64_t k = 0;
     for (; k + 16 <= c; k += 16) {
         Bytes best = {};
-        for (int64_t y = y0; y < y1; ++y) {
+        for (int y = 0; y < window.count; ++y) {
             for (int64_t x = x0; x < x1; ++x) {
-                const Bytes v = load_vector<Bytes>(rows + y * row + x * c + k);
+                const Bytes v = load_vector<Bytes>(window.rows[y] + x * c + k);
                 best = v > best ? v : best;
             }
         }
@@ -140,17 +154,15 @@ void pool_pixel(const uint8_t* rows, int64_t row, int64_t c, int64_t y0, int64_t
     }
     for (; k < c; ++k) {
         out[k] = 0;
-        for (int64_t y = y0; y < y1; ++y) {
-            for (int64_t x = x0; x < x1; ++x) {
-                const uint8_t v = rows[y * row + x * c + k];
-                out[k] = v > out[k] ? v : out[k];
-            }
+        for (int y = 0; y < window.count; ++y) {
+            for (int64_t x = x0; x < x1; ++x) out[k] = std::max(out[k], window.rows[y][x * c + k]);
         }
     }
 }
 
-// Of a row of features, `to`: what rounds to a code can be rounded before it is pooled.
-Epilogue<float> epilogue_of(const Stem& a, float* to, int64_t row) {
+// Of rows of features, `to`: what is rounded can be rounded before it is pooled.
+template <typename F>
+Epilogue<F> epilogue_of(const Stem& a, F* to, int64_t row) {
     return {a.scale, a.shift, nullptr, nullptr, to, row, a.out_c, 0, a.slope};
 }
 
@@ -166,34 +178,44 @@ CodesEpilogue epilogue_of(const Stem& a, uint8_t* to, int64_t row) {
     return e;
 }
 
+// Rows [begin, end) of pooled pixels. Of features only those that the next row sees are kept, by turns in two
+// pairs of rows, so that they stay in L2.
+template <typename P, typename T>
+void run_rows(const Stem& a, int64_t n, int64_t begin, int64_t end) {
+    using Word = typename P::Word;
+    const int64_t out_h = a.h / 4, out_w = a.w / 4, columns = (a.w / 2 - 1) * kStride + kKernel;
+    const int64_t words = words_of<P>(columns), pixel = words_of<P>(kStride), run = words_of<P>(kKernel);
+    const int64_t first = begin ? 2 * begin - 1 : 0, top = first * kStride - kPad;
+    const int64_t rows = (2 * end - 1 - first) * kStride + kKernel;
+    Word* image = static_cast<Word*>(thread_scratch(0, rows * words * 4));
+    pack_image<P>(a, columns, n, top, rows, image);
+    const int64_t row = a.w / 2 * a.out_c, panels = (a.out_c + kPanel - 1) / kPanel;
+    T* const features = static_cast<T*>(thread_scratch(1, 4 * row * static_cast<int64_t>(sizeof(T))));
+    // A kernel row's pixels are the channels of one of its taps.
+    const Shape s{run, run, kKernel, 1, kStride, a.w / 2, a.out_c};
+    const auto convolve = [&](int64_t y, int64_t count, T* to) {
+        convolve_strip(s, Input<P>{image + (y * kStride - kPad - top) * words, words, pixel, nullptr}, count,
+                       0, panels, static_cast<const Word*>(a.weight),
+                       static_cast<typename P::Scalar*>(nullptr), epilogue_of(a, to, row));
+    };
+    if (begin) convolve(first, 1, features + (begin % 2 ? 1 : 3) * row);
+    for (int64_t y = begin; y < end; ++y) {
+        T* const pair = features + y % 2 * 2 * row;
+        convolve(2 * y, 2, pair);
+        Window<T> window{{pair, pair + row, features + (y % 2 ? 1 : 3) * row}, y ? 3 : 2};
+        T* out = static_cast<T*>(a.out) + (n * out_h + y) * out_w * a.out_c;
+        for (int64_t x = 0; x < out_w; ++x) {
+            pool_pixel(window, a.out_c, x ? 2 * x - 1 : 0, 2 * x + 2, out + x * a.out_c);
+        }
+    }
+}
+
 template <typename P, typename T>
 void run(const Stem& a) {
-    using Word = typename P::Word;
-    using Feature = typename std::conditional<std::is_same<T, uint8_t>::value, uint8_t, float>::type;
-    const int64_t conv_h = a.h / 2, conv_w = a.w / 2, out_h = a.h / 4, out_w = a.w / 4;
-    const Shape s{kPixelWords<P>, kPixelWords<P>, kKernel, kKernel, kStride, conv_w, a.out_c};
-    const int64_t pieces = (out_h + kPooledRows - 1) / kPooledRows;
+    const int64_t out_h = a.h / 4, pieces = (out_h + kPooledRows - 1) / kPooledRows;
     parallel_for(a.threads, a.n * pieces, [&](int64_t task) {
-        const int64_t n = task / pieces, begin = task % pieces * kPooledRows;
-        const int64_t end = begin + kPooledRows < out_h ? begin + kPooledRows : out_h;
-        const int64_t top = begin ? 2 * begin - 1 : 0, bottom = 2 * end < conv_h ? 2 * end : conv_h;
-        const int64_t rows = s.input_rows(bottom - top);
-        Word* image = static_cast<Word*>(thread_scratch(0, rows * s.columns() * s.c * 4));
-        pack_image<P>(a, s, n, top * kStride - kPad, rows, image);
-        const int64_t row = conv_w * a.out_c;
-        auto* features = static_cast<Feature*>(thread_scratch(1, (bottom - top) * row * sizeof(Feature)));
-        const int64_t panels = (a.out_c + kPanel - 1) / kPanel;
-        convolve_strip(s, Input<P>{image, 0, 0, nullptr}, bottom - top, 0, panels,
-                       static_cast<const Word*>(a.weight), static_cast<typename P::Scalar*>(nullptr),
-                       epilogue_of(a, features, row));
-        for (int64_t y = begin; y < end; ++y) {
-            T* out = static_cast<T*>(a.out) + (n * out_h + y) * out_w * a.out_c;
-            const int64_t y0 = (y ? 2 * y - 1 : 0) - top;
-            const int64_t y1 = 2 * y + 2 - top;
-            for (int64_t x = 0; x < out_w; ++x) {
-                pool_pixel(features, row, a.out_c, y0, y1, x ? 2 * x - 1 : 0, 2 * x + 2, out + x * a.out_c);
-            }
-        }
+        const int64_t begin = task % pieces * kPooledRows;
+        run_rows<P, T>(a, task / pieces, begin, std::min(begin + kPooledRows, out_h));
     });
 }
 

@@ -68,6 +68,17 @@ class StemCodes:
     bias: float = 0.0
 
 
+def pack_stem_rows(w: Tensor, dtype: torch.dtype) -> PackedConv:
+    """Packs weights (K, 3, 7, 7) for the native kernel: a kernel row's pixels are the channels of one tap.
+
+    dtype: of the products: float32, bfloat16, or int8 for raw pixels, of which a word holds one.
+    """
+    if dtype is torch.int8:
+        w = F.pad(w, (0, 0, 0, 0, 0, 1))
+    rows = w.permute(0, 3, 1, 2).flatten(1, 2).unsqueeze(-1)
+    return pack_conv(rows, stride=2, padding=3, dtype=dtype)
+
+
 def stem_native(
     image: Tensor,
     packed: PackedConv,
@@ -124,7 +135,7 @@ def fold_raw(
     zero = sum(round(255 * value) << 8 * channel for channel, value in enumerate(mean.tolist()))
     raw = 255 * torch.cat([std, mean]).float()
     shifts = shift.double() / out.step - scales * of_mean
-    packed = pack_conv(filters, stride=2, padding=3, dtype=torch.int8)
+    packed = pack_stem_rows(filters, torch.int8)
     return packed, whole_panels(scales), whole_panels(shifts), StemCodes(raw, zero, out.zero)
 
 
@@ -210,7 +221,7 @@ def _op(
 ) -> Tensor:  # fmt: skip
     out, values = _empty(image, w, size), normalised_values(mean, std)
     if backend == "native":
-        packed = pack_conv(w, stride=2, padding=3, dtype=product_dtype(w.dtype, w.dtype))
+        packed = pack_stem_rows(w, product_dtype(w.dtype, w.dtype))
         parameters = common.float32(scale), common.float32(shift), values
         stem_native(image.contiguous(), packed, *parameters, out, slope)
     else:

@@ -26,7 +26,14 @@ from shelfkern.ops._conv_codes import (
 from shelfkern.ops.conv_bn_act import conv_bn_act_reference, out_shape, pack_conv, whole_panels
 from shelfkern.ops.deconv_add import deconv_add_reference
 from shelfkern.ops.quantize import Quantum, quantize_native
-from shelfkern.ops.stem import StemCodes, fold_raw, normalise, normalised_values, stem_reference
+from shelfkern.ops.stem import (
+    StemCodes,
+    fold_raw,
+    normalise,
+    normalised_values,
+    pack_stem_rows,
+    stem_reference,
+)
 
 pytestmark = needs_native
 NAN, INF = float("nan"), float("inf")
@@ -315,7 +322,7 @@ def test_stem_of_normalised_products_on_every_isa(n, h, w, k, size, dtype, slope
     """Codes of what floats would be pooled to: rounding and the maximum change places."""
     image, (weight, scale, shift) = pixels(n, h, w), parameters(k)
     out = Quantum(0.03, 5)
-    packed = pack_conv(weight, stride=2, padding=3, dtype=dtype)
+    packed = pack_stem_rows(weight, dtype)
     norms = [whole_panels(t / out.step) for t in (scale, shift)]
     # As the kernel rounds its factors.
     seen = normalise(image, MEAN, STD).to(dtype).double()

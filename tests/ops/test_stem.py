@@ -33,8 +33,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from shelfkern import native, ops
-from shelfkern.ops import pack_conv, stem_native, stem_reference
-from shelfkern.ops.stem import normalise, normalised_values, pack_stem, stem_cuda
+from shelfkern.ops import stem_native, stem_reference
+from shelfkern.ops.stem import normalise, normalised_values, pack_stem, pack_stem_rows, stem_cuda
 
 # n, h, w, k, and the size that the image is seen as
 SHAPES = [
@@ -184,7 +184,7 @@ def test_every_isa_writes_all_of_the_output(n, h, w, k, beyond, slope, raw, dtyp
     image = pixels(n, h, w)
     normalised = image.permute(0, 3, 1, 2).float() - 3
     expected = truth(normalised, weight, scale, shift, WHOLE_MEAN, WHOLE_STD, size, slope).to(dtype)
-    packed, values = pack_conv(weight, stride=2, padding=3), normalised_values(WHOLE_MEAN, WHOLE_STD)
+    packed, values = pack_stem_rows(weight, torch.float32), normalised_values(WHOLE_MEAN, WHOLE_STD)
     if not raw:
         # As an NHWC tensor of another shape, since stem takes it contiguous, with NaN around.
         image = fenced(normalised.reshape(n, -1, 1, 1))[1].view(n, 3, h, w)

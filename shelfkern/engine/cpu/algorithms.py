@@ -23,7 +23,7 @@ from ...ops._conv_winograd import (
     pack_winograd,
     shared_block_winograd_native,
 )
-from ...ops.stem import normalised_values
+from ...ops.stem import normalised_values, pack_stem_rows
 from .. import plan as p
 from ..arena import like, value_bytes
 from ..problem import Packed, Size
@@ -210,7 +210,7 @@ def _our_stem(step: p.Stem, size: Size, context: Context, packed: Packed) -> lis
     dtype = _products(context)
 
     def prepare() -> Run:
-        filters = packed.get("direct", lambda: ops.pack_conv(step.weight, stride=2, padding=3, dtype=dtype))
+        filters = packed.get("direct", lambda: pack_stem_rows(step.weight, dtype))
         normalisation = context.normalisation
         mean, std = torch.tensor([normalisation.mean, normalisation.std], dtype=torch.float64)
         values = normalised_values(mean, std)

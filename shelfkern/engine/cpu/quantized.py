@@ -19,7 +19,7 @@ from ...ops._conv_codes import (
 )
 from ...ops.conv_bn_act import whole_panels
 from ...ops.quantize import Quantum, quantize_native
-from ...ops.stem import StemCodes, fold_raw, normalised_values
+from ...ops.stem import StemCodes, fold_raw, normalised_values, pack_stem_rows
 from .. import plan as p
 from ..arena import like, value_bytes
 from ..problem import Packed, Size
@@ -110,7 +110,7 @@ def _stem(step: p.Stem, size: Size, context: Context, packed: Packed) -> list[Al
         return fold_raw(step.weight, step.scale, step.shift, mean, std, out)
 
     def normalised() -> tuple[ops.PackedConv, Tensor, Tensor, StemCodes]:
-        filters = ops.pack_conv(step.weight, stride=2, padding=3, dtype=floating)
+        filters = pack_stem_rows(step.weight, floating)
         scale, shift = (whole_panels(norm / out.step) for norm in (step.scale, step.shift))
         return filters, scale, shift, StemCodes(bias=out.zero)
 
