@@ -223,7 +223,8 @@ void stem(Address image, Address values, Address weight, Address scale, Address 
 void winograd(Address x, Address weight, Address units, Address scale, Address shift, Address residual,
               Address skip, Address out, int dtype, int product, int64_t n, int64_t h, int64_t w, int64_t c,
               int64_t out_h, int64_t out_w, int64_t out_c, int tile, int stride, bool transposed,
-              int64_t chunk, int64_t stride_n, int64_t stride_h, int64_t stride_w, float slope, int threads) {
+              int64_t chunk, int64_t stride_n, int64_t stride_h, int64_t stride_w, float slope, int threads,
+              int x_zero, float residual_scale, float skip_scale, float bias) {
     const py::gil_scoped_release unlocked;
     kernels().winograd({pointer(x),
                         pointer(weight),
@@ -250,7 +251,11 @@ void winograd(Address x, Address weight, Address units, Address scale, Address s
                         stride_h,
                         stride_w,
                         slope,
-                        threads});
+                        threads,
+                        x_zero,
+                        residual_scale,
+                        skip_scale,
+                        bias});
 }
 
 void winograd_block(Address x, Address weight, Address units, Address scale1, Address shift1, Address scale2,

@@ -11,7 +11,6 @@ from library import fused_conv
 from shapes import Problem
 from torch.nn import functional as F
 
-from shelfkern import ops
 from shelfkern.normalisation import Normalisation
 from shelfkern.ops.conv_bn_act import product_dtype
 from shelfkern.ops.stem import normalise, normalised_values, pack_stem, pack_stem_rows

@@ -126,6 +126,8 @@ struct Conv {
 // Weights: where chunk is 0, per panel of 16 output channels, (tile + 2)^2 frequencies x c x 16 float32, or
 // of int16 c / 2 x 16 words (ops/_conv_winograd.py transforms them); else untransformed float32, as of Conv
 // in chunks of that many channels. units, of int16: what 1 is worth, panels x (tile + 2)^2 x 16.
+//
+// With x_zero and what follows, of codes to codes as Conv, there is no start: x_zero is taken from x.
 struct Winograd {
     const void *x, *weight;
     const float* units;
@@ -141,6 +143,8 @@ struct Winograd {
     int64_t stride_n, stride_h, stride_w;
     float slope;
     int threads;
+    int x_zero;
+    float residual_scale, skip_scale, bias;
 };
 
 // relu(scale2 * conv(hidden) + shift2 + x), plus x if skip, where hidden = act(scale1 * conv(x) + shift1), by

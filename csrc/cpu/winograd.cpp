@@ -46,6 +46,7 @@ void winograd_block(const WinogradBlock& args) {
 }
 
 void winograd(const Winograd& args) {
+    if (args.dtype == DType::u8) return run<Multiplied<Filter4, Int16>, uint8_t>(args);
     if (args.product == Product::int16) return run_filter<Int16, bf16>(args);
     with_type<float, bf16>(args.dtype, [&](auto t) { run_filter<Float32, decltype(t)>(args); });
 }

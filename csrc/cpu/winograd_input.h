@@ -6,10 +6,22 @@
 namespace shelfkern {
 namespace SHELFKERN_ISA {
 
-// The transform of `count` channels of one tile from channel `c`, up to kLanes, from the pixels of its
-// window. Calls put(frequency, values).
-template <typename Filter, typename T, typename Put>
-static inline __attribute__((always_inline)) void transform_vector(const T* const* from, int64_t c, int count,
+// The pixels of a tile's window. Of codes, `zero` is that of 0.
+template <typename T, int kPixels>
+struct Pixels {
+    const T* at[kPixels];
+    int zero;
+
+    // Up to kLanes channels of one of them.
+    inline __attribute__((always_inline)) vf values(int pixel, int64_t c, int count) const {
+        const vf v = load_up_to(at[pixel] + c, count);
+        return std::is_same<T, uint8_t>::value ? v - splat(static_cast<float>(zero)) : v;
+    }
+};
+
+// The transform of `count` channels of one tile from channel `c`, up to kLanes. Calls put(frequency, values).
+template <typename Filter, typename Window, typename Put>
+static inline __attribute__((always_inline)) void transform_vector(const Window& window, int64_t c, int count,
                                                                    const Put& put) {
     constexpr int kIn = Filter::kIn, kFrequencies = Filter::kFrequencies;
     vf half[kIn][kFrequencies];
@@ -18,7 +30,7 @@ static inline __attribute__((always_inline)) void transform_vector(const T* cons
         vf in[kIn];
 #pragma GCC unroll 9
         for (int column = 0; column < kIn; ++column) {
-            in[column] = load_up_to(from[row * kIn + column] + c, count);
+            in[column] = window.values(row * kIn + column, c, count);
         }
         Filter::input(in, half[row]);
     }
@@ -34,25 +46,25 @@ static inline __attribute__((always_inline)) void transform_vector(const T* cons
 }
 
 // transform_vector for some channels.
-template <typename Filter, typename T, typename Put>
-static inline __attribute__((always_inline)) void transform_channels(const T* const* from, Span channels,
+template <typename Filter, typename Window, typename Put>
+static inline __attribute__((always_inline)) void transform_channels(const Window& window, Span channels,
                                                                      const Put& put) {
     for (int64_t c = channels.begin; c < channels.end; c += kLanes) {
         if (c + kLanes <= channels.end) {
-            transform_vector<Filter>(from, c, kLanes, [&](int f, vf v) { put(c - channels.begin, f, v); });
+            transform_vector<Filter>(window, c, kLanes, [&](int f, vf v) { put(c - channels.begin, f, v); });
         } else {
             const int count = static_cast<int>(channels.end - c);
-            transform_vector<Filter>(from, c, count, [&](int f, vf v) { put(c - channels.begin, f, v); });
+            transform_vector<Filter>(window, c, count, [&](int f, vf v) { put(c - channels.begin, f, v); });
         }
     }
 }
 
-template <typename Filter, typename T>
-static void transform_tile(const T* const* from, const Transformed<Filter>& v, int64_t tile) {
+template <typename Filter, typename Window>
+static void transform_tile(const Window& window, const Transformed<Filter>& v, int64_t tile) {
     for (int64_t i = 0; i < v.chunks; ++i) {
         float* to[Geometry<Filter>::kFrequencies];
         v.layout.pointers(v.chunk(i), tile, to);
-        transform_channels<Filter>(from, v.channels(i),
+        transform_channels<Filter>(window, v.channels(i),
                                    [&](int64_t c, int f, vf values) { store(to[f] + c, values); });
     }
 }
@@ -85,14 +97,14 @@ static inline void store_whole(uint32_t* p, vf v) {
 
 // The same in whole numbers, their unit the tile's: values of different channels are summed, but those of
 // different tiles are not.
-template <typename Filter, typename T>
-static void transform_tile_to_whole(const T* const* from, const Transformed<Filter>& v, int64_t tile) {
+template <typename Filter, typename Window>
+static void transform_tile_to_whole(const Window& window, const Transformed<Filter>& v, int64_t tile) {
     constexpr int kFrequencies = Geometry<Filter>::kFrequencies, kVector = kFrequencies * kLanes;
     float* const values = scratch<float>(kSlotTile, v.chunks * divide_up(v.widest, kLanes) * kVector);
     float* to = values;
     vu sizes{};
     for (int64_t i = 0; i < v.chunks; ++i) {
-        transform_channels<Filter>(from, v.channels(i), [&](int64_t, int f, vf out) {
+        transform_channels<Filter>(window, v.channels(i), [&](int64_t, int f, vf out) {
             store(to + f * kLanes, out);
             const vu size = (vu)out & 0x7fffffff;
             sizes = size > sizes ? size : sizes;
@@ -113,25 +125,35 @@ static void transform_tile_to_whole(const T* const* from, const Transformed<Filt
     }
 }
 
+template <typename T>
+static T zero_of(const Winograd&) {
+    return {};
+}
+template <>
+uint8_t zero_of<uint8_t>(const Winograd& a) {
+    return static_cast<uint8_t>(a.x_zero);
+}
+
 // V of some of its tiles. Pixels beyond the image are one of zeros.
 template <typename Filter, typename T>
 static void transform_input(const Geometry<Filter>& g, const Transformed<Filter>& v, Span tiles) {
     constexpr int kIn = Filter::kIn;
     const Winograd& a = g.a;
     T* zeros = scratch<T>(kSlotZeros, a.c);
-    for (int64_t c = 0; c < a.c; ++c) zeros[c] = T{};
+    for (int64_t c = 0; c < a.c; ++c) zeros[c] = zero_of<T>(a);
     for (int64_t t = tiles.begin; t < tiles.end; ++t) {
         const Place p = place_of(g, t);
         const T* image = static_cast<const T*>(a.x) + p.n * a.h * a.w * a.c;
-        const T* from[kIn * kIn];
+        Pixels<T, kIn * kIn> window;
+        window.zero = a.x_zero;
         for (int i = 0; i < kIn * kIn; ++i) {
             const int64_t y = p.in_y + i / kIn, x = p.in_x + i % kIn;
-            from[i] = y >= 0 && y < a.h && x >= 0 && x < a.w ? image + (y * a.w + x) * a.c : zeros;
+            window.at[i] = y >= 0 && y < a.h && x >= 0 && x < a.w ? image + (y * a.w + x) * a.c : zeros;
         }
         if constexpr (Filter::kWholeNumbers) {
-            transform_tile_to_whole(from, v, t - v.tiles.begin);
+            transform_tile_to_whole(window, v, t - v.tiles.begin);
         } else {
-            transform_tile(from, v, t - v.tiles.begin);
+            transform_tile(window, v, t - v.tiles.begin);
         }
     }
 }

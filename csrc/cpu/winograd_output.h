@@ -36,16 +36,38 @@ static void transform_output(const float* const* from, int64_t at, float unit,
 }
 
 // finish() for a count of pixels known at run time.
-template <int kOut, typename T, int kPixels = kOut>
-static void finish_row(int64_t pixels, const Sums<kOut, 1>& row, const Epilogue<T>& e) {
+template <int kOut, typename E, int kPixels = kOut>
+static void finish_row(int64_t pixels, const Sums<kOut, 1>& row, const E& e) {
     if constexpr (kPixels > 0) {
-        if (pixels < kPixels) return finish_row<kOut, T, kPixels - 1>(pixels, row, e);
+        if (pixels < kPixels) return finish_row<kOut, E, kPixels - 1>(pixels, row, e);
         Sums<kPixels, 1> some;
         for (int p = 0; p < kPixels; ++p) {
             for (int v = 0; v < kPanelVectors; ++v) some.v[p][v] = row.v[p][v];
         }
         finish(some, e);
     }
+}
+
+// What is done with the sums of a panel from output channel `oc`, its pointers those of the whole images.
+template <typename T>
+static auto epilogue_of(const Winograd& a, int64_t oc) {
+    typename std::conditional<std::is_same<T, uint8_t>::value, CodesEpilogue, Epilogue<T>>::type e{};
+    e.scale = moved(a.scale, oc);
+    e.shift = moved(a.shift, oc);
+    e.residual = static_cast<const T*>(a.residual);
+    e.skip = static_cast<const T*>(a.skip);
+    e.pixel = a.stride_w;
+    e.channels = static_cast<int>(min(kPanel, a.out_c - oc));
+    e.slope = a.slope;
+    if constexpr (std::is_same<T, uint8_t>::value) {
+        e.codes = static_cast<T*>(a.out);
+        e.residual_scale = a.residual_scale;
+        e.skip_scale = a.skip_scale;
+        e.bias = a.bias;
+    } else {
+        e.out = static_cast<T*>(a.out);
+    }
+    return e;
 }
 
 // The outputs of one tile for `panels` panels from output channel `oc`.
@@ -58,18 +80,9 @@ static void finish_tile(const Winograd& a, const Place& place, int64_t oc, int64
     for (int64_t i = 0; i < panels; ++i, oc += kPanel) {
         Sums<kOut, 1> rows[kOut];
         transform_output<Filter>(from, i * kPanel, unit, rows);
-        Epilogue<T> e;
-        e.scale = a.scale ? a.scale + oc : nullptr;
-        e.shift = a.shift ? a.shift + oc : nullptr;
-        e.pixel = a.stride_w;
-        e.channels = static_cast<int>(min(kPanel, a.out_c - oc));
-        e.slope = a.slope;
+        const auto e = epilogue_of<T>(a, oc);
         for (int64_t y = 0; y < height; ++y) {
-            const int64_t at = start + y * a.stride_h + oc;
-            e.residual = a.residual ? static_cast<const T*>(a.residual) + at : nullptr;
-            e.skip = a.skip ? static_cast<const T*>(a.skip) + at : nullptr;
-            e.out = static_cast<T*>(a.out) + at;
-            finish_row<kOut>(width, rows[y], e);
+            finish_row<kOut>(width, rows[y], e.at(start + y * a.stride_h + oc));
         }
     }
 }

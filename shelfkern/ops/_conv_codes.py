@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import native
+from ._conv_winograd import PackedWinograd, native_winograd, pack_winograd
 from .conv_bn_act import PackedConv, native_conv, pack_conv, whole_panels
 from .deconv_add import parities, parity_kernels
 from .quantize import Quantum, quantize_weight
@@ -18,11 +19,11 @@ class CodedFilters:
     """A convolution's weights in codes.
 
     Attributes:
-        packed: of int8.
+        packed: of int8, or transformed from them.
         step: (K,) float32, what one step of each output channel's weights is.
     """
 
-    packed: PackedConv
+    packed: PackedConv | PackedWinograd
     step: Tensor
 
 
@@ -35,7 +36,8 @@ class Folded:
 
     Attributes:
         scale, shift: of whole panels, float32.
-        start: less what the zero of x adds to sums, of whole panels, int32; None where that is 0.
+        start: less what the zero of x adds to sums, of whole panels, int32; None where that is 0, or the zero
+            is taken from x.
         x_zero: the code of 0 in x, what lies beyond it.
     """
 
@@ -56,6 +58,12 @@ def pack_conv_codes(w: Tensor, stride: int = 1, padding: int = 0) -> CodedFilter
     """
     codes, step = _codes(w)
     return CodedFilters(pack_conv(codes, stride, padding, dtype=torch.int8), step)
+
+
+def pack_winograd_codes(w: Tensor) -> CodedFilters:
+    """The same of 3x3 kernels of stride 1 and padding 1, for Winograd's minimal filtering."""
+    codes, step = _codes(w)
+    return CodedFilters(pack_winograd(codes, product=torch.int16), step)
 
 
 def pack_deconv_codes(w: Tensor) -> tuple[CodedFilters, ...]:
@@ -81,7 +89,7 @@ def fold(
     skip: Quantum | None = None,
 ) -> Folded:
     """Folds a norm, and what the codes of x, residual, skip and the result are, out None for floats."""
-    assert filters.packed.sums is not None
+    sums = filters.packed.sums if isinstance(filters.packed, PackedConv) else None
     unit, zero = (1.0, 0) if out is None else (out.step, out.zero)
     scales = filters.step.double() * (x.step / unit)
     shifts = torch.zeros_like(scales) if shift is None else shift.double() / unit
@@ -92,7 +100,7 @@ def fold(
     return Folded(
         whole_panels(scales),
         whole_panels(shifts),
-        -x.zero * filters.packed.sums if x.zero else None,
+        -x.zero * sums if x.zero and sums is not None else None,
         x.zero,
         residual.step / unit,
         skip.step / unit,
@@ -102,7 +110,7 @@ def fold(
 
 def conv_codes_native(
     x: Tensor,
-    packed: PackedConv,
+    packed: PackedConv | PackedWinograd,
     folded: Folded,
     residual: Tensor | None,
     skip: Tensor | None,
@@ -111,8 +119,16 @@ def conv_codes_native(
 ) -> None:
     """The native kernel into `out`, unchecked: as `conv_bn_act_native`, x, residual and skip uint8.
 
-    out: uint8: the nearest codes, ties to even, within [0, 255], what is no number 0; or float32.
+    out: uint8: the nearest codes, ties to even, within [0, 255], what is no number 0; or, of a direct
+        convolution, whose sums are exact, float32. Winograd's sums are rounded at 14 bits of the largest, a
+        fifth of a code at most in the networks.
     """
+    if isinstance(packed, PackedWinograd):
+        native.module.winograd(
+            *native_winograd(x, packed, folded.scale, folded.shift, residual, skip, out, slope),
+            folded.x_zero, folded.residual_scale, folded.skip_scale, folded.bias,
+        )  # fmt: skip
+        return
     native.module.conv_bn_act(
         *native_conv(x, packed, folded.scale, folded.shift, residual, skip, out, slope),
         native.address(folded.start), folded.x_zero, folded.residual_scale, folded.skip_scale, folded.bias,

@@ -271,10 +271,25 @@ def conv_winograd_native(
             strides; they need not be dense. H' is ceil(H / stride), if transposed 2 H; so is W'.
         slope: of the activation: 0 relu, up to 1 leaky relu, None nothing.
     """
+    codes = 0, 0.0, 0.0, 0.0
+    native.module.winograd(*native_winograd(x, packed, scale, shift, residual, skip, out, slope), *codes)
+
+
+def native_winograd(
+    x: Tensor,
+    packed: PackedWinograd,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    skip: Tensor | None,
+    out: Tensor,
+    slope: float | None,
+) -> tuple[int | float, ...]:
+    """What the kernel takes, but what it does with codes."""
     n, c, h, w = x.shape
     _, k, out_h, out_w = out.shape
     stride_n, _, stride_h, stride_w = out.stride()
-    native.module.winograd(
+    return (
         x.data_ptr(),
         packed.data.data_ptr(),
         native.address(packed.units),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import hypothesis.strategies as st
 import pytest
@@ -23,6 +24,7 @@ from shelfkern.ops._conv_codes import (
     pack_conv_codes,
     pack_deconv_codes,
 )
+from shelfkern.ops._conv_winograd import pack_winograd
 from shelfkern.ops.conv_bn_act import conv_bn_act_reference, out_shape, pack_conv, whole_panels
 from shelfkern.ops.deconv_add import deconv_add_reference
 from shelfkern.ops.quantize import Quantum, quantize_native
@@ -84,10 +86,15 @@ class Layer:
         weight = self.weight.double() / 4
         return conv_bn_act_reference(x, weight, *norms, *others, self.stride, self.padding, self.slope)
 
-    def run(self, out):
+    def direct(self):
+        return pack_conv(self.weight, self.stride, self.padding, dtype=torch.int8)
+
+    def winograd(self):
+        return pack_winograd(self.weight, product=torch.int16)
+
+    def run(self, out, packed):
         """Into memory with poison around it, from memory with other codes around it."""
-        step = torch.full((len(self.weight),), 0.25)
-        filters = CodedFilters(pack_conv(self.weight, self.stride, self.padding, dtype=torch.int8), step)
+        filters = CodedFilters(packed, torch.full((len(self.weight),), 0.25))
         residual, skip = (None if t is None else framed(t, 9)[1] for t in (self.residual, self.skip))
         quanta = (None if residual is None else RESIDUAL, None if skip is None else SKIP)
         folded = fold(filters, self.scale, self.shift, X, out, *quanta)
@@ -102,8 +109,12 @@ class Layer:
         return found
 
     def check(self, out=OUT):
-        found, truth = self.run(out), self.truth()
+        found, truth = self.run(out, self.direct()), self.truth()
         assert torch.equal(found, truth.float() if out is None else out.codes(truth))
+
+    def check_winograd(self, out=OUT):
+        # Truths are quarters of codes, of which many lie in the middle of two.
+        assert_near(self.run(out, self.winograd()), self.truth(), out, 1e-3, equal=0.5)
 
 
 def layer(shape, present=EVERY, slope=0.25):
@@ -146,6 +157,43 @@ def test_conv_on_every_isa(n, c, h, w, k, kernel, stride, present, out, count):
     one = layer((n, c, h, w, k, kernel, stride, kernel[0] // 2), present)
     one.x = fenced_codes(one.x)
     with_threads(count, lambda: each_isa(lambda isa: one.check(out)))
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.25, None])
+@pytest.mark.parametrize("present", [(), *((name,) for name in EVERY), EVERY])
+def test_winograd_every_part_of_the_epilogue(present, slope):
+    for k in (19, 64):
+        layer((1, 32, 9, 14, k, (3, 3), 1, 1), present, slope).check_winograd()
+
+
+@given(
+    n=st.integers(1, 2), c=st.one_of(st.integers(1, 35), st.sampled_from([128, 131])), h=st.integers(1, 9),
+    w=st.integers(1, 30), k=st.one_of(st.integers(1, 70), st.sampled_from([96, 128])),
+    present=st.sets(st.sampled_from(EVERY)), count=st.sampled_from([1, 3]),
+)  # fmt: skip
+@settings(max_examples=25, deadline=None)
+def test_winograd_on_every_isa(n, c, h, w, k, present, count):
+    one = layer((n, c, h, w, k, (3, 3), 1, 1), present)
+    one.x = fenced_codes(one.x)
+    with_threads(count, lambda: each_isa(lambda isa: one.check_winograd()))
+
+
+def test_winograd_of_the_largest_codes_on_every_isa():
+    """Sums of 16 bits by 16 bits stay within 32."""
+    for sign in (1, -1):
+        weight = torch.full((16, 512, 3, 3), sign * 127, dtype=torch.int8)
+        weight[3, ::2] *= -1
+        filters = CodedFilters(pack_winograd(weight, product=torch.int16), torch.ones(16))
+        x, out = nhwc(torch.full((1, 512, 9, 9), 255, dtype=U8)), Quantum(2.0**21, 120)
+        truth = F.conv2d(x.double(), weight.double(), padding=1)
+
+        def run(isa, filters=filters, x=x, out=out, truth=truth):
+            result = nhwc(torch.zeros(truth.shape, dtype=U8))
+            folded = fold(filters, None, None, Quantum(1.0), out)
+            conv_codes_native(x, filters.packed, folded, None, None, result, None)
+            assert_near(result, truth, out, 1e-3, equal=0.5)
+
+        each_isa(run)
 
 
 def fenced_codes(t):
@@ -213,7 +261,8 @@ def test_conv_what_is_not_finite_on_every_isa():
 
 def test_threads_and_repeats_change_no_bit():
     one = layer((1, 64, 30, 40, 64, (3, 3), 1, 1))
-    assert_no_bit_changes(lambda: one.run(OUT))
+    for packed in (one.direct(), one.winograd()):
+        assert_no_bit_changes(functools.partial(one.run, OUT, packed))
 
 
 def test_weights_in_codes():
@@ -236,11 +285,11 @@ def test_refuses_sums_that_could_overflow():
         pack_conv(torch.zeros(1, 65794, 1, 1, dtype=torch.int8), dtype=torch.int8)
 
 
-def assert_near(found, truth, out, slack=1e-5):
+def assert_near(found, truth, out, slack=1e-5, equal=0.9):
     """Codes are those of the truth, or its neighbour where that lies within slack of the middle of both."""
     near = slack * truth.abs().max()
     low, high = out.codes(truth - near), out.codes(truth + near)
-    assert ((found >= low) & (found <= high)).all() and (low == high).double().mean() > 0.9
+    assert ((found >= low) & (found <= high)).all() and (low == high).double().mean() > equal
 
 
 @pytest.mark.parametrize("n, c, k, h, w", [(1, 64, 64, 6, 8), (2, 37, 21, 3, 5), (1, 1, 1, 1, 1)])

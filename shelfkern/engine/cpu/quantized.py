@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,7 +17,9 @@ from ...ops._conv_codes import (
     fold,
     pack_conv_codes,
     pack_deconv_codes,
+    pack_winograd_codes,
 )
+from ...ops._conv_winograd import can_pay
 from ...ops.conv_bn_act import whole_panels
 from ...ops.quantize import Quantum, quantize_native
 from ...ops.stem import StemCodes, fold_raw, normalised_values, pack_stem_rows
@@ -37,16 +40,31 @@ def _quantum(value: p.Value) -> Quantum:
     return value.quantum
 
 
+def _convolutions(
+    step: p.Conv | p.SharedBlockStep, size: Size, stride: int, padding: int
+) -> list[tuple[str, float, Callable[[], CodedFilters]]]:
+    """Our ways to convolve codes: a name, what each should take, and what packs the weights."""
+    weight = step.weight
+    direct = cost.direct(step, size, torch.int8)
+    found = [("native direct", direct, lambda: pack_conv_codes(weight, stride, padding))]
+    # Of stride 2, and transposed, fewer products of 16 bits take longer than all of 8 bits.
+    may_pay = stride == 1 and can_pay(weight, stride, padding) and native.has_product(torch.int16)
+    if may_pay and step.output.quantum is not None:
+        time = cost.winograd(step, size, 4, torch.int16)
+        found.append(("native winograd 4x4 int16", time, lambda: pack_winograd_codes(weight)))
+    return found
+
+
 def _conv(step: p.Conv, size: Size, context: Context, packed: Packed) -> list[Algorithm]:
-    def make() -> tuple[CodedFilters, Folded]:
-        filters = pack_conv_codes(step.weight, step.stride, step.padding)
+    def make(pack: Callable[[], CodedFilters]) -> tuple[CodedFilters, Folded]:
+        filters = pack()
         x, *others = map(_quantum, step.inputs)
         residual = others[0] if step.residual else None
         skip = others[-1] if step.skip else None
         return filters, fold(filters, step.scale, step.shift, x, step.output.quantum, residual, skip)
 
-    def prepare() -> Run:
-        filters, folded = packed.get("codes", make)
+    def prepare(name: str, pack: Callable[[], CodedFilters]) -> Run:
+        filters, folded = packed.get(name, lambda: make(pack))
 
         def run(inputs: Sequence[Tensor], out: Tensor) -> None:
             residual = inputs[1] if step.residual else None
@@ -55,19 +73,22 @@ def _conv(step: p.Conv, size: Size, context: Context, packed: Packed) -> list[Al
 
         return no_scratch(run)
 
-    return [Algorithm("native direct", cost.direct(step, size, torch.int8), prepare)]
+    return [
+        Algorithm(name, time, functools.partial(prepare, name, pack))
+        for name, time, pack in _convolutions(step, size, step.stride, step.padding)
+    ]
 
 
 def _block(step: p.SharedBlockStep, size: Size, context: Context, packed: Packed) -> list[Algorithm]:
-    def make() -> tuple[CodedFilters, Folded, Folded]:
-        filters = pack_conv_codes(step.weight, 1, 1)
+    def make(pack: Callable[[], CodedFilters]) -> tuple[CodedFilters, Folded, Folded]:
+        filters = pack()
         x, hidden, out = map(_quantum, (step.inputs[0], step.hidden, step.output))
         first = fold(filters, step.scale1, step.shift1, x, hidden)
         skip = x if step.skip else None
         return filters, first, fold(filters, step.scale2, step.shift2, hidden, out, x, skip)
 
-    def prepare() -> Run:
-        filters, first, second = packed.get("codes", make)
+    def prepare(name: str, pack: Callable[[], CodedFilters]) -> Run:
+        filters, first, second = packed.get(name, lambda: make(pack))
 
         def run(inputs: Sequence[Tensor], outputs: Sequence[Tensor], scratch: Tensor) -> None:
             (x,), (out,) = inputs, outputs
@@ -77,9 +98,11 @@ def _block(step: p.SharedBlockStep, size: Size, context: Context, packed: Packed
 
         return run
 
-    time = cost.direct(step, size, torch.int8)
     scratch = value_bytes(step.hidden, *size, context.dtype)
-    return [Algorithm("native direct", time, prepare, scratch=scratch)]
+    return [
+        Algorithm(name, time, functools.partial(prepare, name, pack), scratch=scratch)
+        for name, time, pack in _convolutions(step, size, 1, 1)
+    ]
 
 
 def _deconv(step: p.DeconvAdd, size: Size, context: Context, packed: Packed) -> list[Algorithm]:

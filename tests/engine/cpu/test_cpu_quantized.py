@@ -154,13 +154,33 @@ def test_steps_are_what_their_values_stand_for(name):
     values, x = {}, images(2, 64, 32)
     context = dataclasses.replace(CONTEXT, theirs=True)
     for step in found.steps:
-        algorithm = algorithms(step, SIZE, context, Packed())[0]
         inputs = [values[value] for value in step.inputs] or [x]
-        outputs = [storage(value) for value in step.outputs] if algorithm.in_arena else []
-        scratch = torch.full((algorithm.scratch,), 0x7F, dtype=U8)
-        own = algorithm.prepare()(inputs, outputs, scratch)
-        values[step.output] = outputs[0] if own is None else own
-        check_step(step, inputs, values[step.output])
+        # The one that would be chosen comes last.
+        for algorithm in reversed(algorithms(step, SIZE, context, Packed())):
+            outputs = [storage(value) for value in step.outputs] if algorithm.in_arena else []
+            scratch = torch.full((algorithm.scratch,), 0x7F, dtype=U8)
+            own = algorithm.prepare()(inputs, outputs, scratch)
+            values[step.output] = outputs[0] if own is None else own
+            # Winograd's sums are off by up to a fifth of a code, mostly far less.
+            check_step(step, inputs, values[step.output], 0.2 if "winograd" in algorithm.name else 0.01)
+
+
+@needs_native
+@pytest.mark.parametrize("has", [False, True])
+def test_codes_are_convolved_with_fewer_products_where_there_are_instructions(has, monkeypatch):
+    monkeypatch.setattr(native, "has_product", lambda dtype: dtype is not torch.int16 or has)
+
+    def names(channels, stride, quantum):
+        x = p.Value(0, channels, 1, U8, Quantum(0.1, 3))
+        out = p.Value(1, channels, stride, U8 if quantum else None, quantum)
+        weight = torch.zeros(channels, channels, 3, 3)
+        step = p.Conv("it", (x,), out, weight, None, None, stride, p.Activation(0.0))
+        return [one.name for one in algorithms(step, (1, 64, 64), CONTEXT, Packed())]
+
+    own = Quantum(0.1, 3)
+    assert names(64, 1, own) == ["native winograd 4x4 int16"] * has + ["native direct"]
+    for others in ((31, 1, own), (64, 2, own), (64, 1, None)):
+        assert names(*others) == ["native direct"]
 
 
 def storage(value):
@@ -170,7 +190,7 @@ def storage(value):
     return out.contiguous(memory_format=torch.channels_last) if out.ndim == 4 else out
 
 
-def check_step(step, inputs, result):
+def check_step(step, inputs, result, slack):
     x = [
         t.double() if value.quantum is None else value.quantum.values(t, torch.float64)
         for value, t in zip(step.inputs or (p.Value(0, 3, 1),), inputs, strict=True)
@@ -181,8 +201,8 @@ def check_step(step, inputs, result):
         return
     off = (quantum.values(result, torch.float64) - truth.clamp(*ends(quantum))).abs() / quantum.step
     # Codes between a block's convolutions may become their neighbours.
-    near = 2.0 if isinstance(step, p.SharedBlockStep) else 0.51
-    assert off.max() <= near and (off <= 0.51).double().mean() > 0.98, step.name
+    near = 2.0 if isinstance(step, p.SharedBlockStep) else 0.5 + slack
+    assert off.max() <= near and (off <= 0.5 + slack).double().mean() > 0.98, step.name
 
 
 def ends(quantum):
