@@ -220,15 +220,16 @@ void stem(Address image, Address values, Address weight, Address scale, Address 
                     bias});
 }
 
-void winograd(Address x, Address weight, Address units, Address scale, Address shift, Address residual,
-              Address skip, Address out, int dtype, int product, int64_t n, int64_t h, int64_t w, int64_t c,
-              int64_t out_h, int64_t out_w, int64_t out_c, int tile, int stride, bool transposed,
-              int64_t chunk, int64_t stride_n, int64_t stride_h, int64_t stride_w, float slope, int threads,
-              int x_zero, float residual_scale, float skip_scale, float bias) {
+void winograd(Address x, Address weight, Address units, Address levels, Address scale, Address shift,
+              Address residual, Address skip, Address out, int dtype, int product, int64_t n, int64_t h,
+              int64_t w, int64_t c, int64_t out_h, int64_t out_w, int64_t out_c, int tile, int stride,
+              bool transposed, int64_t chunk, int64_t stride_n, int64_t stride_h, int64_t stride_w,
+              float slope, int threads, int x_zero, float residual_scale, float skip_scale, float bias) {
     const py::gil_scoped_release unlocked;
     kernels().winograd({pointer(x),
                         pointer(weight),
                         pointer<float>(units),
+                        pointer<float>(levels),
                         pointer<float>(scale),
                         pointer<float>(shift),
                         pointer(residual),
@@ -258,14 +259,15 @@ void winograd(Address x, Address weight, Address units, Address scale, Address s
                         bias});
 }
 
-void winograd_block(Address x, Address weight, Address units, Address scale1, Address shift1, Address scale2,
-                    Address shift2, Address hidden, Address out, int dtype, int product, int64_t n, int64_t h,
-                    int64_t w, int64_t c, bool skip, float slope, int threads) {
+void winograd_block(Address x, Address weight, Address units, Address levels, Address scale1, Address shift1,
+                    Address scale2, Address shift2, Address hidden, Address out, int dtype, int product,
+                    int64_t n, int64_t h, int64_t w, int64_t c, bool skip, float slope, int threads) {
     const py::gil_scoped_release unlocked;
-    kernels().winograd_block({pointer(x), pointer(weight), pointer<float>(units), pointer<float>(scale1),
-                              pointer<float>(shift1), pointer<float>(scale2), pointer<float>(shift2),
-                              pointer(hidden), pointer(out), static_cast<DType>(dtype),
-                              static_cast<Product>(product), n, h, w, c, skip, slope, threads});
+    kernels().winograd_block({pointer(x), pointer(weight), pointer<float>(units), pointer<float>(levels),
+                              pointer<float>(scale1), pointer<float>(shift1), pointer<float>(scale2),
+                              pointer<float>(shift2), pointer(hidden), pointer(out),
+                              static_cast<DType>(dtype), static_cast<Product>(product), n, h, w, c, skip,
+                              slope, threads});
 }
 
 std::vector<std::string> isas() {

@@ -125,12 +125,13 @@ struct Conv {
 //
 // Weights: where chunk is 0, per panel of 16 output channels, (tile + 2)^2 frequencies x c x 16 float32, or
 // of int16 c / 2 x 16 words (ops/_conv_winograd.py transforms them); else untransformed float32, as of Conv
-// in chunks of that many channels. units, of int16: what 1 is worth, panels x (tile + 2)^2 x 16.
+// in chunks of that many channels. units, of int16: what 1 is worth, panels x (tile + 2)^2 x 16; levels: by
+// what each input channel is multiplied, and its weights are divided.
 //
 // With x_zero and what follows, of codes to codes as Conv, there is no start: x_zero is taken from x.
 struct Winograd {
     const void *x, *weight;
-    const float* units;
+    const float *units, *levels;
     const float *scale, *shift;   // per output channel; null: 1 and 0
     const void *residual, *skip;  // or null
     void* out;
@@ -152,7 +153,7 @@ struct Winograd {
 // both.
 struct WinogradBlock {
     const void *x, *weight;
-    const float *units, *scale1, *shift1, *scale2, *shift2;
+    const float *units, *levels, *scale1, *shift1, *scale2, *shift2;
     void *hidden, *out;
     DType dtype;
     Product product;

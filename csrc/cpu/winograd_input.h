@@ -69,6 +69,10 @@ static void transform_tile(const Window& window, const Transformed<Filter>& v, i
     }
 }
 
+// As bits, which order sizes as floats do, NaN above all.
+static inline vu size_of(vf v) { return (vu)v & 0x7fffffff; }
+static inline vu greater(vu a, vu b) { return a > b ? a : b; }
+
 // Of a tile's values: what 1 is worth where the largest is 2^14 - 1, and its inverse. Values that are not
 // finite make what is to become of the tile NaN.
 struct Unit {
@@ -95,31 +99,41 @@ static inline void store_whole(uint32_t* p, vf v) {
     std::memcpy(p, &whole, sizeof(whole));
 }
 
-// The same in whole numbers, their unit the tile's: values of different channels are summed, but those of
-// different tiles are not.
+// The same in whole numbers of one unit for all of the tile, for values of different channels are summed.
+// Levels make channels alike by what becomes of them: of the largest weights, not of the largest values,
+// digits count.
 template <typename Filter, typename Window>
-static void transform_tile_to_whole(const Window& window, const Transformed<Filter>& v, int64_t tile) {
+static void transform_tile_to_whole(const Window& window, const Transformed<Filter>& v, int64_t tile,
+                                    const float* levels) {
     constexpr int kFrequencies = Geometry<Filter>::kFrequencies, kVector = kFrequencies * kLanes;
     float* const values = scratch<float>(kSlotTile, v.chunks * divide_up(v.widest, kLanes) * kVector);
+    const auto level = [&](int64_t chunk, int64_t c) {
+        const Span channels = v.channels(chunk);
+        const int64_t left = channels.count() - c;
+        return load_up_to(levels + channels.begin + c, static_cast<int>(left < kLanes ? left : kLanes));
+    };
     float* to = values;
-    vu sizes{};
+    vu of_tile{}, of_vector{};
     for (int64_t i = 0; i < v.chunks; ++i) {
-        transform_channels<Filter>(window, v.channels(i), [&](int64_t, int f, vf out) {
+        transform_channels<Filter>(window, v.channels(i), [&](int64_t c, int f, vf out) {
             store(to + f * kLanes, out);
-            const vu size = (vu)out & 0x7fffffff;
-            sizes = size > sizes ? size : sizes;
-            if (f == kFrequencies - 1) to += kVector;
+            of_vector = greater(of_vector, size_of(out));
+            if (f < kFrequencies - 1) return;
+            of_tile = greater(of_tile, size_of((vf)of_vector * level(i, c)));
+            of_vector = vu{};
+            to += kVector;
         });
     }
-    const Unit unit = unit_of(sizes);
+    const Unit unit = unit_of(of_tile);
     v.units[tile] = unit.value;
     const float* next = values;
     for (int64_t i = 0; i < v.chunks; ++i) {
         uint32_t* words[kFrequencies];
         v.layout.pointers(v.chunk(i), tile, words);
         for (int64_t c = 0; c < v.channels(i).count(); c += kLanes, next += kVector) {
+            const vf factor = level(i, c) * splat(unit.inverse);
             for (int f = 0; f < kFrequencies; ++f) {
-                store_whole(words[f] + c / 2, load(next + f * kLanes) * splat(unit.inverse));
+                store_whole(words[f] + c / 2, load(next + f * kLanes) * factor);
             }
         }
     }
@@ -151,7 +165,7 @@ static void transform_input(const Geometry<Filter>& g, const Transformed<Filter>
             window.at[i] = y >= 0 && y < a.h && x >= 0 && x < a.w ? image + (y * a.w + x) * a.c : zeros;
         }
         if constexpr (Filter::kWholeNumbers) {
-            transform_tile_to_whole(window, v, t - v.tiles.begin);
+            transform_tile_to_whole(window, v, t - v.tiles.begin, a.levels);
         } else {
             transform_tile(window, v, t - v.tiles.begin);
         }

@@ -58,6 +58,7 @@ static Winograd convolution(const WinogradBlock& b, const void* x, const float* 
     a.x = x;
     a.weight = b.weight;
     a.units = b.units;
+    a.levels = b.levels;
     a.scale = scale;
     a.shift = shift;
     a.out = out;

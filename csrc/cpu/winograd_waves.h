@@ -85,13 +85,18 @@ class Channels {
 
 // The weights of some channels of one panel as products read them, to u, u + weight, ...
 template <typename Filter>
-static void transform_weights(Channels from, int64_t count, const float*, float* u, int64_t weight) {
+static void transform_weights(Channels from, int64_t count, const float*, const float*, float* u,
+                              int64_t weight) {
     for (int64_t c = 0; c < count; ++c, u += kPanel) transform_weight<Filter>(from.next(), u, weight);
 }
 
-// In whole numbers of these units, two channels to a word.
+// Channels of level 0 have no weights.
+static inline float inverse_of(float level) { return level > 0 ? 1 / level : 0; }
+
+// In whole numbers of these units, two channels to a word; divided by the channels' levels.
 template <typename Filter>
-static void transform_weights(Channels from, int64_t count, const float* units, uint32_t* u, int64_t weight) {
+static void transform_weights(Channels from, int64_t count, const float* levels, const float* units,
+                              uint32_t* u, int64_t weight) {
     constexpr int kFloats = Geometry<Filter>::kWeights * kPanel;
     float inverses[kFloats], first[kFloats], second[kFloats] = {};
     for (int i = 0; i < kFloats; ++i) inverses[i] = 1 / units[i];
@@ -102,10 +107,12 @@ static void transform_weights(Channels from, int64_t count, const float* units, 
         } else {
             std::memset(second, 0, sizeof(second));
         }
+        const vf of_first = splat(inverse_of(levels[c])),
+                 of_second = splat(c + 1 < count ? inverse_of(levels[c + 1]) : 0);
         for (int i = 0; i < kFloats; i += kLanes) {
             const vf inverse = load(inverses + i);
-            const vu low = whole_bits(load(first + i) * inverse),
-                     high = whole_bits(load(second + i) * inverse);
+            const vu low = whole_bits(load(first + i) * of_first * inverse),
+                     high = whole_bits(load(second + i) * of_second * inverse);
             const vu words = (low & 0xffff) | high << 16;
             std::memcpy(u + i / kPanel * weight + i % kPanel, &words, sizeof(words));
         }
@@ -139,7 +146,8 @@ static void convolve_wave(const Geometry<Filter>& g, const Transformed<Filter>& 
         Word* to = u;
         const Span channels = v.channels(i);
         for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-            transform_weights<Filter>({a, panel, channels.begin}, channels.count(), units(panel), to, weight);
+            transform_weights<Filter>({a, panel, channels.begin}, channels.count(),
+                                      moved(a.levels, channels.begin), units(panel), to, weight);
             to += divide_up(channels.count(), P::kElements) * kPanel;
         }
         Ahead ahead;

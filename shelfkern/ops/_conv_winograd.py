@@ -64,6 +64,8 @@ class PackedWinograd:
         transposed: the convolution is a transposed one, of padding 1 and output padding 1.
         chunk: 0 if they are transformed; else that of `PackedConv`, and the kernel transforms them.
         units: where products are int16, what 1 is worth, float32 (panels, frequencies, 16); else None.
+        levels: there by what each channel of the input is multiplied, for its weights are divided by it,
+            float32 (in_channels,).
     """
 
     data: Tensor
@@ -74,6 +76,7 @@ class PackedWinograd:
     transposed: bool
     chunk: int = 0
     units: Tensor | None = None
+    levels: Tensor | None = None
 
     @property
     def product(self) -> torch.dtype:
@@ -130,7 +133,8 @@ def pack_winograd(
     Raises:
         ValueError: w is not of 3x3 kernels, or there is no such algorithm.
     """
-    panels = _transformed(w, tile, stride, transposed)
+    levels = None if product is torch.float32 else _levels(w, transposed)
+    panels = _transformed(w, tile, stride, transposed, levels)
     k, c = w.shape[:2] if not transposed else (w.shape[1], w.shape[0])
     frequencies = (tile + 2) ** 2
     if product is torch.float32:
@@ -145,11 +149,22 @@ def pack_winograd(
         units[panel] = _units(values)
         whole = (values / units[panel].double()[:, None]).round()
         words[panel] = F.pad(whole, (0, 0, 0, c % 2)).unflatten(1, (-1, 2)).transpose(2, 3)
-    return PackedWinograd(words, k, c, tile, stride, transposed, units=units)
+    return PackedWinograd(words, k, c, tile, stride, transposed, 0, units, levels)
 
 
-def _transformed(w: Tensor, tile: int, stride: int, transposed: bool) -> Iterator[Tensor]:
-    """Panels of G w Gt, float64 (frequencies, in_channels, 16).
+def _levels(w: Tensor, transposed: bool) -> Tensor:
+    """Of each input channel the root mean square of its weights, float32.
+
+    A channel's largest values cost the others digits, so they are made alike by what becomes of them.
+    """
+    others = (1, 2, 3) if transposed else (0, 2, 3)
+    return w.detach().cpu().double().square().mean(others).sqrt().float()
+
+
+def _transformed(
+    w: Tensor, tile: int, stride: int, transposed: bool, levels: Tensor | None = None
+) -> Iterator[Tensor]:
+    """Panels of G w Gt, float64 (frequencies, in_channels, 16), divided by the levels of input channels.
 
     One at a time: all of a large layer in float64 would be eight times the size of what is kept.
     """
@@ -159,7 +174,10 @@ def _transformed(w: Tensor, tile: int, stride: int, transposed: bool) -> Iterato
     g = weight_transform(tile, stride, transposed)
     transform = torch.kron(g, g)
     for kernels in (w.transpose(0, 1) if transposed else w).detach().cpu().split(PANEL):
-        values = transform @ kernels.double().flatten(2).permute(2, 1, 0).flatten(1)
+        kernels = kernels.double()
+        if levels is not None:
+            kernels = kernels / levels.double().where(levels > 0, 1)[:, None, None]
+        values = transform @ kernels.flatten(2).permute(2, 1, 0).flatten(1)
         yield F.pad(values.unflatten(1, (kernels.shape[1], -1)), (0, PANEL - len(kernels)))
 
 
@@ -209,12 +227,14 @@ def as_winograd(
     if packed.kernel != (3, 3):
         raise ValueError(f"conv_winograd: packed is of kernels of {packed.kernel}, they must be (3, 3)")
     weight_transform(tile, stride, transposed)
-    units = None
+    units = levels = None
     if whole is not None:
         _check_whole(tile, torch.int16)
-        units = torch.stack([_units(values) for values in _transformed(whole, tile, stride, transposed)])
+        levels = _levels(whole, transposed)
+        panels = _transformed(whole, tile, stride, transposed, levels)
+        units = torch.stack([_units(values) for values in panels])
     channels = packed.out_channels, packed.in_channels
-    return PackedWinograd(packed.data, *channels, tile, stride, transposed, packed.chunk, units)
+    return PackedWinograd(packed.data, *channels, tile, stride, transposed, packed.chunk, units, levels)
 
 
 def can_pay(w: Tensor, stride: int, padding: int) -> bool:
@@ -293,6 +313,7 @@ def native_winograd(
         x.data_ptr(),
         packed.data.data_ptr(),
         native.address(packed.units),
+        native.address(packed.levels),
         native.address(scale),
         native.address(shift),
         native.address(residual),
@@ -340,6 +361,7 @@ def shared_block_winograd_native(
         x.data_ptr(),
         packed.data.data_ptr(),
         native.address(packed.units),
+        native.address(packed.levels),
         scale1.data_ptr(),
         shift1.data_ptr(),
         scale2.data_ptr(),

@@ -114,7 +114,7 @@ class Layer:
 
     def check_winograd(self, out=OUT):
         # Truths are quarters of codes, of which many lie in the middle of two.
-        assert_near(self.run(out, self.winograd()), self.truth(), out, 1e-3, equal=0.5)
+        assert_near(self.run(out, self.winograd()), self.truth(), out, 1e-3, equal=-1)
 
 
 def layer(shape, present=EVERY, slope=0.25):

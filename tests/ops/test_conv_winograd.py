@@ -195,17 +195,17 @@ def test_weights_are_transformed_once_in_float64(algorithm):
 def test_whole_weights_are_as_fine_as_their_sums_allow(channels, algorithm):
     weight, g = random(18, channels, 3, 3), weight_transform(*algorithm[:3])
     weight[7] = 0
+    weight[:, channels // 2] *= float(channels != 5)
     packed = algorithm.pack(weight.transpose(0, 1) if algorithm.transposed else weight)
     assert packed.product is torch.int16 and packed.data.dtype is torch.int16
     assert packed.data.shape == (2, 36, (channels + 1) // 2, 16, 2) and packed.units.shape == (2, 36, 16)
     whole = packed.data.transpose(3, 2).flatten(3).double()
     expected = torch.einsum("ir,kcrs,js->kijc", g, weight.double(), g).flatten(1, 2)
     for k in range(18):
-        units = packed.units[k // 16, :, k % 16, None].double()
-        found = whole[k // 16, :, k % 16] * units
-        assert ((found[:, :channels] - expected[k]).abs() <= 0.501 * units).all() and not found[
-            :, channels:
-        ].any()
+        units = packed.units[k // 16, :, k % 16, None].double() * packed.levels.double()
+        codes = whole[k // 16, :, k % 16]
+        assert ((codes[:, :channels] * units - expected[k]).abs() <= 0.501 * units).all()
+        assert not codes[:, channels:].any()
     sums = whole.abs().cumsum(-1)
     sums[..., 64:] -= sums[..., :-64].clone()
     # The largest of a tile's values is 2^14 - 1.
@@ -334,10 +334,16 @@ BOUND_OF_WHOLE = 1.4
 @pytest.mark.parametrize("channels", [1, 16, 64, 128, 512])
 def test_every_isa_is_within_the_error_stated_in_whole_numbers(channels, algorithm):
     signed, weight, *_ = arguments(1, channels, 32, 32, 64, algorithm=algorithm)
-    # The largest channels say what 1 is worth, also to those of which little else is made.
-    uneven = signed.relu() * random(channels, 1, 1, seed=9).exp()
-    for x in (signed, signed.relu(), uneven.bfloat16()):
-        args = (x, weight, None, None, None, None)
+    # Channels of many sizes, whose weights are not or are made for it.
+    sizes = random(channels, 1, 1, seed=9).exp()
+    made = weight / sizes.square()[:, None] if algorithm.transposed else weight / sizes.square()
+    for x, filters in (
+        (signed, weight),
+        (signed.relu(), weight),
+        ((signed.relu() * sizes).bfloat16(), weight),
+        ((signed.relu() * sizes.square()).bfloat16(), made.bfloat16()),
+    ):
+        args = (x, filters, None, None, None, None)
         truth = algorithm.reference(*double(args), None)
         limit = BOUND_OF_WHOLE * root_mean_square(algorithm.reference(*args, None) - truth)
 
