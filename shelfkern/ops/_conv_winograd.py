@@ -153,12 +153,15 @@ def pack_winograd(
 
 
 def _levels(w: Tensor, transposed: bool) -> Tensor:
-    """Of each input channel the root mean square of its weights, float32.
+    """Of each input channel the size of its weights, root mean square, in that of the largest; float32.
 
     A channel's largest values cost the others digits, so they are made alike by what becomes of them.
     """
     others = (1, 2, 3) if transposed else (0, 2, 3)
-    return w.detach().cpu().double().square().mean(others).sqrt().float()
+    levels = w.detach().cpu().double().square().mean(others).sqrt()
+    # A weight that is not finite spoils what it makes, but not all that its channel does.
+    levels = levels.where(levels.isfinite(), 1)
+    return (levels / levels.max().clamp_min(torch.finfo(torch.float64).tiny)).float()
 
 
 def _transformed(
@@ -199,7 +202,7 @@ def _units(values: Tensor) -> Tensor:
     window = min(TERMS, values.shape[1])
     largest_sum = (sums[:, window:] - sums[:, :-window]).amax(1)
     units = torch.maximum(largest_sum / (2**17 - TERMS), values.abs().amax(1) / (2**15 - 2))
-    return torch.where(units > 0, units, 1).float()
+    return units.where(units != 0, 1).float()
 
 
 def keeps_transformed(w: Tensor, tile: int = 4, product: torch.dtype = torch.float32) -> bool:

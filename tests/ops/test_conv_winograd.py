@@ -217,6 +217,23 @@ def test_whole_weights_are_as_fine_as_their_sums_allow(channels, algorithm):
     assert torch.equal(taps.units, packed.units) and taps.data.dtype is torch.float32
 
 
+@needs_native
+@pytest.mark.parametrize("algorithm", with_untransformed(WHOLE), ids=name)
+def test_whole_weights_that_are_not_finite_spoil_only_their_outputs(algorithm):
+    args = arguments(1, 40, 12, 12, 40, algorithm=algorithm)
+    weight = args[1].transpose(0, 1) if algorithm.transposed else args[1]
+    weight[3, 5, 1, 1], weight[20, 0, 0, 2], weight[:, 7] = float("nan"), float("inf"), 0
+    result = run(args, algorithm, None)
+    finite = result.isfinite().all(3).all(2)[0]
+    assert [k for k in range(40) if not finite[k]] == [3, 20]
+    weight *= 1e-30
+    weight[3, 5, 1, 1], weight[20, 0, 0, 2] = 0, 0
+    tiny = (args[0], args[1], None, None, None, None)
+    assert_as_exact(
+        run(tiny, algorithm, None), algorithm.reference(*double(tiny), None), algorithm.reference(*tiny, None)
+    )
+
+
 def test_what_cannot_be_packed():
     for tile, product in ((2, torch.int16), (4, torch.int8), (4, torch.bfloat16)):
         with pytest.raises(
