@@ -16,7 +16,6 @@ of the README.
 from __future__ import annotations
 
 import copy
-import ctypes
 import dataclasses
 import functools
 import json
@@ -438,9 +437,7 @@ def alone(task: str) -> float:
     # high-water mark starts again.
     step()
     free()
-    if native.module is not None:
-        native.module.clear_buffers()
-    ctypes.CDLL(None).malloc_trim(0)
+    native.give_back()
     Path("/proc/self/clear_refs").write_text("5")
     before = resident.peak()
     step()

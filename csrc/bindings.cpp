@@ -284,7 +284,7 @@ void bind_buffers(py::module_& m) {
         });
     m.def("idle_buffer_bytes", &idle_buffer_bytes);
     m.def("buffer_limit", &buffer_limit);
-    m.def("clear_buffers", &clear_buffers);
+    m.def("give_back", &give_back, py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -23,9 +24,9 @@ MIB = 2**20
 def pool():
     """The native module with an empty pool of buffers, and empty again afterwards."""
     gc.collect()
-    native.module.clear_buffers()
+    native.give_back()
     yield native.module
-    native.module.clear_buffers()
+    native.give_back()
 
 
 def in_new_process(code, **environment):
@@ -71,7 +72,7 @@ def test_memory_is_not_reused_while_a_view_lives(view_of, pool):
     del tensor
     assert pool.idle_buffer_bytes() == 0
     assert native.empty((100, 300), torch.float32).data_ptr() != address
-    pool.clear_buffers()
+    native.give_back()
     del view
     assert native.empty((100, 300), torch.float32).data_ptr() == address
 
@@ -100,8 +101,34 @@ def test_the_pool_is_bounded(pool):
         buffers.pop()
         assert pool.idle_buffer_bytes() <= limit
     assert pool.idle_buffer_bytes() == 3 * third
-    pool.clear_buffers()
+    native.give_back()
     assert pool.idle_buffer_bytes() == 0
+
+
+FREED = """
+from pathlib import Path
+import torch
+from shelfkern import native
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 >> 20
+
+tensors = [torch.ones(1 << 14) for _ in range(2000)]
+full = resident()
+# The last one keeps what lies below it.
+del tensors[:-1]
+native.give_back()
+print(full, resident())
+"""
+
+
+@needs_native
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc keeps what is freed")
+def test_freed_memory_goes_back():
+    found = in_new_process(FREED)
+    assert found.returncode == 0, found.stderr
+    full, left = map(int, found.stdout.split())
+    assert left < full - 100
 
 
 @needs_native

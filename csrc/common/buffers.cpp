@@ -8,6 +8,9 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
 
 namespace shelfkern {
 namespace {
@@ -84,10 +87,15 @@ size_t idle_buffer_bytes() {
 
 size_t buffer_limit() { return kLimit; }
 
-void clear_buffers() {
+void give_back() {
     Pool& p = pool();
-    const std::lock_guard<std::mutex> lock(p.mutex);
-    p.clear();
+    {
+        const std::lock_guard<std::mutex> lock(p.mutex);
+        p.clear();
+    }
+#if defined(__GLIBC__)
+    malloc_trim(0);
+#endif
 }
 
 }  // namespace shelfkern

@@ -25,7 +25,7 @@ class Buffer {
 size_t idle_buffer_bytes();
 size_t buffer_limit();
 
-// Gives idle buffers back to the system.
-void clear_buffers();
+// Gives idle buffers back to the system, and of what was freed elsewhere whole pages, which glibc keeps.
+void give_back();
 
 }  // namespace shelfkern
