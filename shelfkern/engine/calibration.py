@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
+from .. import native
 from ..normalisation import Normalisation
 from ..ops.quantize import LARGEST, Quantum
 from . import plan as p
@@ -29,6 +30,8 @@ BATCH = 1
 # Of a histogram: 16 bins to a step of int8 codes. A range is one of as many parts of the largest value.
 BINS = 2048
 CANDIDATES = 128
+# Values that are counted at once: what that makes is small beside an activation.
+COUNTED = 1 << 18
 
 Images = Tensor | Iterable[Tensor]
 
@@ -128,7 +131,9 @@ def _histograms(
     for batch in batches:
         count += batch.shape[0]
         for index, x in reference.activations(batch, set(names)):
-            found[index].add(x)
+            # Channels last, as they lie in memory, so that flattening copies nothing.
+            found[index].add(x.movedim(1, -1))
+        native.give_back()
     if not count:
         raise ValueError("calibration has no images, it needs at least one")
     return found
@@ -191,15 +196,16 @@ class Histogram:
         x = x.detach().flatten()
         lowest, highest = (bound.item() for bound in x.aminmax())
         self.lowest, self.highest = min(self.lowest, lowest), max(self.highest, highest)
-        x = x.abs()
-        largest = x.max().item()
+        largest = max(-lowest, highest)
         # Written so that NaN is taken up.
         self.largest = self.largest if largest <= self.largest else largest
         if not math.isfinite(self.largest) or largest == 0:
             return
         self._widen(largest)
-        counts = torch.histc(x[x > 0].float(), BINS, 0, self._top)
-        self.counts += counts.to("cpu", torch.int64)
+        for part in x.split(COUNTED):
+            counts = torch.histc(part.abs().float(), BINS, 0, self._top)
+            self.counts += counts.to("cpu", torch.int64)
+            self.counts[0] -= part.numel() - part.count_nonzero().item()
 
     def _widen(self, largest: float) -> None:
         if self._top == 0:
@@ -252,13 +258,16 @@ def _two_convolutions(step: p.SharedBlockStep) -> list[p.Step]:
 
 
 class _Reference:
-    """A plan through torch's own calls in float32, one activation after the other."""
+    """A plan through torch's own calls in float32, one activation after the other.
+
+    Weights in the form that the calls take are made anew for each batch and step: kept, they would be as many
+    as the model's.
+    """
 
     def __init__(self, plan: p.Plan, normalisation: Normalisation, device: torch.device) -> None:
         gpu = gpu_of(device)
         self._plan, self._last_uses = plan, plan.last_uses()
         self._context = Context(gpu, device, torch.float32, "ieee", normalisation, ours=False)
-        self._packed = [Packed() for _ in plan.steps]
 
     @torch.no_grad()
     def activations(self, images: Tensor, wanted: Collection[int]) -> Iterator[tuple[int, Tensor]]:
@@ -269,14 +278,14 @@ class _Reference:
         values: dict[p.Value, Tensor] = {}
         for index, step in enumerate(self._plan.steps):
             inputs = [values[value] for value in step.inputs] or [images]
-            own = self._run(index, size)(inputs, [], None, False)
+            own = self._run(step, size)(inputs, [], None, False)
             assert own is not None
             values[step.output] = own
             if step.output.index in wanted:
                 yield step.output.index, own
             values = {value: x for value, x in values.items() if self._last_uses.get(value, -1) > index}
 
-    def _run(self, index: int, size: Size) -> Run:
-        found = algorithms(self._plan.steps[index], size, self._context, self._packed[index])
+    def _run(self, step: p.Step, size: Size) -> Run:
+        found = algorithms(step, size, self._context, Packed())
         plain = next(one for one in found if one.name in (self._context.library, "torch"))
         return plain.prepare()

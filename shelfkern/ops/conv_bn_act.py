@@ -75,12 +75,13 @@ def pack_conv(
     chunk = -(-words // chunks)
     size = kernel_h * kernel_w * words * PANEL * per_word
     data = torch.empty((panels, size), dtype=dtype, device=w.device)
+    sums = torch.zeros(panels * PANEL, dtype=torch.int32, device=w.device) if dtype is torch.int8 else None
     # A panel at a time: what else is made is small beside the result.
-    for panel, filters in zip(data, w.detach().split(PANEL), strict=True):
-        _pack_panel(filters, panel, chunk, per_word)
-    sums = None
-    if dtype is torch.int8:
-        sums = F.pad(w.detach().sum((1, 2, 3), dtype=torch.int32), (0, panels * PANEL - k))
+    for index, filters in enumerate(w.detach().split(PANEL)):
+        _pack_panel(filters, data[index], chunk, per_word)
+        if sums is not None:
+            start = index * PANEL
+            sums[start : start + len(filters)] = filters.sum((1, 2, 3), dtype=torch.int32)
     return PackedConv(data, k, c, (kernel_h, kernel_w), stride, padding, chunk, sums)
 
 

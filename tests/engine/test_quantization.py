@@ -347,6 +347,13 @@ def test_histograms_add_up_in_any_order():
     assert 6 <= parts._top <= 12 and (parts.counts - direct).abs().sum() <= 2
 
 
+def test_more_values_than_float32_counts():
+    count = 2**24 + 100
+    histogram = Histogram()
+    histogram.add(torch.ones(1).expand(count))
+    assert histogram.counts.sum() == count
+
+
 def dead_layer(model):
     nn.init.constant_(model.backbone.layer1[0].bn1.weight, 0)
     nn.init.constant_(model.backbone.layer1[0].bn1.bias, 0)

@@ -3,10 +3,12 @@
 import collections
 import copy
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 from models import CONFIGS, build, images
+from test_cpu_threads import in_new_process
 from test_quantization import fake_weight, plan_of, published_models, rms
 from torch import nn
 
@@ -121,6 +123,32 @@ def test_calibration_sees_every_activation():
             assert found.quanta[step.output.index].zero == 0
         if isinstance(step, p.Conv) and step.act == p.Activation():
             assert found.quanta[step.output.index].zero > 64
+
+
+CALIBRATING = """
+import re
+from pathlib import Path
+import torch
+from shelfkern.engine.calibration import calibrate_unsigned
+from shelfkern.engine.lower import lower
+from shelfkern.nn import shelfnet50
+
+def highest():
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
+
+model = shelfnet50().eval()
+plan, images = lower(model), torch.randn(1, 3, 64, 64)
+Path("/proc/self/clear_refs").write_text("5")
+before = highest()
+calibrate_unsigned(plan, images, model.normalisation)
+print(highest() - before, plan.weight_bytes())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells")
+def test_calibration_copies_a_layers_weights_at_a_time():
+    taken, weights = map(int, in_new_process(CALIBRATING))
+    assert taken < 0.75 * weights
 
 
 def test_ranges_do_not_depend_on_batches():
