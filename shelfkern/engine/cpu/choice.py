@@ -52,9 +52,8 @@ class _Layer:
     """A step at one size: its algorithms, and what is known of them."""
 
     def __init__(self, step: p.Step, size: Size, context: Context, tuner: Tuner) -> None:
-        # With packed weights of their own, so that those of the losers go.
+        self._problem = step, size, context
         self._found = algorithms(step, size, context, Packed())
-        self._candidates = [candidate(step, algorithm, size, context) for algorithm in self._found]
         self._tuner = tuner
         self.key = key_of(step, size, context.dtype)
         self.names = [algorithm.name for algorithm in self._found]
@@ -68,7 +67,11 @@ class _Layer:
         """The tuner's choice, which may time them."""
         if len(self._found) == 1:
             return self.names[0]
-        return self._tuner.choose(self.key, self._candidates, cold=True)
+        step, size, context = self._problem
+        # With packed weights of their own, which go when the layer was timed.
+        found = algorithms(step, size, context, Packed())
+        candidates = [candidate(step, algorithm, size, context) for algorithm in found]
+        return self._tuner.choose(self.key, candidates, cold=True)
 
     def fastest_in_arena(self) -> str:
         """The best measured of those that write into the arena; of all, where none does."""

@@ -18,6 +18,7 @@ from .. import arena
 from .. import plan as p
 from ..image import image_size, padded
 from ..problem import Packed, Size, random_image
+from ..tuning import Tuner
 from ..workspace import WorkspacePool
 from . import library
 from .algorithm import Algorithm, Context, Run
@@ -103,16 +104,26 @@ class Program:
             return self._choices(size, threads)
 
     def _choose(self, size: Size, threads: int) -> list[Algorithm]:
+        tuner = self._tuners.of(threads)
+        spent = tuner.spent
+        names = self._names(size, tuner)
+        if tuner.spent > spent:
+            # Timing takes much more than what is kept.
+            native.give_back()
+        return self._named(names, size, self._packed)
+
+    def _names(self, size: Size, tuner: Tuner) -> Names:
         # Of all passes that are tried, and gone with them.
         packed = [Packed() for _ in self.plan.steps]
 
         def tried(names: Names) -> Callable[[], Tensor]:
+            # A pass needs more than any layer alone, and other pieces.
+            native.give_back()
             workspace = self._workspace_of(self._named(names, size, packed), size)
             images = random_image(size, torch.float32, CPU)
             return lambda: self.low_resolution_scores(images, workspace)
 
-        names = choose(self.plan, size, self.context, self._tuners.of(threads), tried)
-        return self._named(names, size, self._packed)
+        return choose(self.plan, size, self.context, tuner, tried)
 
     def _named(self, names: Names, size: Size, packed: Sequence[Packed]) -> list[Algorithm]:
         steps = zip(self.plan.steps, names, packed, strict=True)

@@ -1,6 +1,7 @@
 import json
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ from models import CONFIGS, assert_as_exact_as_eager, build, images
 
 import shelfkern
 from shelfkern import native
-from shelfkern.engine.cpu import library, timing
+from shelfkern.engine.cpu import choice, library, timing
 from shelfkern.engine.cpu.timing import Tuners
+from shelfkern.engine.problem import Packed
 from shelfkern.engine.tuning import CpuClock
 
 needs_native = pytest.mark.skipif(native.why_not is not None, reason=f"no native kernels: {native.why_not}")
@@ -157,6 +159,30 @@ def test_losers_leave_no_weights_behind(finds):
     # Describing a size packs nothing.
     fast.plan.describe(1, 128, 128)
     assert forms == {form for packed in fast._program()._packed for form in packed._made}
+
+
+@needs_native
+@torch.no_grad()
+def test_while_layers_are_timed_weights_of_one_are_packed(finds, monkeypatch):
+    alive, counts = weakref.WeakSet(), []
+
+    class Noted(Packed):
+        def __init__(self):
+            super().__init__()
+            alive.add(self)
+
+    clock = finds("native direct")
+    measure = clock.measure
+
+    def noted(calls, cold):
+        counts.append((cold, sum(bool(packed._made) for packed in alive)))
+        return measure(calls, cold)
+
+    clock.measure = noted
+    monkeypatch.setattr(choice, "Packed", Noted)
+    shelfkern.accelerate(build(CONFIGS["no_lateral"]), tune=True)(images(1, 64, 64))
+    # A layer after the other, and none when whole passes are timed.
+    assert set(counts) == {(True, 0), (True, 1), (False, 0)} and len(counts) > 10
 
 
 @needs_native
