@@ -1,13 +1,15 @@
 """Peak memory of one variant on a CPU, in a process of its own that holds nothing else.
 
-The parent writes what the variant starts from: a runtime's own file, for torch and for ours the model. So
-the peak is of preparing that and calling it: no export counts, and of torch.compile no C++ compiler, which
-runs in other processes and whose output the parent left in the cache. Peaks are the kernel's high-water mark
-of the process's memory map: getrusage's would include the parent's, from which it was forked.
+The parent writes what the variant starts from: a runtime's own file, for torch and for ours the model, and in
+8 bits the images of calibration. So the peak is of preparing that and calling it: no export counts, and of
+torch.compile no C++ compiler, which runs in other processes and whose output the parent left in the cache.
+Peaks are the kernel's high-water mark of the process's memory map: getrusage's would include the parent's,
+from which it was forked.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -67,6 +69,9 @@ def task_of(peer: Any, model: Any, images: Any, case: Any) -> Task:
         file = peer.file(model, images, case.torch_dtype, case.labels)
         np.save(folder() / "images.npy", images.numpy())
         return task | {"runtime": peer.key, "file": str(file), "images": str(folder() / "images.npy")}
+    if case.dtype == "int8":
+        task["range_images"] = str(folder() / "range_images.pt")
+        torch.save(peer.range_images(case.size), task["range_images"])
     torch.save(model, folder() / "model.pt")
     torch.save(images, folder() / "images.pt")
     return task | {"file": str(folder() / "model.pt"), "images": str(folder() / "images.pt")}
@@ -103,6 +108,9 @@ def _torch(task: Task) -> Callable[[], Callable[[], object]]:
     torch.set_grad_enabled(False)
     (peer,) = (peer for peer in of_device("cpu", bool(task["tune"])) if peer.key == task["peer"])
     images = torch.load(task["images"])
+    if "range_images" in task:
+        found = torch.load(task["range_images"])
+        peer = dataclasses.replace(peer, range_images=lambda size: found)
 
     def make() -> Callable[[], object]:
         model = torch.load(task["file"], weights_only=False)

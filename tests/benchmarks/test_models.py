@@ -874,6 +874,15 @@ def measured_here():
         return next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM"))
 
 
+def test_memory_in_8_bits_is_without_making_images():
+    model, case = small(), dataclasses.replace(SCORES, dtype="int8", threads=1)
+    task = resident.task_of(ours.on_cpu(tune=False)[0], model, images_of(case, model), case)
+    assert torch.equal(torch.load(task["range_images"]), range_images(case.size))
+    assert resident.measure(task)["memory_net_mib"] > 1
+    with pytest.raises(RuntimeError, match="FileNotFoundError"):
+        resident.measure(task | {"range_images": "/nowhere/range_images.pt"})
+
+
 def test_memory_of_a_runtime_is_without_torch():
     peer, model, case = runtime("onnxruntime"), build(SHIPPED), SCORES
     task = resident.task_of(peer, model, images_of(case, model), case)
