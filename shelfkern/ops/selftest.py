@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +43,7 @@ from . import (
     upsample_softmax_sum,
     upsample_softmax_sum_reference,
 )
+from . import _selftest_codes as codes
 from ._backends import unavailable
 
 # Largest error over the truth's largest value. Sums of a few hundred float32 products are good to
@@ -59,25 +60,28 @@ TRAINING = {
     "upsample_bilinear": KERNELS["upsample_bilinear"],
     "upsample_cross_entropy": KERNELS["upsample_cross_entropy"],
 }
+# Ops whose native kernels take unsigned codes, or give them.
+CODES = dict.fromkeys(
+    ("attention_gate", "conv_bn_act", "deconv_add", "quantize", "stem", "upsample_add"), ("native",)
+)
+# Ops and backends by what is tested: the op on floats; its result and all its gradients; the op on codes.
+KINDS: dict[str, Mapping[str, tuple[str, ...]]] = {"": KERNELS, "gradient": TRAINING, "codes": CODES}
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One kernel's test: `error` is None where it could not run, for `reason`.
-
-    With `gradient` the test is of the op in training: its result and all its gradients.
-    """
+    """One kernel's test, of one of `KINDS`: `error` is None where it could not run, for `reason`."""
 
     op: str
     backend: str
     error: float | None
     reason: str | None
-    gradient: bool = False
+    kind: str = ""
 
     @property
     def name(self) -> str:
         """What was tested."""
-        return f"{self.op}{', gradient' if self.gradient else ''} ({self.backend})"
+        return f"{self.op}{self.kind and f', {self.kind}'} ({self.backend})"
 
     @property
     def failed(self) -> bool:
@@ -87,10 +91,13 @@ class Result:
 
 
 class Case(NamedTuple):
-    """Public op, reference, float64 tensors, other arguments."""
+    """Public op, reference, float64 tensors, other arguments.
 
-    public: Callable[..., Tensor]
-    reference: Callable[..., Tensor]
+    Of codes, which public ops do not take, `public` runs kernels. Both may give several results.
+    """
+
+    public: Callable[..., Any]
+    reference: Callable[..., Any]
     tensors: tuple[Tensor, ...]
     arguments: dict[str, Any]
 
@@ -193,6 +200,11 @@ def _training_cases() -> dict[str, Case]:
     }
 
 
+def _codes_cases() -> dict[str, Case]:
+    """A case for each op of `CODES`."""
+    return {op: Case(*case) for op, case in codes.cases().items()}
+
+
 class _Modules(nn.Module):
     """An op of x, of modules, and of other tensors."""
 
@@ -263,47 +275,56 @@ def _unavailable(op: str, backend: str) -> str | None:
 
 
 @functools.cache
-def run(op: str, backend: str = "native", gradient: bool = False) -> Result:
+def run(op: str, backend: str = "native", kind: str = "") -> Result:
     """Tests one kernel once a process: float32 on the CPU, float16, which all take, on a GPU.
 
-    With `gradient` one of `TRAINING`, in training. What is wrong is switched off for the process.
+    kind: one of `KINDS`, which has the op. What is wrong is switched off for the process.
     """
     reason = _unavailable(op, backend)
     if reason is None and backend == "triton" and _triton.INTERPRETED:
         reason = "Triton interprets its kernels here, which is for tests"
     if reason is not None:
-        return Result(op, backend, None, reason, gradient)
-    result = Result(op, backend, _error(op, backend, gradient), None, gradient)
+        return Result(op, backend, None, reason, kind)
+    result = Result(op, backend, _error(op, backend, kind), None, kind)
     if result.failed:
         because = f"its self-test failed on this machine: {result.name} has an error of {result.error:.1e}"
         native.disable(op, because, backend)
     return result
 
 
-def _error(op: str, backend: str, gradient: bool) -> float:
+def _case(op: str, kind: str) -> Case:
+    if kind == "codes":
+        return _codes_cases()[op]
+    return (_training_cases() if kind else _cases())[op]
+
+
+def _error(op: str, backend: str, kind: str) -> float:
     """The largest error over the truth's largest value, of the worst tensor."""
-    public, reference, tensors, arguments = (_training_cases() if gradient else _cases())[op]
+    public, reference, tensors, arguments = _case(op, kind)
     device, dtype = ("cpu", torch.float32) if backend == "native" else ("cuda", torch.float16)
     narrow = [t.to(dtype) if t.is_floating_point() else t for t in tensors]
     # A GPU's result is judged beside what its rounded inputs give.
     exact = tensors if backend == "native" else [t.double() if t.is_floating_point() else t for t in narrow]
     there = [t.to(device) for t in narrow]
-    if gradient:
-        truths = _with_gradients(reference)(*exact, **arguments)
-        results = _with_gradients(public)(*there, **arguments, backend=backend)
-    else:
-        truths, results = [reference(*exact, **arguments)], [public(*there, **arguments, backend=backend)]
+    if kind == "gradient":
+        public, reference = _with_gradients(public), _with_gradients(reference)
+    truths = _listed(reference(*exact, **arguments))
+    results = _listed(public(*there, **arguments, backend=backend))
     pairs = [(found.double().cpu(), truth.double()) for found, truth in zip(results, truths, strict=True)]
     errors = torch.stack([(found - truth).abs().max() / truth.abs().max() for found, truth in pairs])
     # torch's maximum, unlike Python's, is NaN where one is.
     return errors.max().item()
 
 
+def _listed(results: Tensor | list[Tensor]) -> list[Tensor]:
+    return results if isinstance(results, list) else [results]
+
+
 def run_all() -> list[Result]:
-    """Tests every kernel of every op, but the emulated ones, which are for tests; then those that train."""
+    """Tests every kernel of every op, of each kind, but the emulated ones, which are for tests."""
     tests = [
-        (op, backend, gradient)
-        for gradient, ops in ((False, KERNELS), (True, TRAINING))
+        (op, backend, kind)
+        for kind, ops in KINDS.items()
         for op, backends in ops.items()
         for backend in backends
     ]

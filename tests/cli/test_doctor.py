@@ -68,22 +68,26 @@ def test_every_op_is_tested() -> None:
     found = rows(result.stdout)
     assert result.exit_code == 0 and "Switched off" not in result.stdout
     kernels = {f"{op} ({name})" for op, names in ops.KERNELS.items() for name in names if name != "emulated"}
-    trained = selftest.TRAINING.items()
-    kernels |= {f"{op}, gradient ({name})" for op, names in trained for name in names}
+    kernels |= {
+        f"{op}, {kind} ({name})"
+        for kind in ("gradient", "codes")
+        for op, names in selftest.KINDS[kind].items()
+        for name in names
+    }
     tested = {*ops.NAMES, *selftest.TRAINING}
     assert {name for name in found if name.endswith(")") and name.split()[0].strip(",") in tested} == kernels
     for name in (op for op, kernels in ops.KERNELS.items() if "native" in kernels):
         state, error = found[f"{name} (native)"]
         assert state == "right" and float(error) <= selftest.LIMIT
-    for name in selftest.TRAINING:
-        state, error = found[f"{name}, gradient (native)"]
+    for name in (f"{op}, {kind} (native)" for kind in ("gradient", "codes") for op in selftest.KINDS[kind]):
+        state, error = found[name]
         assert state == "right" and float(error) <= selftest.LIMIT
 
 
 def test_a_wrong_kernel_is_named(monkeypatch) -> None:
     wrong, gradient, nan = (
         selftest.Result("stem", "cuda", 0.5, None),
-        selftest.Result("conv_train", "native", 0.5, None, gradient=True),
+        selftest.Result("conv_train", "native", 0.5, None, kind="gradient"),
         selftest.Result("deconv_add", "triton", float("nan"), None),
     )
     right = selftest.Result("shared_block", "native", 1e-7, None)

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from shelfkern import native, ops
 from shelfkern.ops import selftest
+from shelfkern.ops.quantize import Quantum
 
 pytestmark = needs_native
 
@@ -30,12 +31,24 @@ OUTPUTS = {
 # The same of what is tested in training.
 GRADIENTS = {
     "bn_act_dropout": ("bn_act_dropout_backward", 7),
-    "conv_train": ("winograd", 6),
+    "conv_train": ("winograd", 8),
     "shared_block_train": ("bn_act_dropout_backward", 7),
     "upsample_bilinear": ("upsample_bilinear_backward", 1),
     "upsample_cross_entropy": ("upsample_cross_entropy", 18),
 }
 OF_BYTES = ("quantize", "upsample_argmax")
+# What is called for codes: the op, the function, its output, and the argument that tells codes from floats.
+U8 = native.DTYPE_CODES[torch.uint8]
+CODED = [
+    ("attention_gate", "attention_gate", 4, 5, U8),
+    ("conv_bn_act", "conv_bn_act", 6, 7, U8),
+    ("conv_bn_act", "winograd", 8, 9, U8),
+    ("deconv_add", "conv_bn_act", 6, 7, U8),
+    # Signed codes lie 128 lower.
+    ("quantize", "quantize", 1, 6, 0),
+    ("stem", "stem", 5, 7, U8),
+    ("upsample_add", "upsample_add", 3, 4, U8),
+]
 NATIVE = [op for op, kernels in ops.KERNELS.items() if "native" in kernels]
 
 
@@ -84,12 +97,14 @@ def test_every_op_has_a_case():
     assert set(selftest._cases()) == set(ops.NAMES)
     assert set(OUTPUTS) == set(NATIVE)
     assert set(selftest._training_cases()) == set(selftest.TRAINING) == set(GRADIENTS)
+    assert set(selftest._codes_cases()) == set(selftest.CODES) == {op for op, *_ in CODED}
 
 
 def test_all_pass():
     results = [result for result in selftest.run_all() if result.backend == "native"]
-    assert [result.op for result in results if not result.gradient] == list(NATIVE)
-    assert [result.op for result in results if result.gradient] == list(GRADIENTS)
+    assert [result.op for result in results if result.kind == ""] == list(NATIVE)
+    assert [result.op for result in results if result.kind == "gradient"] == list(GRADIENTS)
+    assert [result.op for result in results if result.kind == "codes"] == list(selftest.CODES)
     for result in results:
         assert result.reason is None and 0 <= result.error <= selftest.LIMIT and not result.failed
     assert native.disabled == {}
@@ -127,7 +142,7 @@ def test_a_kernel_that_writes_no_number_is_found(op, value, monkeypatch):
 @pytest.mark.parametrize("op", GRADIENTS)
 def test_a_wrong_gradient_is_found_and_switched_off(op, value, monkeypatch):
     spoil(monkeypatch, op, value, GRADIENTS)
-    result = selftest.run(op, gradient=True)
+    result = selftest.run(op, kind="gradient")
     assert result.failed and result.name == f"{op}, gradient (native)"
     assert f"{op}, gradient (native) has an error of" in native.reason(op)
     # Without it all is right again, by torch's own calls.
@@ -138,12 +153,44 @@ def test_a_wrong_gradient_is_found_and_switched_off(op, value, monkeypatch):
     assert all(map(torch.equal, found, expected))
 
 
+@pytest.mark.parametrize("op, function, output, position, of_codes", CODED)
+def test_wrong_codes_are_found_where_floats_are_right(op, function, output, position, of_codes, monkeypatch):
+    right = getattr(native.module, function)
+
+    def wrong(*args):
+        right(*args)
+        if args[position] == of_codes:
+            # Of a gate's float the highest byte but one.
+            byte = ctypes.c_uint8.from_address(args[output] + 2 * (op == "attention_gate"))
+            byte.value ^= 1
+
+    monkeypatch.setattr(native.module, function, wrong)
+    assert not selftest.run(op).failed
+    result = selftest.run(op, kind="codes")
+    assert result.failed and result.name == f"{op}, codes (native)"
+    assert f"{op}, codes (native) has an error of" in native.reason(op)
+
+
+def test_results_are_far_from_the_middle_of_two_codes(monkeypatch):
+    """So that right kernels, whose sums may be rounded, give the same codes."""
+    codes, seen = Quantum.codes, []
+
+    def watched(quantum, x):
+        seen.append(float(((x / quantum.step).remainder(1) - 0.5).abs().min()))
+        return codes(quantum, x)
+
+    monkeypatch.setattr(Quantum, "codes", watched)
+    for _, reference, tensors, _ in selftest._codes_cases().values():
+        reference(*tensors)
+    assert len(seen) == 6 and min(seen) > 0.24
+
+
 def test_what_is_built_on_a_wrong_gradient_is_off_too(monkeypatch):
     spoil(monkeypatch, "bn_act_dropout", outputs=GRADIENTS)
     found = [result for result in selftest.run_all() if result.backend == "native"]
-    results = {(result.op, result.gradient): result for result in found}
-    assert not results["bn_act_dropout", False].failed and results["bn_act_dropout", True].failed
-    block = results["shared_block_train", True]
+    results = {(result.op, result.kind): result for result in found}
+    assert not results["bn_act_dropout", ""].failed and results["bn_act_dropout", "gradient"].failed
+    block = results["shared_block_train", "gradient"]
     assert block.error is None and block.reason == native.disabled["native", "bn_act_dropout"]
 
 
