@@ -284,10 +284,14 @@ class QuantizedBlock(_OnCodes, SharedBlockStep):
 
 @dataclasses.dataclass(frozen=True)
 class Quantize(Step):
-    """x / codes_step as codes."""
+    """x / codes_step as codes, or as those of the output's quantum.
+
+    Attributes:
+        codes_step: what one step of the codes is; not used where `output` has a quantum.
+    """
 
     op = "quantize"
-    codes_step: float
+    codes_step: float = 1.0
 
     def detail(self) -> str:
         return f"to {_kind(self.output)}"

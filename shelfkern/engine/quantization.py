@@ -168,7 +168,7 @@ def coded(plan: p.Plan, calibration: Calibration) -> p.Plan:
             steps.append(_on_codes(step, codes, calibration))
             continue
         codes[value] = dataclasses.replace(codes[value], index=spare)
-        steps += [step, p.Quantize(step.name, (value,), codes[value], calibration.quanta[value.index].step)]
+        steps += [step, p.Quantize(step.name, (value,), codes[value])]
         spare += 1
     return dataclasses.replace(plan, steps=tuple(steps))
 
