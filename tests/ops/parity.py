@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 
 import pytest
 import torch
@@ -50,6 +51,29 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
 def nhwc(x: Tensor) -> Tensor:
     """x with NHWC storage, whatever its sizes."""
     return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
+# What a convolution may have after its sum.
+EVERY = ("scale", "shift", "residual", "skip")
+
+
+@dataclasses.dataclass
+class Layer:
+    """A convolution and what follows it, in the dtypes and layouts of a kernel's own."""
+
+    x: Tensor
+    weight: Tensor
+    scale: Tensor | None
+    shift: Tensor | None
+    residual: Tensor | None
+    skip: Tensor | None
+    stride: int
+    padding: int
+    slope: float | None
+
+    def only(self, present: Container[str]) -> Layer:
+        """With those of `EVERY` that are present."""
+        return dataclasses.replace(self, **{name: None for name in EVERY if name not in present})
 
 
 def layouts(x: Tensor) -> Iterator[tuple[str, Tensor]]:

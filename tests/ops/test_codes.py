@@ -9,7 +9,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from parity import DTYPES, each_isa, needs_native, nhwc, random
+from parity import DTYPES, EVERY, Layer, each_isa, needs_native, nhwc, random
 from test_conv_bn_act import assert_no_bit_changes, framed, walled, with_threads
 from test_stem import MEAN, STD, parameters, pixels
 from torch.nn import functional as F
@@ -41,7 +41,6 @@ pytestmark = needs_native
 NAN, INF = float("nan"), float("inf")
 U8 = torch.uint8
 POISON = 55
-EVERY = ("scale", "shift", "residual", "skip")
 # Powers of two, so that what is exact can be told from what is nearly so.
 X, RESIDUAL, SKIP, OUT = Quantum(0.5, 3), Quantum(0.25, 7), Quantum(2.0, 1), Quantum(0.5, 100)
 # n, c, h, w, k, kernel, stride, padding
@@ -62,19 +61,8 @@ def some_codes(*shape, seed=0, highest=8):
     return nhwc(torch.randint(0, highest + 1, shape, generator=generator, dtype=U8))
 
 
-@dataclasses.dataclass
-class Layer:
+class OfCodes(Layer):
     """A convolution of codes whose result is exact in float32."""
-
-    x: torch.Tensor
-    weight: torch.Tensor
-    scale: torch.Tensor | None
-    shift: torch.Tensor | None
-    residual: torch.Tensor | None
-    skip: torch.Tensor | None
-    stride: int
-    padding: int
-    slope: float | None
 
     def truth(self):
         values = [
@@ -122,14 +110,10 @@ def layer(shape, present=EVERY, slope=0.25):
     x = some_codes(n, c, h, w)
     weight = (2 * random(k, c, *kernel, seed=1)).round().clamp(-4, 4).to(torch.int8)
     maps = out_shape(x, weight, stride, padding)
-    after = dict(
-        scale=2.0 ** torch.arange(k).remainder(4).sub(6) * (1 - 2 * torch.arange(k).remainder(2)),
-        shift=(4 * random(k, seed=2)).round(),
-        residual=some_codes(*maps, seed=3, highest=255),
-        skip=some_codes(*maps, seed=4, highest=20),
-    )
-    after = [value if name in present else None for name, value in after.items()]
-    return Layer(x, weight, *after, stride, padding, slope)
+    scale = 2.0 ** torch.arange(k).remainder(4).sub(6) * (1 - 2 * torch.arange(k).remainder(2))
+    shift = (4 * random(k, seed=2)).round()
+    others = some_codes(*maps, seed=3, highest=255), some_codes(*maps, seed=4, highest=20)
+    return OfCodes(x, weight, scale, shift, *others, stride, padding, slope).only(present)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

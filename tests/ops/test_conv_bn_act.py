@@ -11,6 +11,7 @@ from parity import (
     BACKENDS,
     CUDA_DTYPES,
     DTYPES,
+    EVERY,
     assert_as_exact,
     each_isa,
     far_apart,
@@ -58,7 +59,6 @@ WIDE = [
     (2, 16, 12, 900, 5, (7, 7), 2, 3),
     (1, 50, 5, 1200, 33, (1, 1), 2, 0),
 ]
-EVERY = ("scale", "shift", "residual", "skip")
 SLOPES = [0.0, 0.01, None]
 # Of the activations, and of what the native kernels multiply, whatever instructions there are for it.
 DTYPES_AND_PRODUCTS = [

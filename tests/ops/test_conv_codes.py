@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from parity import (
+    EVERY,
+    Layer,
     assert_as_exact,
     far_apart,
     moved,
@@ -34,26 +36,16 @@ CODES = [torch.int8, torch.float8_e4m3fn]
 WIDE = [torch.float16, torch.bfloat16, torch.float32]
 SMALL = conv.Config(64, 64, 64, 4, 3)
 SPLIT = dataclasses.replace(SMALL, split=3)
-EVERY = ("scale", "shift", "residual", "skip")
 NAN, INF = float("nan"), float("inf")
 # n, c, h, w, k, kernel, stride, padding
 SHAPE = (2, 19, 5, 4, 67, (3, 3), 2, 1)
 
 
 @dataclasses.dataclass
-class Layer:
-    """The arguments of the raw kernel; residual and skip of `wide`, x and weight of `dtype`."""
+class OfTaps(Layer):
+    """The arguments of the raw kernel: weights (K, taps, C), residual and skip of a wide dtype."""
 
-    x: torch.Tensor
-    weight: torch.Tensor
-    scale: torch.Tensor | None
-    shift: torch.Tensor | None
-    residual: torch.Tensor | None
-    skip: torch.Tensor | None
     kernel: tuple[int, int]
-    stride: int
-    padding: int
-    slope: float | None = 0.25
 
     @property
     def tensors(self):
@@ -78,14 +70,10 @@ def layer(shape, dtype, wide=torch.float16, present=EVERY, slope=0.25):
     x, filters = small_numbers(n, c, h, w, seed=0, dtype=dtype), torch.zeros(k, c, *kernel)
     weight = small_numbers(k, kernel[0] * kernel[1], c, seed=1, dtype=dtype)
     maps = out_shape(x, filters, stride, padding)
-    given_ = dict(
-        scale=2.0 ** torch.arange(k).remainder(4).sub(3),
-        shift=small_numbers(k, seed=2, dtype=torch.float32),
-        residual=small_numbers(*maps, seed=3, dtype=wide),
-        skip=small_numbers(*maps, seed=4, dtype=wide),
-    )
-    after = [value if name in present else None for name, value in given_.items()]
-    return Layer(x, weight, *after, kernel, stride, padding, slope)
+    scale = 2.0 ** torch.arange(k).remainder(4).sub(3)
+    shift = small_numbers(k, seed=2, dtype=torch.float32)
+    others = (small_numbers(*maps, seed=seed, dtype=wide) for seed in (3, 4))
+    return OfTaps(x, weight, scale, shift, *others, stride, padding, slope, kernel).only(present)
 
 
 def random_layer(shape, dtype, wide=torch.float16):
@@ -97,7 +85,7 @@ def random_layer(shape, dtype, wide=torch.float16):
     maps = out_shape(x, torch.zeros(k, c, *kernel), stride, padding)
     scale = step * x_step * (1 + random(k, seed=2).abs()) / (c * kernel[0] * kernel[1]) ** 0.5
     others = random(k, seed=3), random(*maps, seed=4, dtype=wide), random(*maps, seed=5, dtype=wide)
-    return Layer(x, weight, scale, *others, kernel, stride, padding)
+    return OfTaps(x, weight, scale, *others, stride, padding, 0.25, kernel)
 
 
 def window(t, fill):
@@ -240,7 +228,7 @@ def test_sums_of_int8_are_exact_beyond_float32(config):
     # About 2**26: float32 would round every part, and then the sum of parts.
     x = torch.randint(120, 128, (1, 8192, 1, 5), dtype=torch.int8)
     weight = torch.randint(120, 128, (7, 1, 8192), dtype=torch.int8)
-    of = Layer(x, weight, None, None, None, None, (1, 1), 1, 0)
+    of = OfTaps(x, weight, None, None, None, None, 1, 0, 0.25, (1, 1))
     truth, _ = of.truth(1.0, torch.int8)
     assert (truth != truth.float().double()).any()
     out, _ = run(of, config, torch.float32, None)
