@@ -291,6 +291,20 @@ def test_weights_that_have_no_codes():
 
 
 @needs_native
+def test_native_next_to_the_middle_of_two_codes_on_every_isa():
+    middles = torch.arange(-129, 129).float() + 0.5
+    infinity = torch.tensor(INF)
+    x = torch.cat([middles, middles.nextafter(infinity), middles.nextafter(-infinity)]).view(1, -1, 1, 1)
+
+    def run(isa):
+        codes = torch.zeros(x.shape, dtype=torch.int8)
+        quantize_native(x, 1.0, codes)
+        assert torch.equal(codes, ops.quantize_reference(x, 1.0)), isa
+
+    each_isa(run)
+
+
+@needs_native
 @given(
     n=st.integers(0, 3), c=st.integers(1, 140), h=st.integers(1, 9), w=st.integers(1, 9),
     source=st.sampled_from(DTYPES), power=st.integers(-6, 3),
