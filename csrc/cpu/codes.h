@@ -39,8 +39,7 @@ static inline void store(uint8_t* p, vf v) {
     const vf high = splat(255), zero = {};
     v = v > zero ? v : zero;
     v = v < high ? v : high;
-    // The sum's last bits are the whole number.
-    const vu bits = (vu)(v + splat(12582912));
+    const vu bits = whole_bits(v);
     for (int i = 0; i < kLanes; ++i) p[i] = static_cast<uint8_t>(bits[i]);
 #endif
 }

@@ -14,10 +14,8 @@ static inline vf exp(vf v) {
     // Beyond these the result is infinity or 0 whatever v; comparisons with NaN are false.
     v = v > splat(89.0f) ? splat(89.0f) : v;
     v = v < splat(-104.0f) ? splat(-104.0f) : v;
-    // v = n ln 2 + r. Adding 1.5 * 2^23 rounds to a whole number, which is then in the low bits.
-    const vf magic = splat(0x1.8p23f);
-    const vf shifted = v * splat(0x1.715476p0f) + magic;
-    const vf whole = shifted - magic;
+    // v = n ln 2 + r.
+    const vf scaled = v * splat(0x1.715476p0f), whole = whole_float(scaled);
     // The high part of ln 2 has 15 bits: its products with n are exact.
     const vf r = (v - whole * splat(0x1.62e4p-1f)) - whole * splat(0x1.7f7d1cp-20f);
     // e^r = 1 + r + r^2 q(r) for |r| <= ln(2) / 2: q is minimax, with a relative error of 4.2e-9 in e^r.
@@ -28,7 +26,7 @@ static inline vf exp(vf v) {
     q = q * r + splat(0x1.fffffcp-2f);
     const vf power = (q * r * r + r) + splat(1.0f);
     // In two steps, because 2^128 and 2^-150 are no floats.
-    const vi n = (vi)shifted - (vi)magic, half = n >> 1;
+    const vi n = whole_int(scaled), half = n >> 1;
     return power * power_of_two(half) * power_of_two(n - half);
 }
 

@@ -12,8 +12,8 @@ constexpr int64_t kTask = 32 * 1024;
 void store_codes(const Quantize& a, vf v, uint8_t* to, int64_t count) {
     v = v * splat(a.codes_scale);
     v = v == v ? v : vf{};
-    // Of codes with signs, to which zero may not cost digits; the difference is the nearest whole number.
-    if (a.sign) v = (v + splat(12582912)) - splat(12582912);
+    // Of codes with signs, to which zero may not cost digits.
+    if (a.sign) v = whole_float(v);
     uint8_t codes[kLanes];
     store(codes, v + splat(a.zero));
     const vb bytes = load_vector<vb>(codes) ^ a.sign;

@@ -75,6 +75,15 @@ static inline void store(bf16* p, vf v) {
     std::memcpy(p, &half, sizeof(half));
 }
 
+// 1.5 * 2^23: floats from 2^23 to 2^24 are the whole numbers there, so that what is added to it is rounded.
+constexpr float kAmongWholeNumbers = 12582912;
+
+// The nearest whole number, ties to even, of values from -2^22 to 2^22: in the low 22 bits, as a float, as an
+// integer.
+static inline vu whole_bits(vf v) { return (vu)(v + splat(kAmongWholeNumbers)); }
+static inline vf whole_float(vf v) { return (vf)whole_bits(v) - splat(kAmongWholeNumbers); }
+static inline vi whole_int(vf v) { return (vi)whole_bits(v) - (vi)splat(kAmongWholeNumbers); }
+
 static inline float load_one(const float* p) { return *p; }
 static inline float load_one(const bf16* p) {
     const uint32_t bits = static_cast<uint32_t>(p->bits) << 16;

@@ -90,10 +90,7 @@ static inline Unit unit_of(vu sizes) {
     return {largest / kMost, kMost / largest};
 }
 
-// In the low half the nearest whole number of 16 bits, ties to even.
-static inline vu whole_bits(vf v) { return (vu)(v + splat(12582912)); }
-
-// Two to a word.
+// The nearest whole numbers of 16 bits, two to a word.
 static inline void store_whole(uint32_t* p, vf v) {
     const vh whole = __builtin_convertvector(whole_bits(v), vh);
     std::memcpy(p, &whole, sizeof(whole));
