@@ -85,7 +85,7 @@ void run_parallel(int threads, int64_t count, void (*body)(void*, int64_t), void
 
 void* thread_scratch(int slot, int64_t bytes) {
     constexpr int64_t kLine = 64;
-    thread_local Scratch slots[7];
+    thread_local Scratch slots[kScratchSlots];
     Scratch& scratch = slots[slot];
     if (scratch.bytes < bytes) {
         scratch.memory.reset();

@@ -23,8 +23,10 @@ void parallel_for(int threads, int64_t count, const Body& body) {
         const_cast<Body*>(&body));
 }
 
+constexpr int kScratchSlots = 7;
+
 // Memory of this thread's own, at least `bytes`, aligned to a cache line, kept from call to call.
-// `slot` tells apart what one kernel holds at the same time.
+// `slot`, below kScratchSlots, tells apart what one kernel holds at the same time.
 void* thread_scratch(int slot, int64_t bytes);
 
 }  // namespace shelfkern

@@ -11,7 +11,8 @@ namespace SHELFKERN_ISA {
 constexpr int kGroup = 4;  // panels whose sums are kept at once
 
 // What a thread holds at once.
-enum Slot { kSlotV, kSlotM, kSlotAhead, kSlotWeights, kSlotZeros, kSlotUnits, kSlotTile };
+enum Slot { kSlotV, kSlotM, kSlotAhead, kSlotWeights, kSlotZeros, kSlotUnits, kSlotTile, kSlots };
+static_assert(kSlots == kScratchSlots, "no kernel holds more at once, so there are as many slots as here");
 
 template <typename T>
 static T* scratch(Slot slot, int64_t count) {
@@ -97,11 +98,12 @@ struct Transformed {
     typename P::Word* data = nullptr;
     float* units = nullptr;  // of whole numbers: what 1 is worth in each tile
     // Chunks begin at whole words.
-    int64_t pairs = divide_up(c, P::kElements), widest = divide_up(pairs, chunks) * P::kElements;
+    int64_t channel_words = divide_up(c, P::kElements);
+    int64_t widest = divide_up(channel_words, chunks) * P::kElements;  // channels
     Layout<Filter> layout{tiles.count(), G::words(widest)};
 
     Span channels(int64_t chunk) const {
-        const Span some = share(pairs, chunk, chunks);
+        const Span some = share(channel_words, chunk, chunks);
         return {some.begin * P::kElements, min(some.end * P::kElements, c)};
     }
     typename P::Word* chunk(int64_t i) const { return data + i * layout.words(); }
