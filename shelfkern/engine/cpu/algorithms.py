@@ -8,27 +8,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ... import native, ops
-from ...ops._conv_winograd import (
-    PackedWinograd,
-    as_winograd,
-    can_pay,
-    conv_winograd_native,
-    keeps_transformed,
-    pack_winograd,
-    shared_block_winograd_native,
-)
+from ...ops._conv_winograd import conv_winograd_native, shared_block_winograd_native
 from ...ops.stem import normalised_values, pack_stem_rows
 from .. import plan as p
 from ..arena import like, value_bytes
 from ..problem import Packed, Size
 from . import cost, library, quantized
 from .algorithm import Algorithm, Context, Found, Run, no_scratch
+from .winograd import Winograd, direct_filters, winograds
 
 Optional = Tensor | None
 Make = Callable[..., list[Algorithm]]
@@ -81,70 +73,24 @@ def _products(context: Context) -> torch.dtype:
     return context.dtype if native.has_product(context.dtype) else torch.float32
 
 
-def _plain(weight: Tensor, stride: int, padding: int, packed: Packed, dtype: torch.dtype) -> ops.PackedConv:
-    form = "direct" if dtype is torch.float32 else f"direct {dtype}"
-    return packed.get(form, lambda: ops.pack_conv(weight, stride, padding, dtype=dtype))
-
-
-class _Winograd(NamedTuple):
-    """A way to convolve with few products: the outputs of a tile, and what is multiplied."""
-
-    tile: int
-    product: torch.dtype
-
-    def __str__(self) -> str:
-        kind = " int16" if self.product is torch.int16 else ""
-        return f"native winograd {self.tile}x{self.tile}{kind}"
-
-    def filters(
-        self, weight: Tensor, stride: int, packed: Packed, transposed: bool = False
-    ) -> PackedWinograd:
-        if keeps_transformed(weight, self.tile, self.product):
-            parameters = self.tile, stride, transposed, self.product
-            return packed.get(str(self), lambda: pack_winograd(weight, *parameters))
-        if transposed:
-            taps = packed.get("taps", lambda: ops.pack_conv(weight.transpose(0, 1), padding=1))
-        else:
-            taps = _plain(weight, stride, 1, packed, torch.float32)
-        whole = weight if self.product is torch.int16 else None
-        return packed.get(f"{self} of taps", lambda: as_winograd(taps, self.tile, stride, transposed, whole))
-
-
-def _winograds(weight: Tensor, stride: int, padding: int, context: Context) -> list[_Winograd]:
-    """Those that may pay for such weights; stride and padding are of a transposed convolution too."""
-    if not can_pay(weight, stride, padding):
-        return []
-    found = [_Winograd(tile, torch.float32) for tile in ((4, 2) if stride == 1 else (4,))]
-    if context.dtype is torch.bfloat16 and native.has_product(torch.int16):
-        found.append(_Winograd(4, torch.int16))
-    return found
-
-
 def _convolutions(
-    weight: Tensor, stride: int, padding: int, context: Context, packed: Packed
-) -> dict[_Winograd | None, Prepare]:
-    """What prepares each of our ways to convolve; None is the direct one."""
+    step: p.Conv | p.SharedBlockStep, size: Size, stride: int, padding: int, context: Context, packed: Packed
+) -> list[tuple[str, float, Prepare]]:
+    """Our ways to convolve: a name, what each should take, and what prepares it."""
+    weight, products = step.weight, _products(context)
 
     def direct() -> Convolve:
-        filters = _plain(weight, stride, padding, packed, _products(context))
+        filters = direct_filters(weight, stride, padding, packed, products)
         return lambda x, *others: ops.conv_bn_act_native(x, filters, *others)
 
-    def winograd(way: _Winograd) -> Convolve:
+    def winograd(way: Winograd) -> Convolve:
         filters = way.filters(weight, stride, packed)
         return lambda x, *others: conv_winograd_native(x, filters, *others)
 
-    ways = _winograds(weight, stride, padding, context)
-    return {None: direct} | {way: functools.partial(winograd, way) for way in ways}
-
-
-def _name(way: _Winograd | None) -> str:
-    return str(way or "native direct")
-
-
-def _time(step: p.Conv | p.SharedBlockStep, size: Size, way: _Winograd | None, context: Context) -> float:
-    if way is None:
-        return cost.direct(step, size, _products(context))
-    return cost.winograd(step, size, *way)
+    found: list[tuple[str, float, Prepare]] = [("native direct", cost.direct(step, size, products), direct)]
+    for way in winograds(weight, stride, padding, context.dtype):
+        found.append((str(way), cost.winograd(step, size, *way), functools.partial(winograd, way)))
+    return found
 
 
 def _our_conv(step: p.Conv, size: Size, context: Context, packed: Packed) -> list[Algorithm]:
@@ -158,10 +104,9 @@ def _our_conv(step: p.Conv, size: Size, context: Context, packed: Packed) -> lis
 
         return no_scratch(run)
 
-    ways = _convolutions(step.weight, step.stride, step.padding, context, packed)
     return [
-        Algorithm(_name(way), _time(step, size, way, context), functools.partial(bound, prepare))
-        for way, prepare in ways.items()
+        Algorithm(name, time, functools.partial(bound, prepare))
+        for name, time, prepare in _convolutions(step, size, step.stride, step.padding, context, packed)
     ]
 
 
@@ -180,7 +125,7 @@ def _our_shared_block(
 
         return run
 
-    def strips(way: _Winograd) -> Run:
+    def strips(way: Winograd) -> Run:
         filters = way.filters(step.weight, 1, packed)
         norms = step.scale1, step.shift1, step.scale2, step.shift2
 
@@ -192,16 +137,13 @@ def _our_shared_block(
         return run
 
     scratch = value_bytes(step.hidden, *size, context.dtype)
-    ways = _convolutions(step.weight, 1, 1, context, packed)
     found = [
-        Algorithm(
-            _name(way), _time(step, size, way, context), functools.partial(bound, prepare), scratch=scratch
-        )
-        for way, prepare in ways.items()
+        Algorithm(name, time, functools.partial(bound, prepare), scratch=scratch)
+        for name, time, prepare in _convolutions(step, size, 1, 1, context, packed)
     ]
-    for way in filter(None, ways):
-        if way.tile == 4 and keeps_transformed(step.weight, *way):
-            time = STRIPS * _time(step, size, way, context)
+    for way in winograds(step.weight, 1, 1, context.dtype):
+        if way.tile == 4 and way.keeps_transformed(step.weight):
+            time = STRIPS * cost.winograd(step, size, *way)
             found.append(Algorithm(f"{way} strips", time, functools.partial(strips, way), scratch=scratch))
     return found
 
@@ -252,7 +194,7 @@ def _our_deconv(step: p.DeconvAdd, size: Size, context: Context, packed: Packed)
 
         return no_scratch(run)
 
-    def winograd(way: _Winograd) -> Run:
+    def winograd(way: Winograd) -> Run:
         filters = way.filters(step.weight, 2, packed, transposed=True)
 
         def run(inputs: Sequence[Tensor], out: Tensor) -> None:
@@ -262,7 +204,7 @@ def _our_deconv(step: p.DeconvAdd, size: Size, context: Context, packed: Packed)
         return no_scratch(run)
 
     found = [Algorithm("native direct", cost.direct(step, size, dtype), direct)]
-    for way in _winograds(step.weight, 2, 1, context):
+    for way in winograds(step.weight, 2, 1, context.dtype):
         time = cost.winograd(step, size, *way)
         found.append(Algorithm(str(way), time, functools.partial(winograd, way)))
     return found

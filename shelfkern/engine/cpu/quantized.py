@@ -19,7 +19,6 @@ from ...ops._conv_codes import (
     pack_deconv_codes,
     pack_winograd_codes,
 )
-from ...ops._conv_winograd import can_pay
 from ...ops.conv_bn_act import whole_panels
 from ...ops.quantize import Quantum, quantize_native
 from ...ops.stem import StemCodes, fold_raw, normalised_values, pack_stem_rows
@@ -28,6 +27,7 @@ from ..arena import like, value_bytes
 from ..problem import Packed, Size
 from . import cost
 from .algorithm import Algorithm, Context, Run, no_scratch
+from .winograd import winograds
 
 
 def on_codes(step: p.Step) -> bool:
@@ -47,11 +47,11 @@ def _convolutions(
     weight = step.weight
     direct = cost.direct(step, size, torch.int8)
     found = [("native direct", direct, lambda: pack_conv_codes(weight, stride, padding))]
-    # Of stride 2, and transposed, fewer products of 16 bits take longer than all of 8 bits.
-    may_pay = stride == 1 and can_pay(weight, stride, padding) and native.has_product(torch.int16)
-    if may_pay and step.output.quantum is not None:
-        time = cost.winograd(step, size, 4, torch.int16)
-        found.append(("native winograd 4x4 int16", time, lambda: pack_winograd_codes(weight)))
+    # Winograd's kernels make no floats of codes.
+    if step.output.quantum is None:
+        return found
+    for way in winograds(weight, stride, padding, torch.uint8):
+        found.append((str(way), cost.winograd(step, size, *way), lambda: pack_winograd_codes(weight)))
     return found
 
 
