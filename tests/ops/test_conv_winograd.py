@@ -27,7 +27,7 @@ from torch import nn
 import shelfkern
 from shelfkern import native, ops
 from shelfkern.engine import plan as p
-from shelfkern.engine.cpu import algorithms
+from shelfkern.engine.cpu import algorithms, winograd
 from shelfkern.engine.cpu.algorithm import Context
 from shelfkern.engine.problem import Packed
 from shelfkern.nn import shelfnet18_lw
@@ -545,7 +545,7 @@ def test_the_engine_transforms_the_weights_of_a_shared_block_once(skip, calls, m
     x, weight, *norms = arguments(1, 40, 12, 12, 40)
     norms = [*norms[:2], random(40, seed=7), random(40, seed=8)]
     packed = []
-    monkeypatch.setattr(algorithms, "pack_winograd", lambda w, *a: packed.append(w) or pack_winograd(w, *a))
+    monkeypatch.setattr(winograd, "pack_winograd", lambda w, *a: packed.append(w) or pack_winograd(w, *a))
     values = [p.Value(i, 40, 1) for i in range(3)]
     step = p.SharedBlockStep(
         "block", values[:1], values[1], weight, *norms, p.Activation(0.01), values[2], skip
