@@ -133,8 +133,15 @@ def pack_winograd(
     Raises:
         ValueError: w is not of 3x3 kernels, or there is no such algorithm.
     """
-    levels = None if product is torch.float32 else _levels(w, transposed)
-    panels = _transformed(w, tile, stride, transposed, levels)
+    if w.ndim != 4 or w.shape[2:] != (3, 3):
+        order = "(C, K, 3, 3)" if transposed else "(K, C, 3, 3)"
+        raise ValueError(f"conv_winograd: w is {tuple(w.shape)}, it must be {order}")
+    g = weight_transform(tile, stride, transposed)
+    levels = None
+    if product is not torch.float32:
+        _check_whole(tile, product)
+        levels = _levels(w, transposed)
+    panels = _transformed(w, g, transposed, levels)
     k, c = w.shape[:2] if not transposed else (w.shape[1], w.shape[0])
     frequencies = (tile + 2) ** 2
     if product is torch.float32:
@@ -142,7 +149,6 @@ def pack_winograd(
         for panel, values in enumerate(panels):
             data[panel] = values
         return PackedWinograd(data, k, c, tile, stride, transposed)
-    _check_whole(tile, product)
     units = torch.empty(-(-k // PANEL), frequencies, PANEL, dtype=torch.float32)
     words = torch.empty(*units.shape[:2], -(-c // 2), PANEL, 2, dtype=torch.int16)
     for panel, values in enumerate(panels):
@@ -164,17 +170,11 @@ def _levels(w: Tensor, transposed: bool) -> Tensor:
     return (levels / levels.max().clamp_min(torch.finfo(torch.float64).tiny)).float()
 
 
-def _transformed(
-    w: Tensor, tile: int, stride: int, transposed: bool, levels: Tensor | None = None
-) -> Iterator[Tensor]:
-    """Panels of G w Gt, float64 (frequencies, in_channels, 16), divided by the levels of input channels.
+def _transformed(w: Tensor, g: Tensor, transposed: bool, levels: Tensor | None = None) -> Iterator[Tensor]:
+    """Panels of g w gt, float64 (frequencies, in_channels, 16), divided by the levels of input channels.
 
     One at a time: all of a large layer in float64 would be eight times the size of what is kept.
     """
-    if w.ndim != 4 or w.shape[2:] != (3, 3):
-        order = "(C, K, 3, 3)" if transposed else "(K, C, 3, 3)"
-        raise ValueError(f"conv_winograd: w is {tuple(w.shape)}, it must be {order}")
-    g = weight_transform(tile, stride, transposed)
     transform = torch.kron(g, g)
     for kernels in (w.transpose(0, 1) if transposed else w).detach().cpu().split(PANEL):
         kernels = kernels.double()
@@ -225,19 +225,21 @@ def as_winograd(
         whole: the weights, where products are to be int16; None for float32.
 
     Raises:
-        ValueError: packed is not of 3x3 kernels, or there is no such algorithm.
+        ValueError: packed is not of 3x3 kernels, whole not of its shape, or there is no such algorithm.
     """
+    k, c = packed.out_channels, packed.in_channels
     if packed.kernel != (3, 3):
         raise ValueError(f"conv_winograd: packed is of kernels of {packed.kernel}, they must be (3, 3)")
-    weight_transform(tile, stride, transposed)
+    g = weight_transform(tile, stride, transposed)
     units = levels = None
     if whole is not None:
+        shape = (c, k, 3, 3) if transposed else (k, c, 3, 3)
+        if whole.shape != shape:
+            raise ValueError(f"conv_winograd: whole is {tuple(whole.shape)}, it must be {shape}")
         _check_whole(tile, torch.int16)
         levels = _levels(whole, transposed)
-        panels = _transformed(whole, tile, stride, transposed, levels)
-        units = torch.stack([_units(values) for values in panels])
-    channels = packed.out_channels, packed.in_channels
-    return PackedWinograd(packed.data, *channels, tile, stride, transposed, packed.chunk, units, levels)
+        units = torch.stack([_units(values) for values in _transformed(whole, g, transposed, levels)])
+    return PackedWinograd(packed.data, k, c, tile, stride, transposed, packed.chunk, units, levels)
 
 
 def can_pay(w: Tensor, stride: int, padding: int) -> bool:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
+import re
 from typing import NamedTuple
 
 import hypothesis.strategies as st
@@ -242,11 +244,12 @@ def test_what_cannot_be_packed():
             "2 or 4, or torch.int16 and 4$",
         ):
             pack_winograd(torch.zeros(4, 2, 3, 3), tile, product=product)
-    for transposed, order in ((False, r"\(K, C"), (True, r"\(C, K")):
-        with pytest.raises(
-            ValueError, match=rf"^conv_winograd: w is \(4, 2, 3, 1\), it must be {order}, 3, 3\)$"
-        ):
-            pack_winograd(torch.zeros(4, 2, 3, 1), 4, 2, transposed)
+    for transposed, order in ((False, "(K, C, 3, 3)"), (True, "(C, K, 3, 3)")):
+        shapes = (4, 2, 3, 1), (4, 2, 3), (4,)
+        for shape, product in itertools.product(shapes, (torch.float32, torch.int16)):
+            message = re.escape(f"conv_winograd: w is {shape}, it must be {order}")
+            with pytest.raises(ValueError, match=f"^{message}$"):
+                pack_winograd(torch.zeros(shape), 4, 2, transposed, product)
     allowed = "they may be 2 or 4, 1 and False; or 4, 2 and either"
     for tile, stride, transposed in ((3, 1, False), (2, 2, False), (4, 3, False), (4, 1, True), (2, 2, True)):
         given = f"tile, stride and transposed are {tile}, {stride} and {transposed}"
@@ -256,6 +259,12 @@ def test_what_cannot_be_packed():
             as_winograd(ops.pack_conv(torch.zeros(4, 2, 3, 3)), tile, stride, transposed)
     with pytest.raises(ValueError, match=r"packed is of kernels of \(1, 1\), they must be \(3, 3\)$"):
         as_winograd(ops.pack_conv(torch.zeros(4, 2, 1, 1)))
+    taps = ops.pack_conv(torch.zeros(4, 2, 3, 3))
+    for transposed, expected in ((False, (4, 2, 3, 3)), (True, (2, 4, 3, 3))):
+        for shape in ((4, 2, 3), (4, 4, 3, 3), (*expected[:2], 1, 1)):
+            message = re.escape(f"conv_winograd: whole is {shape}, it must be {expected}")
+            with pytest.raises(ValueError, match=f"^{message}$"):
+                as_winograd(taps, 4, 2, transposed, torch.zeros(shape))
 
 
 def test_many_weights_stay_in_the_memory_of_the_direct_kernel():
