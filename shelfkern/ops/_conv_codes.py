@@ -7,9 +7,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from .. import native
-from ._conv_winograd import PackedWinograd, native_winograd, pack_winograd
-from .conv_bn_act import PackedConv, native_conv, pack_conv, whole_panels
+from ._conv_winograd import PackedWinograd, conv_winograd_native, pack_winograd
+from .conv_bn_act import ConvCodes, PackedConv, conv_bn_act_native, pack_conv, whole_panels
 from .deconv_add import parities, parity_kernels
 from .quantize import Quantum, quantize_weight
 
@@ -31,23 +30,14 @@ class CodedFilters:
 class Folded:
     """What a convolution of codes does with its sums, in the steps of its result.
 
-    act(scale * (sum + start) + shift + residual_scale * residual) + skip_scale * skip + bias, of the codes
-    of residual and skip: leaky relus let positive factors through.
-
     Attributes:
         scale, shift: of whole panels, float32.
-        start: less what the zero of x adds to sums, of whole panels, int32; None where that is 0, or the zero
-            is taken from x.
-        x_zero: the code of 0 in x, what lies beyond it.
+        codes: what the native kernels need beside them.
     """
 
     scale: Tensor
     shift: Tensor
-    start: Tensor | None
-    x_zero: int
-    residual_scale: float
-    skip_scale: float
-    bias: float
+    codes: ConvCodes
 
 
 def pack_conv_codes(w: Tensor, stride: int = 1, padding: int = 0) -> CodedFilters:
@@ -97,15 +87,14 @@ def fold(
         scales = scales * scale.double()
     residual, skip = residual or Quantum(0.0), skip or Quantum(0.0)
     shifts = shifts - residual.zero * residual.step / unit
-    return Folded(
-        whole_panels(scales),
-        whole_panels(shifts),
-        -x.zero * sums if x.zero and sums is not None else None,
-        x.zero,
-        residual.step / unit,
-        skip.step / unit,
-        zero - skip.zero * skip.step / unit,
+    codes = ConvCodes(
+        start=-x.zero * sums if x.zero and sums is not None else None,
+        x_zero=x.zero,
+        residual_scale=residual.step / unit,
+        skip_scale=skip.step / unit,
+        bias=zero - skip.zero * skip.step / unit,
     )
+    return Folded(whole_panels(scales), whole_panels(shifts), codes)
 
 
 def conv_codes_native(
@@ -123,17 +112,11 @@ def conv_codes_native(
         convolution, whose sums are exact, float32. Winograd's sums are rounded at 14 bits of the largest, a
         fifth of a code at most in the networks.
     """
+    others = folded.scale, folded.shift, residual, skip, out, slope, folded.codes
     if isinstance(packed, PackedWinograd):
-        native.module.winograd(
-            *native_winograd(x, packed, folded.scale, folded.shift, residual, skip, out, slope),
-            folded.x_zero, folded.residual_scale, folded.skip_scale, folded.bias,
-        )  # fmt: skip
-        return
-    native.module.conv_bn_act(
-        *native_conv(x, packed, folded.scale, folded.shift, residual, skip, out, slope),
-        native.address(folded.start), folded.x_zero, folded.residual_scale, folded.skip_scale, folded.bias,
-        out.dtype is torch.uint8,
-    )  # fmt: skip
+        conv_winograd_native(x, packed, *others)
+    else:
+        conv_bn_act_native(x, packed, *others)
 
 
 def deconv_codes_native(

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from .. import native
 from . import _common as common
-from .conv_bn_act import PANEL, PackedConv
+from .conv_bn_act import FLOATS, PANEL, ConvCodes, PackedConv
 
 # Where polynomials are evaluated, beside infinity; as csrc/cpu/winograd_filters.h. The usual 1 and 2 in place
 # of 5/8 and 3/2 make twice the error, and so do 0, 1, -1 and 2 in place of those of two taps.
@@ -275,6 +275,7 @@ def conv_winograd_native(
     skip: Tensor | None,
     out: Tensor,
     slope: float | None,
+    codes: ConvCodes = FLOATS,
 ) -> None:
     """act(scale * conv(x, w) + shift + residual) + skip into `out`, unchecked, as `conv_bn_act_native`.
 
@@ -295,26 +296,13 @@ def conv_winograd_native(
         residual, skip, out: (N, K, H', W') of x's dtype, with one stride of channels, 1, and the same other
             strides; they need not be dense. H' is ceil(H / stride), if transposed 2 H; so is W'.
         slope: of the activation: 0 relu, up to 1 leaky relu, None nothing.
+        codes: where x, residual, skip and out are codes, uint8, and products int16; scale and shift are of
+            whole panels there.
     """
-    codes = 0, 0.0, 0.0, 0.0
-    native.module.winograd(*native_winograd(x, packed, scale, shift, residual, skip, out, slope), *codes)
-
-
-def native_winograd(
-    x: Tensor,
-    packed: PackedWinograd,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    residual: Tensor | None,
-    skip: Tensor | None,
-    out: Tensor,
-    slope: float | None,
-) -> tuple[int | float, ...]:
-    """What the kernel takes, but what it does with codes."""
     n, c, h, w = x.shape
     _, k, out_h, out_w = out.shape
     stride_n, _, stride_h, stride_w = out.stride()
-    return (
+    native.module.winograd(
         x.data_ptr(),
         packed.data.data_ptr(),
         native.address(packed.units),
@@ -334,6 +322,10 @@ def native_winograd(
         stride_n, stride_h, stride_w,
         common.native_slope(slope),
         torch.get_num_threads(),
+        codes.x_zero,
+        codes.residual_scale,
+        codes.skip_scale,
+        codes.bias,
     )  # fmt: skip
 
 

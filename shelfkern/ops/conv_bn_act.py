@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,6 +50,30 @@ class PackedConv:
     padding: int
     chunk: int
     sums: Tensor | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvCodes:
+    """What the native kernels need for codes.
+
+    act(scale * (sum + start) + shift + residual_scale * residual) + skip_scale * skip + bias, of the codes
+    of residual and skip: leaky relus let positive factors through.
+
+    Attributes:
+        start: less what the zero of x adds to sums, of whole panels, int32; None where that is 0, or the zero
+            is taken from x.
+        x_zero: the code of 0 in x, what lies beyond it.
+    """
+
+    start: Tensor | None = None
+    x_zero: int = 0
+    residual_scale: float = 1.0
+    skip_scale: float = 1.0
+    bias: float = 0.0
+
+
+# Of what are no codes.
+FLOATS = ConvCodes()
 
 
 def pack_conv(
@@ -168,33 +191,18 @@ def conv_bn_act_native(
     skip: Tensor | None,
     out: Tensor,
     slope: float | None,
+    codes: ConvCodes = FLOATS,
 ) -> None:
     """The native kernel into `out`, unchecked: x in NHWC storage, one dtype, parameters float32.
 
     out, residual and skip have one stride of channels, 1, and the same other strides; they need not be
-    dense.
+    dense. Where weights are int8, x, residual and skip are codes, uint8, out is codes or float32, and scale
+    and shift are of whole panels, in its steps.
     """
-    native.module.conv_bn_act(
-        *native_conv(x, packed, scale, shift, residual, skip, out, slope),
-        native.address(None), 0, 1.0, 1.0, 0.0, False,
-    )  # fmt: skip
-
-
-def native_conv(
-    x: Tensor,
-    packed: PackedConv,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    residual: Tensor | None,
-    skip: Tensor | None,
-    out: Tensor,
-    slope: float | None,
-) -> tuple[Any, ...]:
-    """The arguments of a native convolution that floats and codes share."""
     n, c, h, w = x.shape
     _, k, out_h, out_w = out.shape
     stride_n, _, stride_h, stride_w = out.stride()
-    return (
+    native.module.conv_bn_act(
         x.data_ptr(),
         packed.data.data_ptr(),
         native.address(scale),
@@ -213,6 +221,12 @@ def native_conv(
         stride_n, stride_h, stride_w,
         common.native_slope(slope),
         torch.get_num_threads(),
+        native.address(codes.start),
+        codes.x_zero,
+        codes.residual_scale,
+        codes.skip_scale,
+        codes.bias,
+        out.dtype is torch.uint8,
     )  # fmt: skip
 
 
