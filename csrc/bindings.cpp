@@ -278,7 +278,7 @@ std::vector<std::string> isas() {
 
 void bind_buffers(py::module_& m) {
     py::class_<Buffer>(m, "Buffer", py::buffer_protocol())
-        .def(py::init<size_t>(), py::arg("nbytes"))
+        .def(py::init<size_t, bool>(), py::arg("nbytes"), py::arg("pooled") = true)
         .def_buffer([](Buffer& b) {
             return py::buffer_info(static_cast<uint8_t*>(b.data()), static_cast<py::ssize_t>(b.bytes()));
         });

@@ -117,15 +117,19 @@ def has_product(dtype: torch.dtype) -> bool:
     return module is not None and module.has_product(str(dtype).removeprefix("torch."))
 
 
-def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """An uninitialised CPU tensor whose memory is reused once it and all its views are gone.
+def empty(shape: tuple[int, ...], dtype: torch.dtype, pooled: bool = True) -> Tensor:
+    """An uninitialised CPU tensor, in huge pages where there are some to be had.
 
     Fresh memory of many megabytes costs a page fault every 4 KiB, more than most kernels that fill it.
+
+    Args:
+        pooled: whether the memory is reused once the tensor and all its views are gone; if not, as of
+            weights, which stay, it goes back to the system then.
     """
     nbytes = math.prod(shape) * dtype.itemsize
     if module is None or nbytes == 0:
         return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(module.Buffer(nbytes), dtype=dtype).view(shape)
+    return torch.frombuffer(module.Buffer(nbytes, pooled), dtype=dtype).view(shape)
 
 
 def give_back() -> None:

@@ -122,6 +122,40 @@ print(full, resident())
 """
 
 
+UNPOOLED = """
+from pathlib import Path
+import torch
+from shelfkern import native
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 >> 20
+
+tensors = [native.empty((64 << 10,), torch.int32, pooled=False).fill_(1) for _ in range(400)]
+full = resident()
+# Those between others too.
+del tensors[::2]
+print(full, resident(), native.module.idle_buffer_bytes())
+"""
+
+
+@needs_native
+@pytest.mark.skipif(platform.system() != "Linux", reason="elsewhere memory is the C library's")
+def test_what_is_not_pooled_goes_back_at_once():
+    found = in_new_process(UNPOOLED)
+    assert found.returncode == 0, found.stderr
+    full, left, idle = map(int, found.stdout.split())
+    assert left < full - 40 and idle == 0
+
+
+@needs_native
+@pytest.mark.parametrize("nbytes", [1, 4096, 5000, 2 * MIB - 1, 2 * MIB, 2 * MIB + 1, 5 * MIB + 4097])
+def test_all_of_a_buffer_can_be_written(nbytes, pool):
+    tensor = native.empty((nbytes,), torch.uint8, pooled=False).fill_(7)
+    assert tensor.data_ptr() % (2 * MIB if nbytes >= 2 * MIB else 4096) == 0 and (tensor == 7).all()
+    neighbour = native.empty((nbytes,), torch.uint8, pooled=False).fill_(8)
+    assert (tensor == 7).all() and (neighbour == 8).all()
+
+
 @needs_native
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc keeps what is freed")
 def test_freed_memory_goes_back():

@@ -1,5 +1,6 @@
 #include "buffers.h"
 
+#include <cstdint>
 #include <cstdlib>
 #include <map>
 #include <mutex>
@@ -22,12 +23,6 @@ struct Pool {
     std::mutex mutex;
     std::multimap<size_t, void*> idle;  // by capacity
     size_t bytes = 0;
-
-    void clear() {
-        for (auto& [capacity, memory] : idle) std::free(memory);
-        idle.clear();
-        bytes = 0;
-    }
 };
 
 // Never destroyed: buffers may outlive every other static.
@@ -36,16 +31,34 @@ Pool& pool() {
     return *instance;
 }
 
-void* allocate(size_t capacity) {
-    const size_t alignment = capacity >= kHugePage ? kHugePage : kPage;
-    void* memory = std::aligned_alloc(alignment, (capacity + alignment - 1) / alignment * alignment);
-    if (!memory) throw std::bad_alloc();
+// Of whole pages. On Linux mapped for itself, so that they go back to the system whatever lies beside them in
+// the C library's heap, and the heap's own pieces, freed around memory that stays, do as well.
 #if defined(__linux__)
-    // Only a wish: without huge pages everything works, with more page faults.
-    if (alignment == kHugePage) madvise(memory, capacity, MADV_HUGEPAGE);
-#endif
+void* allocate(size_t capacity) {
+    // Huge pages are only a wish: without them everything works, with more page faults.
+    const size_t spare = capacity >= kHugePage ? kHugePage : 0;
+    void* mapping =
+        mmap(nullptr, capacity + spare, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (mapping == MAP_FAILED) throw std::bad_alloc();
+    if (!spare) return mapping;
+    char* const begin = static_cast<char*>(mapping);
+    const size_t before = -reinterpret_cast<uintptr_t>(begin) % kHugePage;
+    if (before) munmap(begin, before);
+    munmap(begin + before + capacity, spare - before);
+    madvise(begin + before, capacity, MADV_HUGEPAGE);
+    return begin + before;
+}
+
+void release(void* memory, size_t capacity) { munmap(memory, capacity); }
+#else
+void* allocate(size_t capacity) {
+    void* memory = std::aligned_alloc(kPage, capacity);
+    if (!memory) throw std::bad_alloc();
     return memory;
 }
+
+void release(void* memory, size_t) { std::free(memory); }
+#endif
 
 // An idle buffer of the right size, or a little larger.
 void* take_idle(size_t bytes, size_t& capacity) {
@@ -62,17 +75,18 @@ void* take_idle(size_t bytes, size_t& capacity) {
 
 }  // namespace
 
-Buffer::Buffer(size_t bytes) : bytes_(bytes), capacity_((bytes + kPage - 1) / kPage * kPage) {
+Buffer::Buffer(size_t bytes, bool pooled)
+    : bytes_(bytes), capacity_((bytes + kPage - 1) / kPage * kPage), pooled_(pooled) {
     if (capacity_ == 0) capacity_ = kPage;
-    data_ = take_idle(capacity_, capacity_);
+    data_ = pooled ? take_idle(capacity_, capacity_) : nullptr;
     if (!data_) data_ = allocate(capacity_);
 }
 
 Buffer::~Buffer() {
     Pool& p = pool();
     const std::lock_guard<std::mutex> lock(p.mutex);
-    if (p.bytes + capacity_ > kLimit) {
-        std::free(data_);
+    if (!pooled_ || p.bytes + capacity_ > kLimit) {
+        release(data_, capacity_);
         return;
     }
     p.idle.emplace(capacity_, data_);
@@ -91,7 +105,9 @@ void give_back() {
     Pool& p = pool();
     {
         const std::lock_guard<std::mutex> lock(p.mutex);
-        p.clear();
+        for (const auto& [capacity, memory] : p.idle) release(memory, capacity);
+        p.idle.clear();
+        p.bytes = 0;
     }
 #if defined(__GLIBC__)
     malloc_trim(0);

@@ -5,10 +5,11 @@
 
 namespace shelfkern {
 
-// Memory for one result or arena, page-aligned; goes back to the pool when destroyed.
+// Page-aligned memory. Of a result or an arena it comes from the pool and goes back to it when destroyed;
+// what is not pooled, as weights, whose sizes differ, goes back to the system.
 class Buffer {
    public:
-    explicit Buffer(size_t bytes);
+    explicit Buffer(size_t bytes, bool pooled = true);
     ~Buffer();
     Buffer(const Buffer&) = delete;
     Buffer& operator=(const Buffer&) = delete;
@@ -19,6 +20,7 @@ class Buffer {
    private:
     void* data_;
     size_t bytes_, capacity_;
+    bool pooled_;
 };
 
 // Bytes that wait in the pool, which keeps at most `buffer_limit()`.

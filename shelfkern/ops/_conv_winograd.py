@@ -145,15 +145,15 @@ def pack_winograd(
     k, c = w.shape[:2] if not transposed else (w.shape[1], w.shape[0])
     frequencies = (tile + 2) ** 2
     if product is torch.float32:
-        data = torch.empty(-(-k // PANEL), frequencies, c, PANEL, dtype=torch.float32)
+        data = native.empty((-(-k // PANEL), frequencies, c, PANEL), torch.float32, pooled=False)
         for panel, values in enumerate(panels):
             data[panel] = values
         return PackedWinograd(data, k, c, tile, stride, transposed)
     units = torch.empty(-(-k // PANEL), frequencies, PANEL, dtype=torch.float32)
-    words = torch.empty(*units.shape[:2], -(-c // 2), PANEL, 2, dtype=torch.int16)
+    words = native.empty((*units.shape[:2], -(-c // 2), PANEL, 2), torch.int16, pooled=False)
     for panel, values in enumerate(panels):
         units[panel] = _units(values)
-        whole = (values / units[panel].double()[:, None]).round()
+        whole = values.div_(units[panel].double()[:, None]).round_()
         words[panel] = F.pad(whole, (0, 0, 0, c % 2)).unflatten(1, (-1, 2)).transpose(2, 3)
     return PackedWinograd(words, k, c, tile, stride, transposed, 0, units, levels)
 
@@ -163,8 +163,11 @@ def _levels(w: Tensor, transposed: bool) -> Tensor:
 
     A channel's largest values cost the others digits, so they are made alike by what becomes of them.
     """
-    others = (1, 2, 3) if transposed else (0, 2, 3)
-    levels = w.detach().cpu().double().square().mean(others).sqrt()
+    squares = torch.zeros(w.shape[0 if transposed else 1], dtype=torch.float64)
+    # Some output channels at a time: all of a large layer in float64 would be twice its size.
+    for kernels in (w.transpose(0, 1) if transposed else w).detach().cpu().split(PANEL):
+        squares += kernels.double().square().sum((0, 2, 3))
+    levels = squares.sqrt()
     # A weight that is not finite spoils what it makes, but not all that its channel does.
     levels = levels.where(levels.isfinite(), 1)
     return (levels / levels.max().clamp_min(torch.finfo(torch.float64).tiny)).float()
@@ -181,7 +184,8 @@ def _transformed(w: Tensor, g: Tensor, transposed: bool, levels: Tensor | None =
         if levels is not None:
             kernels = kernels / levels.double().where(levels > 0, 1)[:, None, None]
         values = transform @ kernels.flatten(2).permute(2, 1, 0).flatten(1)
-        yield F.pad(values.unflatten(1, (kernels.shape[1], -1)), (0, PANEL - len(kernels)))
+        values = values.unflatten(1, (kernels.shape[1], -1))
+        yield values if len(kernels) == PANEL else F.pad(values, (0, PANEL - len(kernels)))
 
 
 def _check_whole(tile: int, product: torch.dtype) -> None:
@@ -198,10 +202,11 @@ def _units(values: Tensor) -> Tensor:
     Inputs have 14 bits and a sign, and the kernel sums up to 64 neighbouring channels in 32 bits, so that the
     sizes of so many weights may add up to 2^17, less half of each that rounding may add.
     """
-    sums = F.pad(values.abs().cumsum(1), (0, 0, 1, 0))
+    sums = F.pad(values, (0, 0, 1, 0)).abs_().cumsum_(1)
     window = min(TERMS, values.shape[1])
     largest_sum = (sums[:, window:] - sums[:, :-window]).amax(1)
-    units = torch.maximum(largest_sum / (2**17 - TERMS), values.abs().amax(1) / (2**15 - 2))
+    largest = torch.maximum(values.amax(1), -values.amin(1))
+    units = torch.maximum(largest_sum / (2**17 - TERMS), largest / (2**15 - 2))
     return units.where(units != 0, 1).float()
 
 

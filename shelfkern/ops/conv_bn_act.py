@@ -97,7 +97,7 @@ def pack_conv(
     chunks = -(-words // max(1, terms // (kernel_h * kernel_w)))
     chunk = -(-words // chunks)
     size = kernel_h * kernel_w * words * PANEL * per_word
-    data = torch.empty((panels, size), dtype=dtype, device=w.device)
+    data = native.empty((panels, size), dtype, pooled=False)
     sums = torch.zeros(panels * PANEL, dtype=torch.int32, device=w.device) if dtype is torch.int8 else None
     # A panel at a time: what else is made is small beside the result.
     for index, filters in enumerate(w.detach().split(PANEL)):

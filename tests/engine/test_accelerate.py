@@ -112,9 +112,12 @@ def test_predict_makes_no_full_size_scores(backend, monkeypatch):
     fast = shelfkern.accelerate(build(config), backend=backend)
     asked = []
     empty = native.empty
-    monkeypatch.setattr(
-        native, "empty", lambda shape, dtype: asked.append(torch.Size(shape)) or empty(shape, dtype)
-    )
+
+    def noted(shape, dtype, pooled=True):
+        asked.append(torch.Size(shape))
+        return empty(shape, dtype, pooled)
+
+    monkeypatch.setattr(native, "empty", noted)
     x = images(1, 256, 256)
     fast.predict(x)
     labels = [shape for shape in asked if shape[-2:] == (256, 256)]

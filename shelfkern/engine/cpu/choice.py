@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+from ... import native
 from .. import plan as p
 from ..problem import Packed, Size, key_of
 from ..tuning import Call, Candidate, Tuner
@@ -15,11 +16,11 @@ from .timing import TIE, candidate
 
 # Names of the algorithms of all steps.
 Names = tuple[str, ...]
+# What prepares forward passes to be timed, of the algorithms of each.
+Passes = Callable[[Sequence[Names]], Sequence[Callable[[], Call]]]
 
 
-def choose(
-    plan: p.Plan, size: Size, context: Context, tuner: Tuner, pass_of: Callable[[Names], Call]
-) -> Names:
+def choose(plan: p.Plan, size: Size, context: Context, tuner: Tuner, passes: Passes) -> Names:
     """Names of the algorithms to take for n images padded to h x w.
 
     Layers are timed one by one, with nothing in the caches. That does not show what a result outside the
@@ -27,7 +28,7 @@ def choose(
     of the fastest algorithms, of the fastest that write into the arena, and of those that were predicted.
 
     Args:
-        pass_of: a forward pass of named algorithms, on weights and memory that go with it.
+        passes: forward passes of named algorithms, on weights and memory that go with them.
     """
     layers = [_Layer(step, size, context, tuner) for step in plan.steps]
     predicted = tuple(layer.names[0] for layer in layers)
@@ -41,8 +42,8 @@ def choose(
     if len(ways) == 1:
         return ways[0]
     candidates = [
-        Candidate(_digest(names), _sum(layers, names), lambda names=names: pass_of(names))  # type: ignore[misc]
-        for names in ways
+        Candidate(_digest(names), _sum(layers, names), prepare)
+        for names, prepare in zip(ways, passes(ways), strict=True)
     ]
     winner = tuner.choose(f"forward {_digest([layer.key for layer in layers])}", candidates)
     return next(names for names in ways if _digest(names) == winner)
@@ -71,7 +72,12 @@ class _Layer:
         # With packed weights of their own, which go when the layer was timed.
         found = algorithms(step, size, context, Packed())
         candidates = [candidate(step, algorithm, size, context) for algorithm in found]
-        return self._tuner.choose(self.key, candidates, cold=True)
+        spent = self._tuner.spent
+        winner = self._tuner.choose(self.key, candidates, cold=True)
+        if self._tuner.spent > spent:
+            del found, candidates
+            native.give_back()
+        return winner
 
     def fastest_in_arena(self) -> str:
         """The best measured of those that write into the arena; of all, where none does."""

@@ -18,7 +18,7 @@ from .. import arena
 from .. import plan as p
 from ..image import image_size, padded
 from ..problem import Packed, Size, random_image
-from ..tuning import Tuner
+from ..tuning import Call, Tuner
 from ..workspace import WorkspacePool
 from . import library
 from .algorithm import Algorithm, Context, Run
@@ -113,17 +113,22 @@ class Program:
         return self._named(names, size, self._packed)
 
     def _names(self, size: Size, tuner: Tuner) -> Names:
-        # Of all passes that are tried, and gone with them.
-        packed = [Packed() for _ in self.plan.steps]
+        def passes(ways: Sequence[Names]) -> list[Callable[[], Call]]:
+            # Their own, and gone with them; they run one after the other, so one arena serves them all.
+            packed = [Packed() for _ in self.plan.steps]
+            found = [self._named(names, size, packed) for names in ways]
+            memory = native.empty((max(self._layout(each, size).size for each in found),), torch.uint8)
+            return [functools.partial(self._tried, chosen, size, memory) for chosen in found]
 
-        def tried(names: Names) -> Callable[[], Tensor]:
-            # A pass needs more than any layer alone, and other pieces.
-            native.give_back()
-            workspace = self._workspace_of(self._named(names, size, packed), size)
-            images = random_image(size, torch.float32, CPU)
-            return lambda: self.low_resolution_scores(images, workspace)
+        return choose(self.plan, size, self.context, tuner, passes)
 
-        return choose(self.plan, size, self.context, tuner, tried)
+    def _tried(self, chosen: Sequence[Algorithm], size: Size, memory: Tensor) -> Call:
+        """A pass to be timed."""
+        # It needs more than any layer alone, and other pieces.
+        native.give_back()
+        workspace = self._workspace_of(chosen, size, memory)
+        images = random_image(size, torch.float32, CPU)
+        return lambda: self.low_resolution_scores(images, workspace)
 
     def _named(self, names: Names, size: Size, packed: Sequence[Packed]) -> list[Algorithm]:
         steps = zip(self.plan.steps, names, packed, strict=True)
@@ -137,22 +142,32 @@ class Program:
         size, threads = key
         return self._workspace_of(self._chosen(size, threads), size)
 
-    def _workspace_of(self, chosen: Sequence[Algorithm], size: Size) -> Workspace:
-        placed = [step.outputs if a.in_arena else () for step, a in zip(self.plan.steps, chosen, strict=True)]
-        scratch = {index: algorithm.scratch for index, algorithm in enumerate(chosen)}
+    def _layout(self, chosen: Sequence[Algorithm], size: Size) -> arena.Layout:
+        placed = [step.outputs for step, a in zip(self.plan.steps, chosen, strict=True) if a.in_arena]
         values = {value for outputs in placed for value in outputs}
-        layout = arena.lay_out(self.plan, values, *size, self.dtype, scratch=scratch)
-        memory = native.empty((layout.size,), torch.uint8)
+        scratch = {index: algorithm.scratch for index, algorithm in enumerate(chosen)}
+        return arena.lay_out(self.plan, values, *size, self.dtype, scratch=scratch)
 
-        def worked_in(index: int) -> Tensor:
+    def _workspace_of(
+        self, chosen: Sequence[Algorithm], size: Size, memory: Tensor | None = None
+    ) -> Workspace:
+        layout = self._layout(chosen, size)
+        if memory is None:
+            memory = native.empty((layout.size,), torch.uint8)
+
+        def placed(step: p.Step, algorithm: Algorithm) -> list[Tensor]:
+            values = step.outputs if algorithm.in_arena else ()
+            return [arena.view(memory, layout, value, *size, self.dtype) for value in values]
+
+        def worked_in(index: int, algorithm: Algorithm) -> Tensor:
             start = layout.offsets.get(arena.Scratch(index), 0)
-            return memory[start : start + scratch[index]]
+            return memory[start : start + algorithm.scratch]
 
         return Workspace(
             memory,
             [algorithm.prepare() for algorithm in chosen],
-            [[arena.view(memory, layout, v, *size, self.dtype) for v in outputs] for outputs in placed],
-            [worked_in(index) for index in range(len(chosen))],
+            [placed(step, algorithm) for step, algorithm in zip(self.plan.steps, chosen, strict=True)],
+            [worked_in(index, algorithm) for index, algorithm in enumerate(chosen)],
         )
 
     def scores(self, images: Tensor) -> Tensor:

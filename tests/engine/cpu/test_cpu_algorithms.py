@@ -1,4 +1,5 @@
 import dataclasses
+import math
 import random
 
 import pytest
@@ -41,14 +42,13 @@ def names(step, size, where):
 def test_any_mix_of_algorithms_is_as_exact_as_eager(name, dtype, monkeypatch):
     model, draw, mixed = build(CONFIGS[name]), random.Random(name), set()
 
-    def choose(plan, size, where, tuner, pass_of):
+    def choose(plan, size, where, tuner, passes):
         drawn = [draw.choice(names(step, size, where)) for step in plan.steps]
         mixed.update(drawn)
         return drawn
 
-    def poisoned(shape, dtype):
-        tensor = torch.empty(shape, dtype=dtype)
-        return tensor.fill_(255) if dtype is torch.uint8 else tensor.fill_(float("nan"))
+    def poisoned(shape, dtype, pooled=True):
+        return torch.full(shape, math.nan if dtype.is_floating_point else torch.iinfo(dtype).max, dtype=dtype)
 
     monkeypatch.setattr(program, "choose", choose)
     monkeypatch.setattr(native, "empty", poisoned)

@@ -186,6 +186,30 @@ def test_while_layers_are_timed_weights_of_one_are_packed(finds, monkeypatch):
 
 
 @needs_native
+@torch.no_grad()
+def test_passes_that_are_timed_share_one_arena(finds, monkeypatch):
+    clock, arenas = finds("onednn"), []
+    measure, empty = clock.measure, native.empty
+    passes = []
+
+    def noted(calls, cold):
+        if not cold:
+            passes.append(len(calls))
+        return measure(calls, cold)
+
+    def counted(shape, dtype, pooled=True):
+        if dtype is torch.uint8:
+            arenas.append(shape)
+        return empty(shape, dtype, pooled)
+
+    clock.measure = noted
+    monkeypatch.setattr(native, "empty", counted)
+    shelfkern.accelerate(build(CONFIGS["no_lateral"]), tune=True)(images(1, 64, 64))
+    # Theirs, and that of the pass that was chosen.
+    assert passes == [2] and len(arenas) == 2
+
+
+@needs_native
 def test_accelerating_packs_and_copies_nothing():
     model = build(CONFIGS["attention"])
     fast = shelfkern.accelerate(model)
