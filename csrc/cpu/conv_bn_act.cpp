@@ -136,42 +136,16 @@ Input<P> input_of(const Conv& a, const Shape& s, int64_t n, int64_t y, int64_t o
     return {packed, 0, 0, nullptr};
 }
 
-template <typename T>
-Epilogue<T> epilogue_of(const Conv& a, int64_t at) {
-    Epilogue<T> e;
-    e.scale = a.scale;
-    e.shift = a.shift;
-    e.residual = moved(static_cast<const T*>(a.residual), at);
-    e.skip = moved(static_cast<const T*>(a.skip), at);
-    e.out = static_cast<T*>(a.out) + at;
-    e.row = a.stride_h;
-    e.pixel = a.stride_w;
-    e.slope = a.slope;
-    return e;
-}
-
-CodesEpilogue codes_epilogue_of(const Conv& a, int64_t at) {
-    CodesEpilogue e;
-    e.scale = a.scale;
-    e.shift = a.shift;
-    e.residual = moved(static_cast<const uint8_t*>(a.residual), at);
-    e.skip = moved(static_cast<const uint8_t*>(a.skip), at);
-    e.codes = a.to_codes ? static_cast<uint8_t*>(a.out) + at : nullptr;
-    e.out = a.to_codes ? nullptr : static_cast<float*>(a.out) + at;
-    e.row = a.stride_h;
-    e.pixel = a.stride_w;
-    e.slope = a.slope;
-    e.residual_scale = a.residual_scale;
-    e.skip_scale = a.skip_scale;
-    e.bias = a.bias;
-    return e;
-}
-
 template <typename P, typename X>
 void run(const Conv& a) {
     if (a.n * a.out_h * a.out_w == 0) return;
     Shape s{divide_up(a.c, P::kElements), a.chunk, a.kernel_h, a.kernel_w, a.stride, a.out_w, a.out_c};
     const Cut c = cut(a, s);
+    Epilogue<X> epilogue = epilogue_of<X>(a);
+    if (std::is_same<X, uint8_t>::value && !a.to_codes) {
+        epilogue.out = nullptr;
+        epilogue.floats = static_cast<float*>(a.out);
+    }
     parallel_for(a.threads, a.n * c.strips * c.groups, [&](int64_t task) {
         const int64_t group = task % c.groups, strip = task / c.groups % c.strips;
         const int64_t n = task / c.groups / c.strips;
@@ -183,12 +157,8 @@ void run(const Conv& a) {
         const int64_t at = n * a.stride_n + y * a.stride_h;
         const int64_t begin = group * c.panels / c.groups, end = (group + 1) * c.panels / c.groups;
         const auto* weight = static_cast<const typename P::Word*>(a.weight);
-        if constexpr (std::is_same<P, Int8>::value) {
-            input.start = a.start;
-            convolve_strip(s, input, out_rows, begin, end, weight, sums, codes_epilogue_of(a, at));
-        } else {
-            convolve_strip(s, input, out_rows, begin, end, weight, sums, epilogue_of<X>(a, at));
-        }
+        if constexpr (std::is_same<P, Int8>::value) input.start = a.start;
+        convolve_strip(s, input, out_rows, begin, end, weight, sums, epilogue.at(at));
     });
 }
 

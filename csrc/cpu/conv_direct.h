@@ -107,15 +107,20 @@ static inline T* moved(T* p, int64_t elements) {
     return p ? p + elements : nullptr;
 }
 
-// Scale, shift, residual, activation and skip of a tile's output channels, of which there are `channels`.
+// What is done with a tile's sums: scale, shift, residual, activation and skip of its output channels, of
+// which there are `channels`. Of codes, which are uint8, to codes or to floats:
+// act(scale * sum + shift + residual_scale * residual) + skip_scale * skip + bias.
 template <typename T>
 struct Epilogue {
-    const float *scale, *shift;
-    const T *residual, *skip;  // of the first pixel, or null
+    const float *scale, *shift;  // or null; of codes of whole panels
+    const T *residual, *skip;    // of the first pixel, or null
     T* out;
     int64_t row, pixel;  // elements between rows and pixels in out, residual and skip
     int channels;
     float slope;
+    // Of codes.
+    float* floats;  // what is written where out is null
+    float residual_scale, skip_scale, bias;
 
     Epilogue of_channels(int64_t first, int64_t count) const {
         Epilogue e = at(first);
@@ -129,39 +134,28 @@ struct Epilogue {
         e.residual = moved(residual, elements);
         e.skip = moved(skip, elements);
         e.out = moved(out, elements);
+        e.floats = moved(floats, elements);
         return e;
     }
 };
 
-// The same with a residual and skip of codes, to codes or to floats:
-// act(scale * sum + shift + residual_scale * residual) + skip_scale * skip + bias.
-struct CodesEpilogue {
-    const float *scale, *shift;      // of whole panels
-    const uint8_t *residual, *skip;  // of the first pixel, or null
-    uint8_t* codes;                  // or null where the result is floats
-    float* out;
-    int64_t row, pixel;
-    int channels;
-    float slope, residual_scale, skip_scale, bias;
-
-    // Whether to saturate is all that the activation does.
-    bool saturates() const { return codes && slope == 0 && bias == 0 && !skip; }
-    CodesEpilogue of_channels(int64_t first, int64_t count) const {
-        CodesEpilogue e = at(first);
-        e.scale += first;
-        e.shift += first;
-        e.channels = static_cast<int>(count);
-        return e;
-    }
-    CodesEpilogue at(int64_t elements) const {
-        CodesEpilogue e = *this;
-        e.residual = moved(residual, elements);
-        e.skip = moved(skip, elements);
-        e.codes = moved(codes, elements);
-        e.out = moved(out, elements);
-        return e;
-    }
-};
+// Of a Conv or a Winograd: all channels of whole images.
+template <typename T, typename Args>
+static Epilogue<T> epilogue_of(const Args& a) {
+    Epilogue<T> e{};
+    e.scale = a.scale;
+    e.shift = a.shift;
+    e.residual = static_cast<const T*>(a.residual);
+    e.skip = static_cast<const T*>(a.skip);
+    e.out = static_cast<T*>(a.out);
+    e.row = a.stride_h;
+    e.pixel = a.stride_w;
+    e.slope = a.slope;
+    e.residual_scale = a.residual_scale;
+    e.skip_scale = a.skip_scale;
+    e.bias = a.bias;
+    return e;
+}
 
 template <typename T>
 static inline vf load_some(const T* p, int count) {
@@ -188,9 +182,46 @@ static inline void store_up_to(T* p, vf v, int count) {
     store_some(p, v, count);
 }
 
-// The epilogue of sums [pixel][vector], for any tile: compiled once, not for each shape of a tile.
+static inline vf as_floats(vi sum) { return __builtin_convertvector(sum, vf); }
+static inline vf as_floats(vf sum) { return sum; }
+
+// One pixel's `count` channels, whose place is `at`, of what has been scaled and shifted.
 template <typename T>
-static __attribute__((noinline)) void finish_sums(const float* sums, int pixels, int vectors,
+static inline __attribute__((always_inline)) void finish_channels(vf y, int64_t at, int count,
+                                                                  const Epilogue<T>& e) {
+    if (e.residual) y += load_up_to(e.residual + at, count);
+    y = activate(y, e.slope);
+    if (e.skip) y += load_up_to(e.skip + at, count);
+    store_up_to(e.out + at, y, count);
+}
+
+// Whether to saturate is all that the activation of codes does.
+static inline bool saturates(const Epilogue<uint8_t>& e) {
+    return e.out && e.slope == 0 && e.bias == 0 && !e.skip;
+}
+
+static inline __attribute__((always_inline)) void finish_codes(vf y, int64_t at, int count, bool saturates,
+                                                               const Epilogue<uint8_t>& e) {
+    if (e.residual) y += load_up_to(e.residual + at, count) * splat(e.residual_scale);
+    if (saturates) return store_up_to(e.out + at, y, count);
+    const vf low = y * splat(e.slope);  // slopes are from 0 to 1
+    y = y > low ? y : low;
+    y += e.skip ? load_up_to(e.skip + at, count) * splat(e.skip_scale) + splat(e.bias) : splat(e.bias);
+    if (e.out) {
+        store_up_to(e.out + at, y, count);
+    } else {
+        store_up_to(e.floats + at, y, count);
+    }
+}
+
+static inline __attribute__((always_inline)) void finish_channels(vf y, int64_t at, int count,
+                                                                  const Epilogue<uint8_t>& e) {
+    finish_codes(y, at, count, saturates(e), e);
+}
+
+// The epilogue of sums [pixel][vector], for any tile: compiled once, not for each shape of a tile.
+template <typename Scalar, typename T>
+static __attribute__((noinline)) void finish_sums(const Scalar* sums, int pixels, int vectors,
                                                   const Epilogue<T>& e) {
     for (int v = 0; v < vectors; ++v) {
         const int first = v * kLanes;
@@ -199,12 +230,8 @@ static __attribute__((noinline)) void finish_sums(const float* sums, int pixels,
         const vf scale = e.scale ? load_up_to(e.scale + first, count) : splat(1);
         const vf shift = e.shift ? load_up_to(e.shift + first, count) : vf{};
         for (int p = 0; p < pixels; ++p) {
-            const int64_t at = p * e.pixel + first;
-            vf y = load(sums + (p * vectors + v) * kLanes) * scale + shift;
-            if (e.residual) y += load_up_to(e.residual + at, count);
-            y = activate(y, e.slope);
-            if (e.skip) y += load_up_to(e.skip + at, count);
-            store_up_to(e.out + at, y, count);
+            const vf sum = as_floats(load(sums + (p * vectors + v) * kLanes));
+            finish_channels(sum * scale + shift, p * e.pixel + first, count, e);
         }
     }
 }
@@ -214,43 +241,9 @@ static inline void finish(const Sums<kPixels, kPanels>& sums, const Epilogue<T>&
     finish_sums(reinterpret_cast<const float*>(sums.v), kPixels, kPanels * kPanelVectors, e);
 }
 
-static inline vf as_floats(vi sum) { return __builtin_convertvector(sum, vf); }
-static inline vf as_floats(vf sum) { return sum; }
-
-// One pixel's `count` channels, whose place is `at`, of what has been scaled and shifted.
-static inline __attribute__((always_inline)) void finish_codes(vf y, int64_t at, int count, bool saturates,
-                                                               const CodesEpilogue& e) {
-    if (e.residual) y += load_up_to(e.residual + at, count) * splat(e.residual_scale);
-    if (saturates) return store_up_to(e.codes + at, y, count);
-    const vf low = y * splat(e.slope);  // slopes are from 0 to 1
-    y = y > low ? y : low;
-    y += e.skip ? load_up_to(e.skip + at, count) * splat(e.skip_scale) + splat(e.bias) : splat(e.bias);
-    if (e.codes) {
-        store_up_to(e.codes + at, y, count);
-    } else {
-        store_up_to(e.out + at, y, count);
-    }
-}
-
-// As finish_sums.
-template <typename Scalar>
-static __attribute__((noinline)) void finish_codes_sums(const Scalar* sums, int pixels, int vectors,
-                                                        const CodesEpilogue& e) {
-    for (int v = 0; v < vectors; ++v) {
-        const int first = v * kLanes;
-        const int count = e.channels - first < kLanes ? e.channels - first : kLanes;
-        if (count <= 0) break;
-        const vf scale = load(e.scale + first), shift = load(e.shift + first);
-        for (int p = 0; p < pixels; ++p) {
-            const vf sum = as_floats(load(sums + (p * vectors + v) * kLanes));
-            finish_codes(sum * scale + shift, p * e.pixel + first, count, e.saturates(), e);
-        }
-    }
-}
-
 template <bool kSaturates, int kPixels, int kPanels>
 static inline __attribute__((always_inline)) void finish_in_registers(const Sums<kPixels, kPanels, vi>& sums,
-                                                                      const CodesEpilogue& e) {
+                                                                      const Epilogue<uint8_t>& e) {
 #pragma GCC unroll 4
     for (int v = 0; v < kPanels * kPanelVectors; ++v) {
         const int first = v * kLanes;
@@ -267,17 +260,12 @@ static inline __attribute__((always_inline)) void finish_in_registers(const Sums
 // their products: the tiles of most layers are finished in registers. Of all tiles it would be too much code.
 // Floats win nothing by it.
 template <int kPixels, int kPanels>
-static inline void finish(const Sums<kPixels, kPanels, vi>& sums, const CodesEpilogue& e) {
+static inline void finish(const Sums<kPixels, kPanels, vi>& sums, const Epilogue<uint8_t>& e) {
     if (kPanels > 2 && e.channels == kPanels * kPanel) {
-        if (e.saturates()) return finish_in_registers<true>(sums, e);
-        if (e.codes) return finish_in_registers<false>(sums, e);
+        if (saturates(e)) return finish_in_registers<true>(sums, e);
+        if (e.out) return finish_in_registers<false>(sums, e);
     }
-    finish_codes_sums(reinterpret_cast<const int32_t*>(sums.v), kPixels, kPanels * kPanelVectors, e);
-}
-
-template <int kPixels, int kPanels>
-static inline void finish(const Sums<kPixels, kPanels>& sums, const CodesEpilogue& e) {
-    finish_codes_sums(reinterpret_cast<const float*>(sums.v), kPixels, kPanels * kPanelVectors, e);
+    finish_sums(reinterpret_cast<const int32_t*>(sums.v), kPixels, kPanels * kPanelVectors, e);
 }
 
 template <int kPixels, int kPanels, typename P, typename E>

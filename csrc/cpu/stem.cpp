@@ -163,14 +163,10 @@ void pool_pixel(const Window<uint8_t>& window, int64_t c, int64_t x0, int64_t x1
 // Of rows of features, `to`: what is rounded can be rounded before it is pooled.
 template <typename F>
 Epilogue<F> epilogue_of(const Stem& a, F* to, int64_t row) {
-    return {a.scale, a.shift, nullptr, nullptr, to, row, a.out_c, 0, a.slope};
-}
-
-CodesEpilogue epilogue_of(const Stem& a, uint8_t* to, int64_t row) {
-    CodesEpilogue e = {};
+    Epilogue<F> e{};
     e.scale = a.scale;
     e.shift = a.shift;
-    e.codes = to;
+    e.out = to;
     e.row = row;
     e.pixel = a.out_c;
     e.slope = a.slope;

@@ -48,42 +48,19 @@ static void finish_row(int64_t pixels, const Sums<kOut, 1>& row, const E& e) {
     }
 }
 
-// What is done with the sums of a panel from output channel `oc`, its pointers those of the whole images.
-template <typename T>
-static auto epilogue_of(const Winograd& a, int64_t oc) {
-    typename std::conditional<std::is_same<T, uint8_t>::value, CodesEpilogue, Epilogue<T>>::type e{};
-    e.scale = moved(a.scale, oc);
-    e.shift = moved(a.shift, oc);
-    e.residual = static_cast<const T*>(a.residual);
-    e.skip = static_cast<const T*>(a.skip);
-    e.pixel = a.stride_w;
-    e.channels = static_cast<int>(min(kPanel, a.out_c - oc));
-    e.slope = a.slope;
-    if constexpr (std::is_same<T, uint8_t>::value) {
-        e.codes = static_cast<T*>(a.out);
-        e.residual_scale = a.residual_scale;
-        e.skip_scale = a.skip_scale;
-        e.bias = a.bias;
-    } else {
-        e.out = static_cast<T*>(a.out);
-    }
-    return e;
-}
-
 // The outputs of one tile for `panels` panels from output channel `oc`.
 template <typename Filter, typename T>
 static void finish_tile(const Winograd& a, const Place& place, int64_t oc, int64_t panels,
                         const float* const* from, float unit) {
     constexpr int kOut = Filter::kOut;
     const int64_t height = min(kOut, a.out_h - place.y), width = min(kOut, a.out_w - place.x);
-    const int64_t start = place.n * a.stride_n + place.y * a.stride_h + place.x * a.stride_w;
+    const Epilogue<T> of_tile =
+        epilogue_of<T>(a).at(place.n * a.stride_n + place.y * a.stride_h + place.x * a.stride_w);
     for (int64_t i = 0; i < panels; ++i, oc += kPanel) {
         Sums<kOut, 1> rows[kOut];
         transform_output<Filter>(from, i * kPanel, unit, rows);
-        const auto e = epilogue_of<T>(a, oc);
-        for (int64_t y = 0; y < height; ++y) {
-            finish_row<kOut>(width, rows[y], e.at(start + y * a.stride_h + oc));
-        }
+        const Epilogue<T> e = of_tile.of_channels(oc, min(kPanel, a.out_c - oc));
+        for (int64_t y = 0; y < height; ++y) finish_row<kOut>(width, rows[y], e.at(y * a.stride_h));
     }
 }
 
