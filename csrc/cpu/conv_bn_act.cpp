@@ -172,6 +172,8 @@ void conv_bn_act(const Conv& args) {
             return run<Bfloat16, bf16>(args);
         case Product::int8:
             return run<Int8, uint8_t>(args);
+        case Product::int16:
+            return;  // only Winograd's kernels multiply it
     }
 }
 
