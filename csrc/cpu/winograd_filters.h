@@ -185,5 +185,28 @@ struct FilterTransposed {
     }
 };
 
+// In two dimensions: of the columns of kIn x kIn vectors, then of the rows of kOut x kIn that these make.
+// Calls get(row, column) and put(row, column, vector).
+template <int kIn, int kOut, void (*kTransform)(const vf (&)[kIn], vf (&)[kOut]), typename Get, typename Put>
+static inline __attribute__((always_inline)) void transform_square(const Get& get, const Put& put) {
+    vf half[kOut][kIn];
+#pragma GCC unroll 9
+    for (int column = 0; column < kIn; ++column) {
+        vf in[kIn], out[kOut];
+#pragma GCC unroll 9
+        for (int row = 0; row < kIn; ++row) in[row] = get(row, column);
+        kTransform(in, out);
+#pragma GCC unroll 9
+        for (int row = 0; row < kOut; ++row) half[row][column] = out[row];
+    }
+#pragma GCC unroll 9
+    for (int row = 0; row < kOut; ++row) {
+        vf out[kOut];
+        kTransform(half[row], out);
+#pragma GCC unroll 9
+        for (int column = 0; column < kOut; ++column) put(row, column, out[column]);
+    }
+}
+
 }  // namespace SHELFKERN_ISA
 }  // namespace shelfkern

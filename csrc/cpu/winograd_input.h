@@ -1,6 +1,7 @@
 // From pixels to V.
 #pragma once
 
+#include "winograd_filters.h"
 #include "winograd_layout.h"
 
 namespace shelfkern {
@@ -24,25 +25,10 @@ template <typename Filter, typename Window, typename Put>
 static inline __attribute__((always_inline)) void transform_vector(const Window& window, int64_t c, int count,
                                                                    const Put& put) {
     constexpr int kIn = Filter::kIn, kFrequencies = Filter::kFrequencies;
-    vf half[kIn][kFrequencies];
-#pragma GCC unroll 9
-    for (int row = 0; row < kIn; ++row) {
-        vf in[kIn];
-#pragma GCC unroll 9
-        for (int column = 0; column < kIn; ++column) {
-            in[column] = window.values(row * kIn + column, c, count);
-        }
-        Filter::input(in, half[row]);
-    }
-#pragma GCC unroll 9
-    for (int column = 0; column < kFrequencies; ++column) {
-        vf in[kIn], out[kFrequencies];
-#pragma GCC unroll 9
-        for (int row = 0; row < kIn; ++row) in[row] = half[row][column];
-        Filter::input(in, out);
-#pragma GCC unroll 9
-        for (int row = 0; row < kFrequencies; ++row) put(row * kFrequencies + column, out[row]);
-    }
+    // Rows first, in the order of the pixels: its columns are the window's rows.
+    transform_square<kIn, kFrequencies, Filter::input>(
+        [&](int column, int row) { return window.values(row * kIn + column, c, count); },
+        [&](int column, int row, vf v) { put(row * kFrequencies + column, v); });
 }
 
 // transform_vector for some channels.

@@ -1,6 +1,7 @@
 // From M to outputs.
 #pragma once
 
+#include "winograd_filters.h"
 #include "winograd_layout.h"
 
 namespace shelfkern {
@@ -12,26 +13,11 @@ static void transform_output(const float* const* from, int64_t at, float unit,
                              Sums<Filter::kOut, 1> (&rows)[Filter::kOut]) {
     constexpr int kOut = Filter::kOut, kFrequencies = Filter::kFrequencies;
     for (int v = 0; v < kPanelVectors; ++v, at += kLanes) {
-        vf half[kOut][kFrequencies];
-#pragma GCC unroll 9
-        for (int column = 0; column < kFrequencies; ++column) {
-            vf in[kFrequencies], out[kOut];
-#pragma GCC unroll 9
-            for (int row = 0; row < kFrequencies; ++row)
-                in[row] = load(from[row * kFrequencies + column] + at);
-            Filter::output(in, out);
-#pragma GCC unroll 8
-            for (int row = 0; row < kOut; ++row) half[row][column] = out[row];
-        }
-#pragma GCC unroll 8
-        for (int row = 0; row < kOut; ++row) {
-            vf out[kOut];
-            Filter::output(half[row], out);
-#pragma GCC unroll 8
-            for (int column = 0; column < kOut; ++column) {
-                rows[row].v[column][v] = Filter::kWholeNumbers ? out[column] * splat(unit) : out[column];
-            }
-        }
+        transform_square<kFrequencies, kOut, Filter::output>(
+            [&](int row, int column) { return load(from[row * kFrequencies + column] + at); },
+            [&](int row, int column, vf y) {
+                rows[row].v[column][v] = Filter::kWholeNumbers ? y * splat(unit) : y;
+            });
     }
 }
 

@@ -36,28 +36,12 @@ template <typename Filter>
 static void transform_weight(const Taps& taps, float* u, int64_t weight) {
     constexpr int kRows = Geometry<Filter>::kWeightRows;
     for (int v = 0; v < kPanelVectors; ++v, u += kLanes) {
-        vf half[kRows][3];
-#pragma GCC unroll 3
-        for (int column = 0; column < 3; ++column) {
-            vf in[3], out[kRows];
-#pragma GCC unroll 3
-            for (int row = 0; row < 3; ++row) {
-                in[row] = load(taps.data + (row * 3 + column) * taps.tap + v * kLanes);
-            }
-            Filter::weights(in, out);
-#pragma GCC unroll 9
-            for (int row = 0; row < kRows; ++row) half[row][column] = out[row];
-        }
-#pragma GCC unroll 9
-        for (int row = 0; row < kRows; ++row) {
-            vf out[kRows];
-            Filter::weights(half[row], out);
-#pragma GCC unroll 9
-            for (int column = 0; column < kRows; ++column) {
+        transform_square<3, kRows, Filter::weights>(
+            [&](int row, int column) { return load(taps.data + (row * 3 + column) * taps.tap + v * kLanes); },
+            [&](int row, int column, vf value) {
                 const double scale = Filter::kScales[row] * Filter::kScales[column];
-                store(u + (row * kRows + column) * weight, splat(static_cast<float>(scale)) * out[column]);
-            }
-        }
+                store(u + (row * kRows + column) * weight, splat(static_cast<float>(scale)) * value);
+            });
     }
 }
 
