@@ -58,7 +58,8 @@ class Packed:
 
     Those of a form that only some sizes read are kept for as long as somebody holds them.
 
-    settle: waits until what was made is there, whichever stream reads it.
+    settle: called when something was made: waits until it is there, whichever stream reads it, or gives back
+        the memory that making it took.
     """
 
     def __init__(self, settle: Callable[[], None] | None = None) -> None:

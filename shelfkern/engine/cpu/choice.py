@@ -16,6 +16,8 @@ from .timing import TIE, candidate
 
 # Names of the algorithms of all steps.
 Names = tuple[str, ...]
+# What results outside the arena must promise, as a part of the time, to be tried.
+PROMISE = 0.98
 # What prepares forward passes to be timed, of the algorithms of each.
 Passes = Callable[[Sequence[Names]], Sequence[Callable[[], Call]]]
 
@@ -25,7 +27,8 @@ def choose(plan: p.Plan, size: Size, context: Context, tuner: Tuner, passes: Pas
 
     Layers are timed one by one, with nothing in the caches. That does not show what a result outside the
     arena costs in a network, fresh pages and activations pushed out of the caches: so passes are timed too,
-    of the fastest algorithms, of the fastest that write into the arena, and of those that were predicted.
+    of the fastest algorithms that write into the arena, of the fastest of all if they promise to be worth it,
+    and of those that were predicted.
 
     Args:
         passes: forward passes of named algorithms, on weights and memory that go with them.
@@ -37,16 +40,23 @@ def choose(plan: p.Plan, size: Size, context: Context, tuner: Tuner, passes: Pas
     fastest = tuple(layer.fastest() for layer in layers)
     if not any(layer.measured for layer in layers):
         return fastest
-    in_arena = tuple(layer.fastest_in_arena() for layer in layers)
-    ways = list(dict.fromkeys((in_arena, fastest, predicted)))
-    if len(ways) == 1:
-        return ways[0]
+    winner = in_arena = tuple(layer.fastest_in_arena() for layer in layers)
+    # Two at a time, for each takes memory for its weights.
+    if _sum(layers, fastest) < PROMISE * _sum(layers, winner):
+        winner = _faster((winner, fastest), layers, tuner, passes)
+    if predicted not in (winner, in_arena):
+        winner = _faster((winner, predicted), layers, tuner, passes)
+    return winner
+
+
+def _faster(ways: Sequence[Names], layers: Sequence[_Layer], tuner: Tuner, passes: Passes) -> Names:
+    by_digest = {_digest(names): names for names in ways}
     candidates = [
-        Candidate(_digest(names), _sum(layers, names), prepare)
-        for names, prepare in zip(ways, passes(ways), strict=True)
+        Candidate(digest, _sum(layers, names), prepare)
+        for (digest, names), prepare in zip(by_digest.items(), passes(ways), strict=True)
     ]
-    winner = tuner.choose(f"forward {_digest([layer.key for layer in layers])}", candidates)
-    return next(names for names in ways if _digest(names) == winner)
+    key = f"forward {_digest([*(layer.key for layer in layers), *sorted(by_digest)])}"
+    return by_digest[tuner.choose(key, candidates)]
 
 
 class _Layer:

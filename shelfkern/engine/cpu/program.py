@@ -73,7 +73,7 @@ class Program:
         self.plan = dataclasses.replace(plan, dtype=dtype, algorithms=self.algorithm_names)
         self._check()
         self._tuners = tuners
-        self._packed = [Packed() for _ in plan.steps]
+        self._packed = [Packed(native.give_back) for _ in plan.steps]
         last_uses = plan.last_uses()
         self._dead_after = [
             [value.index for value in set(step.inputs) if last_uses[value] == index]
@@ -115,7 +115,7 @@ class Program:
     def _names(self, size: Size, tuner: Tuner) -> Names:
         def passes(ways: Sequence[Names]) -> list[Callable[[], Call]]:
             # Their own, and gone with them; they run one after the other, so one arena serves them all.
-            packed = [Packed() for _ in self.plan.steps]
+            packed = [Packed(native.give_back) for _ in self.plan.steps]
             found = [self._named(names, size, packed) for names in ways]
             memory = native.empty((max(self._layout(each, size).size for each in found),), torch.uint8)
             return [functools.partial(self._tried, chosen, size, memory) for chosen in found]

@@ -210,6 +210,21 @@ def test_passes_that_are_timed_share_one_arena(finds, monkeypatch):
 
 
 @needs_native
+@needs_onednn
+@pytest.mark.parametrize(("gain", "passes"), [(1.05, 1), (1.01, 0)])
+@torch.no_grad()
+def test_results_outside_the_arena_must_promise_to_be_worth_it(gain, passes, finds, monkeypatch):
+    clock, timed = finds("onednn"), []
+    monkeypatch.setattr(timing, "TIE", 1.0)
+    monkeypatch.setattr(clock, "_place", lambda name: 1.0 if name.startswith(("onednn", "torch")) else gain)
+    monkeypatch.setattr(clock, "_pass", lambda name: timed.append(name) or 1.0)
+    fast = shelfkern.accelerate(build(CONFIGS["no_lateral"]), tune=True)
+    fast(images(1, 64, 64))
+    assert len(timed) == 2 * passes
+    assert ("onednn" in algorithm_names(fast)) == bool(passes)
+
+
+@needs_native
 def test_accelerating_packs_and_copies_nothing():
     model = build(CONFIGS["attention"])
     fast = shelfkern.accelerate(model)
