@@ -124,9 +124,9 @@ struct Conv {
 // stride 2 with tiles of 4, or the transposed convolution of stride 2 and output padding 1 with tiles of 4.
 //
 // Weights: where chunk is 0, per panel of 16 output channels, (tile + 2)^2 frequencies x c x 16 float32, or
-// of int16 c / 2 x 16 words (ops/_conv_winograd.py transforms them); else untransformed float32, as of Conv
-// in chunks of that many channels. units, of int16: what 1 is worth, panels x (tile + 2)^2 x 16; levels: by
-// what each input channel is multiplied, and its weights are divided.
+// of int16 c / 2 x 16 words (ops/_conv_winograd.py transforms them); else untransformed, as of Conv in chunks
+// of that many words of float32, or of int16 of bfloat16. units, of int16: what 1 is worth, panels x (tile +
+// 2)^2 x 16; levels: by what each input channel is multiplied, and its weights are divided.
 //
 // With x_zero and what follows, of codes to codes as Conv, there is no start: x_zero is taken from x.
 struct Winograd {

@@ -102,9 +102,9 @@ struct Transformed {
     int64_t widest = divide_up(channel_words, chunks) * P::kElements;  // channels
     Layout<Filter> layout{tiles.count(), G::words(widest)};
 
+    Span words(int64_t chunk) const { return share(channel_words, chunk, chunks); }
     Span channels(int64_t chunk) const {
-        const Span some = share(channel_words, chunk, chunks);
-        return {some.begin * P::kElements, min(some.end * P::kElements, c)};
+        return {words(chunk).begin * P::kElements, min(words(chunk).end * P::kElements, c)};
     }
     typename P::Word* chunk(int64_t i) const { return data + i * layout.words(); }
 

@@ -19,100 +19,131 @@ constexpr int64_t kWaveTiles = 64;
 // tiles, 5 % slower for 64.
 constexpr int64_t kFewTiles = 32;
 
-// The 3x3 weights of a panel and channel, as ops/conv_bn_act.py packs them.
+// The 3x3 weights of a panel in words, as ops/conv_bn_act.py packs them: the float32 of a channel, or where
+// products are whole numbers the bfloat16 of two.
 struct Taps {
-    const float* data;
-    int64_t tap;  // floats between taps
+    const uint32_t* data;
+    int64_t tap;  // words between taps
 };
 
-static Taps taps_of(const Winograd& a, int64_t panel, int64_t c) {
-    const int64_t first = c / a.chunk * a.chunk;
-    return {static_cast<const float*>(a.weight) + ((panel * a.c + first) * kTaps + c - first) * kPanel,
-            min(a.chunk, a.c - first) * kPanel};
+template <typename P>
+static Taps taps_of(const Winograd& a, int64_t panel, int64_t word) {
+    const int64_t words = divide_up(a.c, P::kElements), first = word / a.chunk * a.chunk;
+    return {
+        static_cast<const uint32_t*>(a.weight) + ((panel * words + first) * kTaps + word - first) * kPanel,
+        min(a.chunk, words - first) * kPanel};
 }
 
-// G w Gt of one panel and channel, to u, u + weight, ...
-template <typename Filter>
-static void transform_weight(const Taps& taps, float* u, int64_t weight) {
+// G w Gt of as many output channels as a vector has, less the scales: taps are get(words), and
+// put(weight, vector) takes what they make.
+template <typename Filter, typename Get, typename Put>
+static inline __attribute__((always_inline)) void transform_taps(const uint32_t* words, int64_t tap,
+                                                                 const Get& get, const Put& put) {
     constexpr int kRows = Geometry<Filter>::kWeightRows;
-    for (int v = 0; v < kPanelVectors; ++v, u += kLanes) {
-        transform_square<3, kRows, Filter::weights>(
-            [&](int row, int column) { return load(taps.data + (row * 3 + column) * taps.tap + v * kLanes); },
-            [&](int row, int column, vf value) {
-                const double scale = Filter::kScales[row] * Filter::kScales[column];
-                store(u + (row * kRows + column) * weight, splat(static_cast<float>(scale)) * value);
-            });
-    }
+    transform_square<3, kRows, Filter::weights>(
+        [&](int row, int column) { return get(load(words + (row * 3 + column) * tap)); },
+        [&](int row, int column, vf value) { put(row * kRows + column, value); });
 }
 
-// The weights of one panel, channel after channel.
-class Channels {
+template <typename Filter>
+static constexpr float scale_of(int weight) {
+    constexpr int kRows = Geometry<Filter>::kWeightRows;
+    return static_cast<float>(Filter::kScales[weight / kRows] * Filter::kScales[weight % kRows]);
+}
+
+// The weights of one panel, word after word.
+template <typename P>
+class Words {
    public:
-    Channels(const Winograd& a, int64_t panel, int64_t c) : a_(a), panel_(panel), c_(c) {}
+    Words(const Winograd& a, int64_t panel, int64_t word) : a_(a), panel_(panel), word_(word) {}
 
     Taps next() {
         if (left_ == 0) {
-            taps_ = taps_of(a_, panel_, c_);
-            left_ = a_.chunk - c_ % a_.chunk;
+            taps_ = taps_of<P>(a_, panel_, word_);
+            left_ = a_.chunk - word_ % a_.chunk;
         }
         const Taps taps = taps_;
         taps_.data += kPanel;
-        ++c_, --left_;
+        ++word_, --left_;
         return taps;
     }
 
    private:
     const Winograd& a_;
-    int64_t panel_, c_, left_ = 0;
+    int64_t panel_, word_, left_ = 0;
     Taps taps_{};
 };
 
-// The weights of some channels of one panel as products read them, to u, u + weight, ...
+// The weights of so many channels of one panel as products read them, to u, u + weight, ...
 template <typename Filter>
-static void transform_weights(Channels from, int64_t count, const float*, const float*, float* u,
+static void transform_weights(Words<Float32> from, int64_t channels, const float*, const float*, float* u,
                               int64_t weight) {
-    for (int64_t c = 0; c < count; ++c, u += kPanel) transform_weight<Filter>(from.next(), u, weight);
+    for (int64_t c = 0; c < channels; ++c) {
+        const Taps taps = from.next();
+        for (int v = 0; v < kPanelVectors; ++v, u += kLanes) {
+            transform_taps<Filter>(
+                taps.data + v * kLanes, taps.tap, [](vu word) { return (vf)word; },
+                [&](int i, vf value) { store(u + i * weight, splat(scale_of<Filter>(i)) * value); });
+        }
+    }
 }
 
 // Channels of level 0 have no weights.
 static inline float inverse_of(float level) { return level > 0 ? 1 / level : 0; }
 
-// In whole numbers of these units, two channels to a word; divided by the channels' levels.
+// In whole numbers, two channels to a word: divided by the channels' levels, times the inverses of the units.
 template <typename Filter>
-static void transform_weights(Channels from, int64_t count, const float* levels, const float* units,
+static void transform_weights(Words<Int16> from, int64_t channels, const float* levels, const float* inverses,
                               uint32_t* u, int64_t weight) {
-    constexpr int kFloats = Geometry<Filter>::kWeights * kPanel;
-    float inverses[kFloats], first[kFloats], second[kFloats] = {};
-    for (int i = 0; i < kFloats; ++i) inverses[i] = 1 / units[i];
-    for (int64_t c = 0; c < count; c += 2, u += kPanel) {
-        transform_weight<Filter>(from.next(), first, kPanel);
-        if (c + 1 < count) {
-            transform_weight<Filter>(from.next(), second, kPanel);
-        } else {
-            std::memset(second, 0, sizeof(second));
-        }
+    constexpr int kWeights = Geometry<Filter>::kWeights;
+    for (int64_t c = 0; c < channels; c += 2) {
+        const Taps taps = from.next();
         const vf of_first = splat(inverse_of(levels[c])),
-                 of_second = splat(c + 1 < count ? inverse_of(levels[c + 1]) : 0);
-        for (int i = 0; i < kFloats; i += kLanes) {
-            const vf inverse = load(inverses + i);
-            const vu low = whole_bits(load(first + i) * of_first * inverse),
-                     high = whole_bits(load(second + i) * of_second * inverse);
-            const vu words = (low & 0xffff) | high << 16;
-            std::memcpy(u + i / kPanel * weight + i % kPanel, &words, sizeof(words));
+                 of_second = splat(c + 1 < channels ? inverse_of(levels[c + 1]) : 0);
+        for (int v = 0; v < kPanelVectors; ++v, u += kLanes) {
+            vu first[kWeights];
+            const auto whole = [&](int i, vf value) {
+                return whole_bits(value * load(inverses + i * kPanel + v * kLanes));
+            };
+            transform_taps<Filter>(
+                taps.data + v * kLanes, taps.tap, [&](vu word) { return (vf)(word << 16) * of_first; },
+                [&](int i, vf value) { first[i] = whole(i, value) & 0xffff; });
+            transform_taps<Filter>(
+                taps.data + v * kLanes, taps.tap,
+                [&](vu word) { return (vf)(word & 0xffff0000) * of_second; },
+                [&](int i, vf value) {
+                    const vu words = first[i] | whole(i, value) << 16;
+                    std::memcpy(u + i * weight, &words, sizeof(words));
+                });
         }
     }
 }
 
-// Calls run(taps of the first, count) for channels that lie together, panel after panel.
-template <typename Run>
-static void each_run(const Winograd& a, Span panels, Span channels, const Run& run) {
+// Calls run(taps of the first, count) for words that lie together, panel after panel.
+template <typename P, typename Run>
+static void each_run(const Winograd& a, Span panels, Span words, const Run& run) {
     for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-        for (int64_t c = channels.begin; c < channels.end;) {
-            const int64_t end = min(channels.end, (c / a.chunk + 1) * a.chunk);
-            run(taps_of(a, panel, c), end - c);
-            c = end;
+        for (int64_t word = words.begin; word < words.end;) {
+            const int64_t end = min(words.end, (word / a.chunk + 1) * a.chunk);
+            run(taps_of<P>(a, panel, word), end - word);
+            word = end;
         }
     }
+}
+
+// What transformed weights of some panels are multiplied by to be whole numbers; null of float32.
+template <typename Filter>
+static const float* inverse_units(const Winograd& a, Span panels, float* inverses) {
+    if (!Filter::kWholeNumbers) return nullptr;
+    constexpr int kWeights = Geometry<Filter>::kWeights;
+    const float* units = a.units + panels.begin * kWeights * kPanel;
+    float* to = inverses;
+    for (int64_t panel = 0; panel < panels.count(); ++panel) {
+        for (int i = 0; i < kWeights * kPanelVectors; ++i, units += kLanes, to += kLanes) {
+            store(to, splat(scale_of<Filter>(i / kPanelVectors)) / load(units));
+        }
+    }
+    return inverses;
 }
 
 // The outputs of a wave's tiles for some panels from their V.
@@ -125,26 +156,27 @@ static void convolve_wave(const Geometry<Filter>& g, const Transformed<Filter>& 
     float* m = scratch<float>(kSlotM, m_layout.words());
     const int64_t weight = panels.count() * divide_up(v.widest, P::kElements) * kPanel + kPanel;
     Word* u = scratch<Word>(kSlotWeights, g.kWeights * weight);
-    const auto units = [&](int64_t panel) { return moved(a.units, panel * g.kWeights * kPanel); };
+    constexpr int64_t kUnits = g.kWeights * kPanel;
+    float memory[kGroup * kUnits];
+    const float* const inverses = inverse_units<Filter>(a, panels, memory);
     for (int64_t i = 0; i < v.chunks; ++i) {
         Word* to = u;
-        const Span channels = v.channels(i);
-        for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-            transform_weights<Filter>({a, panel, channels.begin}, channels.count(),
-                                      moved(a.levels, channels.begin), units(panel), to, weight);
-            to += divide_up(channels.count(), P::kElements) * kPanel;
+        const Span channels = v.channels(i), words = v.words(i);
+        for (int64_t panel = panels.begin; panel < panels.end; ++panel, to += words.count() * kPanel) {
+            transform_weights<Filter>(Words<P>{a, panel, words.begin}, channels.count(),
+                                      moved(a.levels, channels.begin),
+                                      moved(inverses, (panel - panels.begin) * kUnits), to, weight);
         }
         Ahead ahead;
         if (i + 1 < v.chunks) {
-            each_run(a, panels, v.channels(i + 1), [&](const Taps& taps, int64_t count) {
+            each_run<P>(a, panels, v.words(i + 1), [&](const Taps& taps, int64_t count) {
                 for (int tap = 0; tap < kTaps; ++tap)
                     ahead.add(taps.data + tap * taps.tap, count * kPanel * 4);
             });
         } else {
             fetch_outputs<Filter, T>(g, v.tiles, panels, ahead);
         }
-        const Weights<P> weights{u, divide_up(channels.count(), P::kElements) * kPanel, weight,
-                                 units(panels.begin)};
+        const Weights<P> weights{u, words.count() * kPanel, weight, moved(a.units, panels.begin * kUnits)};
         multiply<Filter>(v, i, weights, m_layout, m, ahead);
     }
     transform_outputs<Filter, T>(g, v, panels, m);

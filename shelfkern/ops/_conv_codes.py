@@ -7,7 +7,13 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from ._conv_winograd import PackedWinograd, conv_winograd_native, pack_winograd
+from ._conv_winograd import (
+    PackedWinograd,
+    as_winograd,
+    conv_winograd_native,
+    keeps_transformed,
+    pack_winograd,
+)
 from .conv_bn_act import ConvCodes, PackedConv, conv_bn_act_native, pack_conv, whole_panels
 from .deconv_add import parities, parity_kernels
 from .quantize import Quantum, quantize_weight
@@ -53,7 +59,11 @@ def pack_conv_codes(w: Tensor, stride: int = 1, padding: int = 0) -> CodedFilter
 def pack_winograd_codes(w: Tensor) -> CodedFilters:
     """The same of 3x3 kernels of stride 1 and padding 1, for Winograd's minimal filtering."""
     codes, step = _codes(w)
-    return CodedFilters(pack_winograd(codes, product=torch.int16), step)
+    if keeps_transformed(w, product=torch.int16):
+        return CodedFilters(pack_winograd(codes, product=torch.int16), step)
+    # Which has digits enough for codes.
+    taps = codes.bfloat16()
+    return CodedFilters(as_winograd(pack_conv(taps, 1, 1, dtype=torch.bfloat16), w=taps), step)
 
 
 def pack_deconv_codes(w: Tensor) -> tuple[CodedFilters, ...]:

@@ -44,7 +44,8 @@ POINTS_OF_TWO_TAPS = (Fraction(3, 8), Fraction(-3, 8), Fraction(5, 4), Fraction(
 LEAST_CHANNELS = {1: 32, 2: 64}
 # Bytes. More transformed weights than these would come from memory at each call; transforming a quarter of
 # them takes 0.8 of the time for 512 channels at 16 x 16, for 256 channels 0.9 there and 1.05 at 32 x 32, but
-# from 128 channels to 256 1.15.
+# from 128 channels to 256 1.15. Products of int16 take half as long, so that 512 channels take 1.05 and 1.1
+# of the time at 16 x 16 and 32 x 32, but a quarter of the memory; 256 channels would take 1.1 to 1.2.
 MOST_TRANSFORMED = 8 * 1024 * 1024
 # Channels whose products are summed before they join the rest: kTerms in csrc/cpu/winograd_products.h.
 TERMS = 64
@@ -57,12 +58,13 @@ class PackedWinograd:
     Attributes:
         data: float32. If transformed (panels, frequencies, in_channels, 16): panels of 16 output channels,
             zeros beyond the last; the rows of the transformed kernels, then their columns, (tile + 2)^2 in
-            all; or int16 (panels, frequencies, pairs of in_channels, 16, 2). Else as of `PackedConv`.
+            all; or int16 (panels, frequencies, pairs of in_channels, 16, 2). Else that of `PackedConv`.
         out_channels, in_channels: of the convolution.
         tile: outputs of a tile in each dimension, 2 or 4; inputs if transposed.
         stride: 1 or 2.
         transposed: the convolution is a transposed one, of padding 1 and output padding 1.
-        chunk: 0 if they are transformed; else that of `PackedConv`, and the kernel transforms them.
+        chunk: 0 if they are transformed; else that of `PackedConv`, and the kernel transforms them: those of
+            float32, or for products of int16 of bfloat16.
         units: where products are int16, what 1 is worth, float32 (panels, frequencies, 16); else None.
         levels: there by what each channel of the input is multiplied, for its weights are divided by it,
             float32 (in_channels,).
@@ -220,30 +222,36 @@ def as_winograd(
     tile: int = 4,
     stride: int = 1,
     transposed: bool = False,
-    whole: Tensor | None = None,
+    w: Tensor | None = None,
 ) -> PackedWinograd:
     """Weights in the memory of `packed`, which the kernel transforms in float32 at each call.
 
     Args:
         packed: of weights (K, C, 3, 3); of a transposed convolution's as well, though they come as
-            (C, K, 3, 3).
-        whole: the weights, where products are to be int16; None for float32.
+            (C, K, 3, 3). Products are float32 where it is that, int16 where it is bfloat16.
+        w: the weights, which are read where products are int16.
 
     Raises:
-        ValueError: packed is not of 3x3 kernels, whole not of its shape, or there is no such algorithm.
+        ValueError: packed is not of 3x3 kernels, of another dtype or of other weights than w, or there is no
+            such algorithm.
     """
     k, c = packed.out_channels, packed.in_channels
     if packed.kernel != (3, 3):
         raise ValueError(f"conv_winograd: packed is of kernels of {packed.kernel}, they must be (3, 3)")
     g = weight_transform(tile, stride, transposed)
-    units = levels = None
-    if whole is not None:
-        shape = (c, k, 3, 3) if transposed else (k, c, 3, 3)
-        if whole.shape != shape:
-            raise ValueError(f"conv_winograd: whole is {tuple(whole.shape)}, it must be {shape}")
-        _check_whole(tile, torch.int16)
-        levels = _levels(whole, transposed)
-        units = torch.stack([_units(values) for values in _transformed(whole, g, transposed, levels)])
+    dtype = packed.data.dtype
+    if dtype is torch.float32:
+        return PackedWinograd(packed.data, k, c, tile, stride, transposed, packed.chunk)
+    if dtype is not torch.bfloat16:
+        raise ValueError(f"conv_winograd: packed is {dtype}, it must be float32 or bfloat16")
+    shape = (c, k, 3, 3) if transposed else (k, c, 3, 3)
+    if w is None or w.shape != shape:
+        given = None if w is None else tuple(w.shape)
+        raise ValueError(f"conv_winograd: w is {given}, with packed of bfloat16 it must be {shape}")
+    _check_whole(tile, torch.int16)
+    w = w.bfloat16()
+    levels = _levels(w, transposed)
+    units = torch.stack([_units(values) for values in _transformed(w, g, transposed, levels)])
     return PackedWinograd(packed.data, k, c, tile, stride, transposed, packed.chunk, units, levels)
 
 

@@ -23,8 +23,9 @@ from shelfkern.ops._conv_codes import (
     fold,
     pack_conv_codes,
     pack_deconv_codes,
+    pack_winograd_codes,
 )
-from shelfkern.ops._conv_winograd import pack_winograd
+from shelfkern.ops._conv_winograd import as_winograd, pack_winograd
 from shelfkern.ops.conv_bn_act import conv_bn_act_reference, out_shape, pack_conv, whole_panels
 from shelfkern.ops.deconv_add import deconv_add_reference
 from shelfkern.ops.quantize import Quantum, quantize_native
@@ -80,6 +81,10 @@ class OfCodes(Layer):
     def winograd(self):
         return pack_winograd(self.weight, product=torch.int16)
 
+    def winograd_of_taps(self):
+        taps = self.weight.bfloat16()
+        return as_winograd(pack_conv(taps, 1, 1, dtype=torch.bfloat16), w=taps)
+
     def run(self, out, packed):
         """Into memory with poison around it, from memory with other codes around it."""
         filters = CodedFilters(packed, torch.full((len(self.weight),), 0.25))
@@ -102,7 +107,8 @@ class OfCodes(Layer):
 
     def check_winograd(self, out=OUT):
         # Truths are quarters of codes, of which many lie in the middle of two.
-        assert_near(self.run(out, self.winograd()), self.truth(), out, 1e-3, equal=-1)
+        for packed in (self.winograd(), self.winograd_of_taps()):
+            assert_near(self.run(out, packed), self.truth(), out, 1e-3, equal=-1)
 
 
 def layer(shape, present=EVERY, slope=0.25):
@@ -245,8 +251,17 @@ def test_conv_what_is_not_finite_on_every_isa():
 
 def test_threads_and_repeats_change_no_bit():
     one = layer((1, 64, 30, 40, 64, (3, 3), 1, 1))
-    for packed in (one.direct(), one.winograd()):
+    for packed in (one.direct(), one.winograd(), one.winograd_of_taps()):
         assert_no_bit_changes(functools.partial(one.run, OUT, packed))
+
+
+@pytest.mark.parametrize(("channels", "numbers", "dtype"), [(64, 36, torch.int16), (512, 9, torch.bfloat16)])
+def test_many_weights_in_codes_are_transformed_at_each_call(channels, numbers, dtype):
+    w = random(32, channels, 3, 3).repeat(channels // 32, 1, 1, 1)
+    filters = pack_winograd_codes(w)
+    assert filters.packed.data.dtype is dtype and filters.packed.product is torch.int16
+    assert filters.packed.data.numel() == channels**2 * numbers
+    assert torch.equal(filters.step, w.abs().amax((1, 2, 3)) / 127)
 
 
 def test_weights_in_codes():

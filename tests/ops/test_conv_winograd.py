@@ -64,10 +64,9 @@ class Algorithm(NamedTuple):
     def pack(self, weight):
         if not self.untransformed:
             return pack_winograd(weight, *self[:3], self.product)
-        packed = ops.pack_conv(
-            weight.float().transpose(0, 1) if self.transposed else weight.float(), padding=1
-        )
-        return as_winograd(packed, *self[:3], weight if self.product is torch.int16 else None)
+        kernels = weight.transpose(0, 1) if self.transposed else weight
+        dtype = torch.bfloat16 if self.product is torch.int16 else torch.float32
+        return as_winograd(ops.pack_conv(kernels, padding=1, dtype=dtype), *self[:3], weight)
 
     def reference(self, x, w, scale, shift, residual, skip, slope):
         if not self.transposed:
@@ -213,10 +212,18 @@ def test_whole_weights_are_as_fine_as_their_sums_allow(channels, algorithm):
     # The largest of a tile's values is 2^14 - 1.
     assert sums.max() * (2**14 - 1) < 2**31 and whole.abs().max() < 2**15
     assert sums[0, :, :7].amax(-1).min() > 2**14
-    taps = algorithm._replace(untransformed=True).pack(
-        weight.transpose(0, 1) if algorithm.transposed else weight
-    )
-    assert torch.equal(taps.units, packed.units) and taps.data.dtype is torch.float32
+
+
+@pytest.mark.parametrize("algorithm", WHOLE, ids=name)
+def test_weights_of_bfloat16_have_the_same_units_transformed_or_not(algorithm):
+    weight = random(18, 70, 3, 3).bfloat16()
+    if algorithm.transposed:
+        weight = weight.transpose(0, 1)
+    transformed, taps = (algorithm._replace(untransformed=form).pack(weight) for form in (False, True))
+    assert torch.equal(taps.units, transformed.units) and torch.equal(taps.levels, transformed.levels)
+    # Others are rounded first.
+    rounded = algorithm._replace(untransformed=True).pack(weight.float() * 1.0001)
+    assert torch.equal(rounded.data, taps.data) and torch.equal(rounded.units, taps.units)
 
 
 @needs_native
@@ -259,17 +266,22 @@ def test_what_cannot_be_packed():
             as_winograd(ops.pack_conv(torch.zeros(4, 2, 3, 3)), tile, stride, transposed)
     with pytest.raises(ValueError, match=r"packed is of kernels of \(1, 1\), they must be \(3, 3\)$"):
         as_winograd(ops.pack_conv(torch.zeros(4, 2, 1, 1)))
-    taps = ops.pack_conv(torch.zeros(4, 2, 3, 3))
+    taps = ops.pack_conv(torch.zeros(4, 2, 3, 3), dtype=torch.bfloat16)
     for transposed, expected in ((False, (4, 2, 3, 3)), (True, (2, 4, 3, 3))):
-        for shape in ((4, 2, 3), (4, 4, 3, 3), (*expected[:2], 1, 1)):
-            message = re.escape(f"conv_winograd: whole is {shape}, it must be {expected}")
+        for shape in (None, (4, 2, 3), (4, 4, 3, 3), (*expected[:2], 1, 1)):
+            message = re.escape(f"conv_winograd: w is {shape}, with packed of bfloat16 it must be {expected}")
             with pytest.raises(ValueError, match=f"^{message}$"):
-                as_winograd(taps, 4, 2, transposed, torch.zeros(shape))
+                as_winograd(taps, 4, 2, transposed, None if shape is None else torch.zeros(shape))
+    with pytest.raises(ValueError, match=r"packed is torch.int8, it must be float32 or bfloat16$"):
+        as_winograd(ops.pack_conv(torch.zeros(4, 2, 3, 3, dtype=torch.int8), dtype=torch.int8))
 
 
 def test_many_weights_stay_in_the_memory_of_the_direct_kernel():
-    direct = ops.pack_conv(random(130, 70, 3, 3), padding=1)
-    assert as_winograd(direct).data is direct.data
+    weight = random(130, 70, 3, 3)
+    for dtype, product in ((torch.float32, torch.float32), (torch.bfloat16, torch.int16)):
+        direct = ops.pack_conv(weight, padding=1, dtype=dtype)
+        packed = as_winograd(direct, w=weight)
+        assert packed.data is direct.data and packed.product is product
     assert keeps_transformed(torch.empty(224, 224, 3, 3)) and keeps_transformed(
         torch.empty(256, 256, 3, 3), 2
     )

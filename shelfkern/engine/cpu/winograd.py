@@ -15,7 +15,7 @@ from ..problem import Packed
 def direct_filters(
     weight: Tensor, stride: int, padding: int, packed: Packed, dtype: torch.dtype = torch.float32
 ) -> ops.PackedConv:
-    """Of a direct convolution; Winograd's kernels read those of float32 too, where they transform them."""
+    """Of a direct convolution; Winograd's kernels read them too, where they transform them."""
     form = "direct" if dtype is torch.float32 else f"direct {dtype}"
     return packed.get(form, lambda: ops.pack_conv(weight, stride, padding, dtype=dtype))
 
@@ -42,12 +42,13 @@ class Winograd(NamedTuple):
         if self.keeps_transformed(weight):
             parameters = self.tile, stride, transposed, self.product
             return packed.get(str(self), lambda: pack_winograd(weight, *parameters))
+        dtype = torch.bfloat16 if self.product is torch.int16 else torch.float32
         if transposed:
-            taps = packed.get("taps", lambda: ops.pack_conv(weight.transpose(0, 1), padding=1))
+            kernels = weight.transpose(0, 1)
+            taps = packed.get(f"taps {dtype}", lambda: ops.pack_conv(kernels, padding=1, dtype=dtype))
         else:
-            taps = direct_filters(weight, stride, 1, packed)
-        whole = weight if self.product is torch.int16 else None
-        return packed.get(f"{self} of taps", lambda: as_winograd(taps, self.tile, stride, transposed, whole))
+            taps = direct_filters(weight, stride, 1, packed, dtype)
+        return packed.get(f"{self} of taps", lambda: as_winograd(taps, self.tile, stride, transposed, weight))
 
 
 def winograds(weight: Tensor, stride: int, padding: int, dtype: torch.dtype) -> list[Winograd]:
