@@ -169,6 +169,20 @@ void bn_act_dropout_backward(Address grad, Address x, Address weight, Address me
                                        static_cast<DType>(dtype), n, hw, c, eps, slope, threads});
 }
 
+void max_pool(Address x, Address out, Address taps, int dtype, int64_t n, int64_t h, int64_t w, int64_t c,
+              int threads) {
+    const py::gil_scoped_release unlocked;
+    kernels().max_pool(
+        {pointer(x), pointer(out), pointer<uint8_t>(taps), static_cast<DType>(dtype), n, h, w, c, threads});
+}
+
+void max_pool_backward(Address grad, Address taps, Address grad_x, int dtype, int64_t n, int64_t h, int64_t w,
+                       int64_t c, int threads) {
+    const py::gil_scoped_release unlocked;
+    kernels().max_pool_backward({pointer(grad), pointer<uint8_t>(taps), pointer(grad_x),
+                                 static_cast<DType>(dtype), n, h, w, c, threads});
+}
+
 Product product_of(const std::string& kind) {
     static const std::map<std::string, Product> products = {{"float32", Product::float32},
                                                             {"bfloat16", Product::bfloat16},
@@ -310,6 +324,8 @@ PYBIND11_MODULE(_native, m) {
     m.def("quantize", &quantize);
     m.def("bn_act_dropout", &bn_act_dropout);
     m.def("bn_act_dropout_backward", &bn_act_dropout_backward);
+    m.def("max_pool", &max_pool);
+    m.def("max_pool_backward", &max_pool_backward);
     m.def("has_product", &has_product);
     m.def("peak", &peak);
     m.def("stem", &stem);

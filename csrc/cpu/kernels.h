@@ -227,6 +227,27 @@ struct BnActDropoutBackward {
     int threads;
 };
 
+// out = max over windows of 3x3, stride 2 and padding 1, and of each result its tap in the window, 0 to 8: of
+// equal ones the first, of NaN the last. x: n h w c; out, taps: n (h + 1) / 2 (w + 1) / 2 c.
+struct MaxPool {
+    const void* x;
+    void* out;
+    uint8_t* taps;
+    DType dtype;
+    int64_t n, h, w, c;
+    int threads;
+};
+
+// Its gradient from grad, that of out.
+struct MaxPoolBackward {
+    const void* grad;
+    const uint8_t* taps;
+    void* grad_x;
+    DType dtype;
+    int64_t n, h, w, c;
+    int threads;
+};
+
 // Operations a second of products alone, on as many threads.
 struct Peak {
     Product product;
@@ -252,6 +273,8 @@ struct Kernels {
     void (*quantize)(const Quantize&);
     void (*bn_act_dropout)(const BnActDropout&);
     void (*bn_act_dropout_backward)(const BnActDropoutBackward&);
+    void (*max_pool)(const MaxPool&);
+    void (*max_pool_backward)(const MaxPoolBackward&);
     double (*peak)(const Peak&);
 };
 

@@ -28,6 +28,8 @@ void winograd_block(const WinogradBlock&);
 void quantize(const Quantize&);
 void bn_act_dropout(const BnActDropout&);
 void bn_act_dropout_backward(const BnActDropoutBackward&);
+void max_pool(const MaxPool&);
+void max_pool_backward(const MaxPoolBackward&);
 double peak(const Peak&);
 
 #if defined(__AVX512BF16__)
@@ -75,6 +77,8 @@ const Kernels table = {SHELFKERN_NAME(SHELFKERN_ISA),
                        quantize,
                        bn_act_dropout,
                        bn_act_dropout_backward,
+                       max_pool,
+                       max_pool_backward,
                        peak};
 #endif
 

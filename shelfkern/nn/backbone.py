@@ -110,10 +110,14 @@ class ResNet(nn.Module):
         """The first convolution, its norm and activation: stride 2."""
         return self.act(self.bn1(self.conv1(x)))
 
+    def pool(self, x: Tensor) -> Tensor:
+        """Half the stem's rows and columns."""
+        return self.maxpool(x)
+
     def forward(self, x: Tensor) -> list[Tensor]:
         """(N, 3, H, W) -> features at strides 2, 4, 8, 16, 32 with `self.channels` channels."""
         features = [self.stem(x)]
-        x = self.maxpool(features[0])
+        x = self.pool(features[0])
         for stage in self.stages:
             x = stage(x)
             features.append(x)

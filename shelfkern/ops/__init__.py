@@ -6,6 +6,7 @@ from .bn_act_dropout import bn_act_dropout, bn_act_dropout_native, bn_act_dropou
 from .conv_bn_act import PackedConv, conv_bn_act, conv_bn_act_native, conv_bn_act_reference, pack_conv
 from .conv_train import conv_train
 from .deconv_add import deconv_add, deconv_add_native, deconv_add_reference, pack_deconv
+from .max_pool_train import max_pool_train
 from .quantize import quantize, quantize_reference, quantize_weight
 from .shared_block import shared_block, shared_block_native, shared_block_reference
 from .shared_block_train import shared_block_train, shared_block_train_reference
@@ -41,6 +42,7 @@ __all__ = [
     "deconv_add",
     "deconv_add_native",
     "deconv_add_reference",
+    "max_pool_train",
     "pack_conv",
     "pack_deconv",
     "quantize",

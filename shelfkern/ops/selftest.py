@@ -24,6 +24,7 @@ from . import (
     conv_train,
     deconv_add,
     deconv_add_reference,
+    max_pool_train,
     quantize,
     quantize_reference,
     shared_block,
@@ -56,6 +57,7 @@ GPU_LIMIT = 5e-3
 TRAINING = {
     "bn_act_dropout": KERNELS["bn_act_dropout"],
     "conv_train": ("native",),
+    "max_pool_train": ("native",),
     "shared_block_train": KERNELS["bn_act_dropout"],
     "upsample_bilinear": KERNELS["upsample_bilinear"],
     "upsample_cross_entropy": KERNELS["upsample_cross_entropy"],
@@ -178,7 +180,7 @@ def _training_cases() -> dict[str, Case]:
     by its norms' biases.
     """
     x, norm = _random(2, 19, 7, 9), (1 + 0.1 * _random(19), 4 * _random(19, 1)[:, 0].sign())
-    conv = nn.Conv2d(32, 32, 3, padding=1, device="meta")
+    conv, pool = nn.Conv2d(32, 32, 3, padding=1, device="meta"), nn.MaxPool2d(3, 2, 1)
     block = dict(
         conv=nn.Conv2d(19, 19, 3, padding=1, bias=False, device="meta"), bn1=_norm(19), bn2=_norm(19)
     )
@@ -190,6 +192,9 @@ def _training_cases() -> dict[str, Case]:
             # As many pixels and channels as are convolved by Winograd's filtering.
             (_random(2, 32, 33, 34), _random(32, 32, 3, 3) / 17, _random(32)),
             {},
+        ),
+        "max_pool_train": Case(
+            lambda x, backend: max_pool_train(x, pool), pool, (_random(2, 19, 9, 11),), {}
         ),
         "shared_block_train": Case(
             _of_modules(shared_block_train, **block),

@@ -32,6 +32,7 @@ OUTPUTS = {
 GRADIENTS = {
     "bn_act_dropout": ("bn_act_dropout_backward", 7),
     "conv_train": ("winograd", 8),
+    "max_pool_train": ("max_pool_backward", 2),
     "shared_block_train": ("bn_act_dropout_backward", 7),
     "upsample_bilinear": ("upsample_bilinear_backward", 1),
     "upsample_cross_entropy": ("upsample_cross_entropy", 18),
