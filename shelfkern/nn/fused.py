@@ -9,12 +9,15 @@ from __future__ import annotations
 from typing import TypeVar
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from ..ops.bn_act_conv_train import bn_act_conv_train
 from ..ops.bn_act_dropout import bn_act_dropout
 from ..ops.conv_train import conv_train
+from ..ops.max_pool_train import max_pool_train
 from ..ops.shared_block_train import shared_block_train
 from .backbone import BasicBlock, Bottleneck, ResNet
-from .blocks import BackboneHead, ConvBNAct, EntryBlock, SharedBlock
+from .blocks import BackboneHead, ConvBNAct, ConvHead, Downsample, EntryBlock, SharedBlock
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -47,32 +50,44 @@ class FusedEntryBlock(_Fused, EntryBlock):
     fused = FusedSharedBlock.fused
 
 
-class FusedBackboneHead(_Fused, BackboneHead):
+class FusedDownsample(_Fused, Downsample):
     def fused(self, x: Tensor) -> Tensor:
-        features = self.features
-        return self.classify(
-            norm_act(conv_train(x, features.conv), features.bn, features.act, dropout=self.dropout)
-        )
+        return F.relu(conv_train(x, self.conv))
+
+
+class FusedConvHead(_Fused, ConvHead):
+    dropout: nn.Dropout2d | None = None
+
+    def fused(self, x: Tensor) -> Tensor:
+        conv, bn, act = self.features.conv, self.features.bn, self.features.act
+        return norm_act_conv(conv_train(x, conv), bn, act, self.classify, self.dropout)
+
+
+class FusedBackboneHead(_Fused, BackboneHead):
+    fused = FusedConvHead.fused
 
 
 class FusedBasicBlock(_Fused, BasicBlock):
     def fused(self, x: Tensor) -> Tensor:
-        shortcut = x if self.downsample is None else self.downsample(x)
-        x = norm_act(conv_train(x, self.conv1), self.bn1, self.act)
-        return norm_act(conv_train(x, self.conv2), self.bn2, self.relu, shortcut)
+        shortcut = _shortcut(x, self.downsample)
+        x = norm_act_conv(conv_train(x, self.conv1), self.bn1, self.act, self.conv2)
+        return norm_act(x, self.bn2, self.relu, shortcut)
 
 
 class FusedBottleneck(_Fused, Bottleneck):
     def fused(self, x: Tensor) -> Tensor:
-        shortcut = x if self.downsample is None else self.downsample(x)
-        x = norm_act(self.conv1(x), self.bn1, self.act)
-        x = norm_act(conv_train(x, self.conv2), self.bn2, self.act)
-        return norm_act(self.conv3(x), self.bn3, self.relu, shortcut)
+        shortcut = _shortcut(x, self.downsample)
+        x = norm_act_conv(conv_train(x, self.conv1), self.bn1, self.act, self.conv2)
+        x = norm_act_conv(x, self.bn2, self.act, self.conv3)
+        return norm_act(x, self.bn3, self.relu, shortcut)
 
 
 class FusedResNet(ResNet):
     def stem(self, x: Tensor) -> Tensor:
         return norm_act(self.conv1(x), self.bn1, self.act) if self.training else super().stem(x)
+
+    def pool(self, x: Tensor) -> Tensor:
+        return max_pool_train(x, self.maxpool) if self.training else super().pool(x)
 
 
 # Of every plain block the one that trains fused. By exact type: a subclass may compute something else.
@@ -80,6 +95,8 @@ FUSED: dict[type[nn.Module], type[nn.Module]] = {
     ConvBNAct: FusedConvBNAct,
     SharedBlock: FusedSharedBlock,
     EntryBlock: FusedEntryBlock,
+    Downsample: FusedDownsample,
+    ConvHead: FusedConvHead,
     BackboneHead: FusedBackboneHead,
     BasicBlock: FusedBasicBlock,
     Bottleneck: FusedBottleneck,
@@ -94,8 +111,7 @@ def fuse_for_training(model: Model) -> Model:
     Parameters, state dict and all that eval mode gives stay as they are; in train mode results and gradients
     are the same up to rounding, and one seed drops the same channels. What has no fused form is left as it
     is: blocks of other types or with other activations, norms that are no BatchNorm2d, such as SyncBatchNorm,
-    or in eval mode, dtypes without a kernel. Hooks of the norms, activations and dropouts inside blocks are
-    not called in train mode.
+    or in eval mode, dtypes without a kernel. Hooks of modules inside blocks are not called in train mode.
 
     Args:
         model: a ShelfNet, or any module that holds blocks of this package, before it is compiled.
@@ -106,12 +122,14 @@ def fuse_for_training(model: Model) -> Model:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__}, it must be a torch.nn.Module")
     for module in model.modules():
-        if type(module) in FUSED and _has_known_activations(module):
+        if type(module) in FUSED and _has_known_parts(module):
             module.__class__ = FUSED[type(module)]
     return model
 
 
-def _has_known_activations(block: nn.Module) -> bool:
+def _has_known_parts(block: nn.Module) -> bool:
+    if isinstance(block, (ConvHead, BackboneHead)) and plain_type(block.features) is not ConvBNAct:
+        return False
     acts = (module for name, module in block.named_modules() if name.endswith("act"))
     return all(
         type(act) is nn.ReLU or (type(act) is nn.LeakyReLU and 0 <= act.negative_slope <= 1) for act in acts
@@ -128,11 +146,31 @@ def norm_act(
     bn: nn.Module,
     act: nn.Module,
     residual: Tensor | None = None,
+) -> Tensor:
+    """act(bn(x) + residual), as one op."""
+    return bn_act_dropout(x, bn, residual, slope=_slope(act))
+
+
+def norm_act_conv(
+    x: Tensor,
+    bn: nn.Module,
+    act: nn.Module,
+    conv: nn.Module,
     dropout: nn.Dropout2d | None = None,
 ) -> Tensor:
-    """dropout(act(bn(x) + residual)), as one op."""
+    """conv(dropout(act(bn(x)))), as one op."""
     p = 0.0 if dropout is None else _probability(dropout)
-    return bn_act_dropout(x, bn, residual, slope=_slope(act), p=p)
+    return bn_act_conv_train(x, bn, conv, slope=_slope(act), p=p)
+
+
+def _shortcut(x: Tensor, downsample: nn.Sequential | None) -> Tensor:
+    if downsample is None:
+        return x
+    conv, *norms = downsample
+    x = conv_train(x, conv)
+    for norm in norms:
+        x = bn_act_dropout(x, norm, slope=None)
+    return x
 
 
 def _slope(act: nn.Module) -> float:

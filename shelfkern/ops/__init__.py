@@ -2,6 +2,7 @@
 
 from ._backends import BACKENDS, KERNELS
 from .attention_gate import attention_gate, attention_gate_native, attention_gate_reference
+from .bn_act_conv_train import bn_act_conv_train
 from .bn_act_dropout import bn_act_dropout, bn_act_dropout_native, bn_act_dropout_reference
 from .conv_bn_act import PackedConv, conv_bn_act, conv_bn_act_native, conv_bn_act_reference, pack_conv
 from .conv_train import conv_train
@@ -32,6 +33,7 @@ __all__ = [
     "attention_gate",
     "attention_gate_native",
     "attention_gate_reference",
+    "bn_act_conv_train",
     "bn_act_dropout",
     "bn_act_dropout_native",
     "bn_act_dropout_reference",

@@ -427,7 +427,24 @@ def forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The result in NHWC storage, mean, biased variance, and the bits (no elements where slope is None)."""
-    out, mask = common.empty_channels_last(x, tuple(x.shape)), empty_mask(x, slope)
+    return into(
+        common.keep_channels_last(x, tuple(x.shape)), x, weight, bias, residual, noise, eps, slope, backend
+    )
+
+
+def into(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    noise: Tensor | None,
+    eps: float,
+    slope: float | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same as `forward` into `out`."""
+    mask = empty_mask(x, slope)
     mean, var = (x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(2))
     kernel = bn_act_dropout_triton if backend == "triton" else bn_act_dropout_native
     kernel(
@@ -453,7 +470,7 @@ def repeat(
     backend: str,
 ) -> Tensor:
     """The result of `forward` without a residual once more, by the statistics that it found."""
-    out = common.empty_channels_last(x, tuple(x.shape))
+    out = common.borrow_channels_last(x, tuple(x.shape))
     kernel = bn_act_dropout_triton if backend == "triton" else bn_act_dropout_native
     kernel(
         common.channels_last(x),
@@ -499,6 +516,43 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, the residual (no elements without one), weight and bias, from that of the result."""
     grad_x, grad_residual = _empty_gradients(x, with_residual)
+    return _into(grad_x, grad_residual, grad, x, weight, mean, var, noise, mask, eps, slope, backend)
+
+
+def gradients_in_place(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    noise: Tensor | None,
+    mask: Tensor,
+    eps: float,
+    slope: float | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias: that of x, where grad was if that is in NHWC storage."""
+    grad = common.channels_last(grad)
+    none = x.new_empty(0)
+    grad_x, _, *of_norm = _into(grad, none, grad, x, weight, mean, var, noise, mask, eps, slope, backend)
+    return grad_x, of_norm[0], of_norm[1]
+
+
+def _into(
+    grad_x: Tensor,
+    grad_residual: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    noise: Tensor | None,
+    mask: Tensor,
+    eps: float,
+    slope: float | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same as `gradients` into the first two, of which grad_x may be grad."""
     grad_weight, grad_bias = torch.empty_like(mean), torch.empty_like(mean)
     kernel = bn_act_dropout_backward_triton if backend == "triton" else bn_act_dropout_backward_native
     kernel(
@@ -509,7 +563,7 @@ def gradients(
         _contiguous(noise),
         mask if mask.numel() else None,
         eps, slope, grad_x,
-        grad_residual if with_residual else None,
+        grad_residual if grad_residual.numel() else None,
         grad_weight, grad_bias,
     )  # fmt: skip
     return grad_x, grad_residual, grad_weight, grad_bias

@@ -24,6 +24,8 @@ from .bn_act_dropout import (
     empty_mask,
     forward,
     gradients,
+    gradients_in_place,
+    into,
     norm_reasons,
     repeat,
     track_statistics,
@@ -82,7 +84,8 @@ def _forward(
     """The result, and what is kept: both convolutions' results, and mean, variance and bits of each norm."""
     x = common.channels_last(x)
     first = convolve(x, weight, bias)
-    h, *kept1 = forward(first, weight1, bias1, None, noise, eps1, slope, backend)
+    h = common.borrow_channels_last(first, tuple(first.shape))
+    _, *kept1 = into(h, first, weight1, bias1, None, noise, eps1, slope, backend)
     second = convolve(h, weight, bias)
     out, *kept2 = forward(second, weight2, bias2, x, None, eps2, 0.0, backend)
     if skip:
@@ -146,24 +149,28 @@ def _gradients(
     )
     h = repeat(first, weight1, bias1, noise, mean1, var1, eps1, slope, backend)
     parts = [True, *needed[1:]]
-    grad_h, *of_second = convolve_backward(grad_second, h, weight, with_bias, parts)
+    grad_h, grad_weight, bias_of_second = convolve_backward(
+        grad_second, h, weight, with_bias, parts, overwrite=True
+    )
     assert grad_h is not None
     del h, grad_second
-    grad_first, _, grad_weight1, grad_bias1 = gradients(
-        grad_h, first, weight1, mean1, var1, noise, mask1, eps1, slope, False, backend
+    grad_first, grad_weight1, grad_bias1 = gradients_in_place(
+        grad_h, first, weight1, mean1, var1, noise, mask1, eps1, slope, backend
     )
     del grad_h
-    more_x, *of_first = convolve_backward(grad_first, common.channels_last(x), weight, with_bias, needed)
+    more_x, grad_weight, bias_of_first = convolve_backward(
+        grad_first, common.channels_last(x), weight, with_bias, needed, total=grad_weight
+    )
     if more_x is not None:
         grad_x += more_x
     if skip:
         grad_x += grad
-    grad_weight, grad_bias = (_sum(a, b, x) for a, b in zip(of_first, of_second, strict=True))
+    grad_bias = None
+    if bias_of_first is not None and bias_of_second is not None:
+        grad_bias = bias_of_first + bias_of_second
+    # An op gives tensors: no elements for those that are not needed.
+    grad_weight, grad_bias = (x.new_empty(0) if g is None else g for g in (grad_weight, grad_bias))
     return grad_x, grad_weight, grad_bias, grad_weight1, grad_bias1, grad_weight2, grad_bias2
-
-
-def _sum(a: Tensor | None, b: Tensor | None, like: Tensor) -> Tensor:
-    return like.new_empty(0) if a is None or b is None else a + b
 
 
 _gradients_op = backends.custom_op(OP + "_backward")(_gradients)

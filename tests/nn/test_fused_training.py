@@ -246,9 +246,10 @@ def test_what_is_not_known_stays_plain() -> None:
 
     model = tiny("attention")
     model.head.features.act = nn.GELU()
-    model.shelf.laterals[0].__class__ = Mine
+    model.shelf.laterals[0].__class__ = model.aux_heads[0].features.__class__ = Mine
     shelfkern.fuse_for_training(model)
     assert type(model.head.features) is blocks.ConvBNAct and type(model.shelf.laterals[0]) is Mine
+    assert type(model.aux_heads[0]) is blocks.ConvHead and type(model.aux_heads[0].features) is Mine
     assert type(model.shelf.laterals[1]) is fused.FusedConvBNAct
     loss_of(model.train()(torch.randn(2, 3, 32, 64))).backward()
     with pytest.raises(TypeError, match="model is dict, it must be a torch"):
@@ -273,3 +274,30 @@ def test_accelerated_it_is_the_accelerated_plain_model(narrow, model_name: str) 
     fast, expected = shelfkern.accelerate(model), shelfkern.accelerate(plain)
     assert str(fast.plan) == str(expected.plan)
     assert torch.equal(fast(image), expected(image))
+
+
+def kept_bytes(model: nn.Module, image: torch.Tensor) -> int:
+    """Of what a forward pass keeps for the gradient, without parameters and the image."""
+    known = {t.untyped_storage().data_ptr() for t in (image, *model.parameters(), *model.buffers())}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(t: torch.Tensor) -> torch.Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        model.forward_scores(image)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.skipif(native.why_not is not None, reason="needs the native kernels")
+@pytest.mark.parametrize("dtype, part", [(torch.float32, 0.83), (torch.bfloat16, 0.9)], ids=str)
+@pytest.mark.parametrize("kind", ["shelfnet18_lw", "shelfnet50"])
+def test_less_is_kept_for_the_gradient(kind: str, dtype: torch.dtype, part: float) -> None:
+    widths = (16, 32, 64) if kind == "shelfnet18_lw" else (16, 32, 64, 128)
+    plain = getattr(shelfkern.nn, kind)(4, backbone_width=16, widths=widths).train()
+    model, image = shelfkern.fuse_for_training(copy.deepcopy(plain)), torch.randn(2, 3, 128, 128)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+        assert kept_bytes(model, image) <= part * kept_bytes(plain, image)

@@ -158,3 +158,46 @@ def test_inside_a_shared_block(p, passes):
     for name, limit in (("result", 1e-5), ("x", 1e-5), ("weight", 1e-4)):
         apart = (found[name] - expected[name]).square().mean().sqrt()
         assert apart <= limit * expected[name].square().mean().sqrt(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(kernel_size=1),
+        dict(kernel_size=1, stride=2),
+        dict(kernel_size=3, padding=1),
+        dict(kernel_size=3, padding=1, stride=2),
+        dict(kernel_size=(3, 1), padding=(2, 0), dilation=(2, 1), bias=False),
+    ],
+    ids=str,
+)
+def test_few_pixels_make_the_weights_gradient_by_a_product(options, dtype, monkeypatch):
+    torch.manual_seed(5)
+    x, conv = random(2, 24, 9, 7), nn.Conv2d(24, 136, **options)
+    grad = random(*conv(x).shape, seed=1)
+    expected, truth = (trained(eager, x, conv, grad, kind) for kind in (dtype, torch.float64))
+    made, product = [], conv_train._weight_gradient
+    monkeypatch.setattr(conv_train, "_weight_gradient", lambda *all: made.append(1) or product(*all))
+    for _, given in layouts(x):
+        found = trained(ops.conv_train, given, conv.to(memory_format=torch.channels_last), grad, dtype)
+        for name, exact in truth.items():
+            error, allowed = ((one[name] - exact).norm() / exact.norm() for one in (found, expected))
+            # The others are torch's, of which eager's takes another algorithm for other strides.
+            assert error <= (2 if name in ("weight", "bias") else 5) * allowed + 1e-7, name
+    assert len(made) == len(list(layouts(x)))
+
+
+def test_a_gradient_of_weights_is_added_to_another():
+    for c, k, extent in ((8, 64, 5), (8, 16, 9)):
+        x, weight, grad = (
+            random(2, c, extent, extent),
+            random(k, c, 3, 3),
+            random(2, k, extent, extent, seed=1),
+        )
+        total = random(k, c, 3, 3, seed=2).contiguous(memory_format=torch.channels_last)
+        needed, before = (False, True, False), total.clone()
+        _, expected, _ = conv_train.convolve_backward(grad, x, weight, False, needed)
+        _, found, _ = conv_train.convolve_backward(grad, x, weight, False, needed, total=total)
+        assert found.data_ptr() == total.data_ptr()
+        torch.testing.assert_close(found, before + expected, rtol=1e-5, atol=1e-4)
