@@ -6,12 +6,12 @@ import time
 from pathlib import Path
 
 import click
-import torch
 
 from ..data import DATASETS, open_dataset
 from ..nn import ShelfNet, save_weights
 from ..train.average import mean_of
 from ..train.norms import estimate_norms
+from .options import check_device
 from .progress import progress_bar
 
 
@@ -21,8 +21,7 @@ def _check(weights: tuple[str, ...], out: Path, dataset: str | None, data: Path 
         raise click.ClickException("norms-from and data belong together: give both or neither")
     if len(weights) == 1 and dataset is None:
         raise click.ClickException(f"weights is {weights[0]} alone: give two or more, or norms-from")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise click.ClickException("device is cuda, no GPU is to be found")
+    check_device(device)
     if not out.parent.is_dir():
         raise click.ClickException(f"out {out} cannot be written: {out.parent} is not a folder")
 

@@ -24,7 +24,7 @@ from ..evaluate.plot import check_plot, save_confusion
 from ..evaluate.submission import KINDS, open_submission
 from ..files import replacing
 from ..nn import ShelfNet
-from .options import DTYPES, MODELS, open_model
+from .options import DTYPES, MODELS, check_device, open_model
 from .progress import progress_bar
 
 
@@ -258,6 +258,8 @@ def evaluate(
     changes = dict(scales=scales, mirror=mirror, base_size=base_size, crop_size=crop_size)
     protocol = protocol_of(name, boundary=boundary, **changes)
     _check_outputs(job["submission"], job["out"], {"json": json_path, "plot": plot})
+    if processes == 1:
+        check_device(job["device"])
     with _joined(Job(protocol=protocol, **job), processes) as mine:
         found = _run(mine)
         is_first = _rank() == 0

@@ -65,6 +65,22 @@ def open_model(weights: str, model: str | None) -> ShelfNet:
         raise click.ClickException(str(error)) from error
 
 
+def check_device(device: str) -> None:
+    """Says before the work that a device cannot be used.
+
+    Raises:
+        click.ClickException: it is unknown, or there is none; one sentence.
+    """
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        kind = ""
+    if kind not in ("cpu", "cuda"):
+        raise click.ClickException(f"device is {device!r}, it may be cpu or a GPU such as cuda or cuda:1")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise click.ClickException(f"device is {device}, no GPU is to be found")
+
+
 def make_fast(model: ShelfNet, dtype: str, device: str, backend: str) -> Predictor:
     """The model behind `predict` and scores, accelerated or eager.
 

@@ -249,10 +249,13 @@ def test_images_that_cannot_be_read(run, model, root, tmp_path) -> None:
         ("--accelerate --dtype float16", "dtype is torch.float16, on a CPU it may be"),
         ("--batch 2 --mirror", "batch is 2, it must be 1 with other scales than 1, mirror images or windows"),
         ("--processes 2 --device cuda", "processes is 2 and device cuda, use torchrun for GPUs"),
+        ("--device cuda", "device is cuda, no GPU is to be found"),
+        ("--device gpu", "device is 'gpu', it may be cpu or a GPU such as cuda or cuda:1"),
     ],
 )
 def test_options_that_cannot_be(options: str, said: str, run, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     result = run(*options.split())
     assert result.exit_code in (1, 2) and said in result.stderr
     assert result.stderr.count("Error: ") == 1 and "Traceback" not in result.stderr
