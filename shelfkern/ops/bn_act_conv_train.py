@@ -19,8 +19,8 @@ from .bn_act_dropout import (
     check_dropout,
     check_norm,
     draw_noise,
-    gradients_in_place,
-    into,
+    forward_into,
+    gradients_into,
     repeat,
     track_statistics,
 )
@@ -45,7 +45,7 @@ class _Function(torch.autograd.Function):
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
         h = common.borrow_channels_last(x, tuple(x.shape))
-        _, mean, var, mask = into(h, x, weight, bias, None, noise, eps, slope, backend)
+        _, mean, var, mask = forward_into(h, x, weight, bias, None, noise, eps, slope, backend)
         ctx.with_bias, ctx.options, ctx.geometry = kernel_bias is not None, (eps, slope, backend), geometry
         ctx.save_for_backward(x, weight, bias, noise, mean, var, mask, kernel)
         ctx.mark_non_differentiable(mean, var)
@@ -64,10 +64,9 @@ class _Function(torch.autograd.Function):
         del h
         if grad_h is None:
             return None, None, None, None, *of_conv, None, None, None, None
-        grad_x, grad_weight, grad_bias = gradients_in_place(
-            grad_h, x, weight, mean, var, noise, mask, eps, slope, backend
-        )
-        of_norm = (None, None) if weight is None else (grad_weight, grad_bias)
+        grad_x = common.channels_last(grad_h)
+        found = gradients_into(grad_x, None, grad_x, x, weight, mean, var, noise, mask, eps, slope, backend)
+        of_norm = (None, None) if weight is None else found
         return grad_x, *of_norm, None, *of_conv, None, None, None, None
 
 

@@ -427,12 +427,12 @@ def forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The result in NHWC storage, mean, biased variance, and the bits (no elements where slope is None)."""
-    return into(
+    return forward_into(
         common.keep_channels_last(x, tuple(x.shape)), x, weight, bias, residual, noise, eps, slope, backend
     )
 
 
-def into(
+def forward_into(
     out: Tensor,
     x: Tensor,
     weight: Tensor | None,
@@ -516,31 +516,15 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, the residual (no elements without one), weight and bias, from that of the result."""
     grad_x, grad_residual = _empty_gradients(x, with_residual)
-    return _into(grad_x, grad_residual, grad, x, weight, mean, var, noise, mask, eps, slope, backend)
-
-
-def gradients_in_place(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    noise: Tensor | None,
-    mask: Tensor,
-    eps: float,
-    slope: float | None,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias: that of x, where grad was if that is in NHWC storage."""
+    residual = grad_residual if with_residual else None
     grad = common.channels_last(grad)
-    none = x.new_empty(0)
-    grad_x, _, *of_norm = _into(grad, none, grad, x, weight, mean, var, noise, mask, eps, slope, backend)
-    return grad_x, of_norm[0], of_norm[1]
+    of_norm = gradients_into(grad_x, residual, grad, x, weight, mean, var, noise, mask, eps, slope, backend)
+    return grad_x, grad_residual, *of_norm
 
 
-def _into(
+def gradients_into(
     grad_x: Tensor,
-    grad_residual: Tensor,
+    grad_residual: Tensor | None,
     grad: Tensor,
     x: Tensor,
     weight: Tensor | None,
@@ -551,22 +535,23 @@ def _into(
     eps: float,
     slope: float | None,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same as `gradients` into the first two, of which grad_x may be grad."""
+) -> tuple[Tensor, Tensor]:
+    """Gradients of weight and bias; those of x and the residual into the first two, grad_x may be grad.
+
+    grad_x, grad_residual, grad: in NHWC storage.
+    """
     grad_weight, grad_bias = torch.empty_like(mean), torch.empty_like(mean)
     kernel = bn_act_dropout_backward_triton if backend == "triton" else bn_act_dropout_backward_native
     kernel(
-        common.channels_last(grad),
+        grad,
         common.channels_last(x),
         _contiguous(weight),
         mean, var,
         _contiguous(noise),
         mask if mask.numel() else None,
-        eps, slope, grad_x,
-        grad_residual if grad_residual.numel() else None,
-        grad_weight, grad_bias,
+        eps, slope, grad_x, grad_residual, grad_weight, grad_bias,
     )  # fmt: skip
-    return grad_x, grad_residual, grad_weight, grad_bias
+    return grad_weight, grad_bias
 
 
 _backward_op = backends.custom_op(OP + "_backward")(gradients)

@@ -23,9 +23,9 @@ from .bn_act_dropout import (
     draw_noise,
     empty_mask,
     forward,
+    forward_into,
     gradients,
-    gradients_in_place,
-    into,
+    gradients_into,
     norm_reasons,
     repeat,
     track_statistics,
@@ -85,7 +85,7 @@ def _forward(
     x = common.channels_last(x)
     first = convolve(x, weight, bias)
     h = common.borrow_channels_last(first, tuple(first.shape))
-    _, *kept1 = into(h, first, weight1, bias1, None, noise, eps1, slope, backend)
+    _, *kept1 = forward_into(h, first, weight1, bias1, None, noise, eps1, slope, backend)
     second = convolve(h, weight, bias)
     out, *kept2 = forward(second, weight2, bias2, x, None, eps2, 0.0, backend)
     if skip:
@@ -154,8 +154,9 @@ def _gradients(
     )
     assert grad_h is not None
     del h, grad_second
-    grad_first, grad_weight1, grad_bias1 = gradients_in_place(
-        grad_h, first, weight1, mean1, var1, noise, mask1, eps1, slope, backend
+    grad_first = common.channels_last(grad_h)
+    grad_weight1, grad_bias1 = gradients_into(
+        grad_first, None, grad_first, first, weight1, mean1, var1, noise, mask1, eps1, slope, backend
     )
     del grad_h
     more_x, grad_weight, bias_of_first = convolve_backward(
