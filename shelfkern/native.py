@@ -125,11 +125,18 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, pooled: bool = True) -> Te
     Args:
         pooled: whether the memory is reused once the tensor and all its views are gone; if not, as of
             weights, which stay, it goes back to the system then.
+
+    Raises:
+        MemoryError: there is not so much.
     """
     nbytes = math.prod(shape) * dtype.itemsize
     if module is None or nbytes == 0:
         return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(module.Buffer(nbytes, pooled), dtype=dtype).view(shape)
+    try:
+        buffer = module.Buffer(nbytes, pooled)
+    except MemoryError:
+        raise MemoryError(f"there is no memory for {tuple(shape)} {dtype}, {nbytes} bytes") from None
+    return torch.frombuffer(buffer, dtype=dtype).view(shape)
 
 
 def give_back() -> None:

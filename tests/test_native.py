@@ -147,6 +147,38 @@ def test_what_is_not_pooled_goes_back_at_once():
     assert left < full - 40 and idle == 0
 
 
+SCARCE = """
+import re, resource
+from pathlib import Path
+import torch
+from shelfkern import native
+
+MIB = 1 << 20
+for _ in range(2):
+    native.empty((300 * MIB,), torch.uint8)
+mapped = int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) << 10
+resource.setrlimit(resource.RLIMIT_AS, (mapped + 50 * MIB,) * 2)
+# Too small for the idle one to serve, and too large to lie beside it.
+tensor = native.empty((200 * MIB,), torch.uint8)
+print(native.module.idle_buffer_bytes(), tensor.numel() // MIB)
+try:
+    native.empty((8192, MIB), torch.float32)
+except MemoryError as error:
+    print(error)
+"""
+
+
+@needs_native
+@pytest.mark.skipif(platform.system() != "Linux", reason="only Linux limits what a process may map")
+def test_idle_memory_makes_room():
+    found = in_new_process(SCARCE)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.splitlines() == [
+        "0 200",
+        f"there is no memory for (8192, {MIB}) torch.float32, {8192 * 4 * MIB} bytes",
+    ]
+
+
 @needs_native
 @pytest.mark.parametrize("nbytes", [1, 4096, 5000, 2 * MIB - 1, 2 * MIB, 2 * MIB + 1, 5 * MIB + 4097])
 def test_all_of_a_buffer_can_be_written(nbytes, pool):

@@ -31,15 +31,15 @@ Pool& pool() {
     return *instance;
 }
 
-// Of whole pages. On Linux mapped for itself, so that they go back to the system whatever lies beside them in
-// the C library's heap, and the heap's own pieces, freed around memory that stays, do as well.
+// Of whole pages, or null. On Linux mapped for itself, so that they go back to the system whatever lies
+// beside them in the C library's heap, and the heap's own pieces, freed around memory that stays, do as well.
 #if defined(__linux__)
 void* allocate(size_t capacity) {
     // Huge pages are only a wish: without them everything works, with more page faults.
     const size_t spare = capacity >= kHugePage ? kHugePage : 0;
     void* mapping =
         mmap(nullptr, capacity + spare, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (mapping == MAP_FAILED) throw std::bad_alloc();
+    if (mapping == MAP_FAILED) return nullptr;
     if (!spare) return mapping;
     char* const begin = static_cast<char*>(mapping);
     const size_t before = -reinterpret_cast<uintptr_t>(begin) % kHugePage;
@@ -51,11 +51,7 @@ void* allocate(size_t capacity) {
 
 void release(void* memory, size_t capacity) { munmap(memory, capacity); }
 #else
-void* allocate(size_t capacity) {
-    void* memory = std::aligned_alloc(kPage, capacity);
-    if (!memory) throw std::bad_alloc();
-    return memory;
-}
+void* allocate(size_t capacity) { return std::aligned_alloc(kPage, capacity); }
 
 void release(void* memory, size_t) { std::free(memory); }
 #endif
@@ -80,6 +76,12 @@ Buffer::Buffer(size_t bytes, bool pooled)
     if (capacity_ == 0) capacity_ = kPage;
     data_ = pooled ? take_idle(capacity_, capacity_) : nullptr;
     if (!data_) data_ = allocate(capacity_);
+    if (!data_) {
+        // What is idle may be in the way.
+        give_back();
+        data_ = allocate(capacity_);
+    }
+    if (!data_) throw std::bad_alloc();
 }
 
 Buffer::~Buffer() {
