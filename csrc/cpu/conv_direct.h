@@ -10,8 +10,8 @@
 
 #include <type_traits>
 
-#include "codes.h"
 #include "kernels.h"
+#include "partial.h"
 #include "product.h"
 
 namespace shelfkern {
@@ -155,31 +155,6 @@ static Epilogue<T> epilogue_of(const Args& a) {
     e.skip_scale = a.skip_scale;
     e.bias = a.bias;
     return e;
-}
-
-template <typename T>
-static inline vf load_some(const T* p, int count) {
-    T lanes[kLanes] = {};
-    for (int i = 0; i < count; ++i) lanes[i] = p[i];
-    return load(lanes);
-}
-
-template <typename T>
-static inline void store_some(T* p, vf v, int count) {
-    T lanes[kLanes];
-    store(lanes, v);
-    for (int i = 0; i < count; ++i) p[i] = lanes[i];
-}
-
-template <typename T>
-static inline vf load_up_to(const T* p, int count) {
-    return count == kLanes ? load(p) : load_some(p, count);
-}
-
-template <typename T>
-static inline void store_up_to(T* p, vf v, int count) {
-    if (count == kLanes) return store(p, v);
-    store_some(p, v, count);
 }
 
 static inline vf as_floats(vi sum) { return __builtin_convertvector(sum, vf); }

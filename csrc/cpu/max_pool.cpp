@@ -1,5 +1,6 @@
 #include "../common/parallel.h"
 #include "dtypes.h"
+#include "partial.h"
 #include "spans.h"
 
 namespace shelfkern {
@@ -25,21 +26,6 @@ struct Largest {
     }
 };
 
-// Channels of x from i, up to a vector of them; zeros beyond c.
-template <typename T>
-vf load_some(const T* x, int64_t left) {
-    if (left >= kLanes) return load(x);
-    vf v = {};
-    for (int64_t l = 0; l < left; ++l) v[l] = load_one(x + l);
-    return v;
-}
-
-template <typename T>
-void store_some(T* x, vf v, int64_t left) {
-    if (left >= kLanes) return store(x, v);
-    for (int64_t l = 0; l < left; ++l) store_one(x + l, v[l]);
-}
-
 template <typename T>
 void pool_row(const MaxPool& a, int64_t task) {
     const int64_t out_h = divide_up(a.h, 2), out_w = divide_up(a.w, 2), y = task % out_h;
@@ -49,16 +35,16 @@ void pool_row(const MaxPool& a, int64_t task) {
         const Span columns = taps_within(x, a.w);
         const int64_t to = (task * out_w + x) * a.c;
         for (int64_t i = 0; i < a.c; i += kLanes) {
+            const int count = static_cast<int>(min(kLanes, a.c - i));
             Largest largest(rows.begin * kSide + columns.begin);
             for (int64_t r = rows.begin; r < rows.end; ++r) {
                 const T* from = image + ((2 * y - 1 + r) * a.w + 2 * x - 1) * a.c + i;
                 for (int64_t s = columns.begin; s < columns.end; ++s) {
-                    largest.meet(load_some(from + s * a.c, a.c - i), r * kSide + s);
+                    largest.meet(load_up_to(from + s * a.c, count), r * kSide + s);
                 }
             }
-            store_some(static_cast<T*>(a.out) + to + i, largest.value, a.c - i);
+            store_up_to(static_cast<T*>(a.out) + to + i, largest.value, count);
             const vb taps = __builtin_convertvector(largest.tap, vb);
-            const int64_t count = min(kLanes, a.c - i);
             std::memcpy(a.taps + to + i, &taps, static_cast<size_t>(count));
         }
     }
@@ -83,9 +69,9 @@ struct Windows {
     }
 };
 
-vi load_taps(const uint8_t* p, int64_t left) {
+vi load_taps(const uint8_t* p, int count) {
     vb taps = {};
-    std::memcpy(&taps, p, static_cast<size_t>(min(kLanes, left)));
+    std::memcpy(&taps, p, static_cast<size_t>(count));
     return __builtin_convertvector(taps, vi);
 }
 
@@ -96,16 +82,17 @@ void gradient_row(const MaxPoolBackward& a, int64_t task) {
     for (int64_t x = 0; x < a.w; ++x) {
         const Windows columns(x, out_w);
         for (int64_t i = 0; i < a.c; i += kLanes) {
+            const int count = static_cast<int>(min(kLanes, a.c - i));
             vf sum = {};
             for (int64_t r = 0; r < rows.count; ++r) {
                 for (int64_t s = 0; s < columns.count; ++s) {
                     const int64_t at = ((image + rows.at[r]) * out_w + columns.at[s]) * a.c + i;
                     const vi tap = vi{} + static_cast<int32_t>(rows.tap[r] * kSide + columns.tap[s]);
-                    const vf grad = load_some(static_cast<const T*>(a.grad) + at, a.c - i);
-                    sum += load_taps(a.taps + at, a.c - i) == tap ? grad : vf{};
+                    const vf grad = load_up_to(static_cast<const T*>(a.grad) + at, count);
+                    sum += load_taps(a.taps + at, count) == tap ? grad : vf{};
                 }
             }
-            store_some(static_cast<T*>(a.grad_x) + (task * a.w + x) * a.c + i, sum, a.c - i);
+            store_up_to(static_cast<T*>(a.grad_x) + (task * a.w + x) * a.c + i, sum, count);
         }
     }
 }
