@@ -15,11 +15,13 @@ from clocks import Ceilings
 from measure import Times
 from peers.ours import CPU_TUNING_SECONDS
 from rows import Row, about_case
+from shapes import plan_of
 
 import shelfkern
 from shelfkern.engine.accelerate import FastShelfNet
-from shelfkern.engine.image import image_size, padded
+from shelfkern.engine.image import image_size
 from shelfkern.engine.plan import Step, step_bytes, step_macs
+from shelfkern.engine.problem import Size
 from shelfkern.nn import ShelfNet
 from shelfkern.timing import Timing
 
@@ -82,15 +84,16 @@ def cpu_layers(
     """
     program = fast._program()
     batch, height, width = image_size(images)
-    full = (padded(height), padded(width))
-    size = (batch, *full)
+    extents = program.plan.extents
+    full, size = extents.padded(height, width), (batch, *extents.seen(height, width))
     with program.pool.borrow((size, torch.get_num_threads())) as workspace:
         seconds: list[list[float]] = [[] for _ in workspace.runs]
         workspace.runs[:] = [_timed(run, times) for run, times in zip(workspace.runs, seconds, strict=True)]
         whole = []
         for _ in range(1 + rounds):
             begin = time.perf_counter()
-            program.resize(program.low_resolution_scores(images, workspace), full, (height, width))
+            low = program.low_resolution_scores(program.seen(images), workspace)
+            program.resize(low, full, (height, width))
             whole.append(time.perf_counter() - begin)
     chosen = zip(program.plan.steps, program.chosen(size), strict=True)
     layers = [CpuLayer(step, algorithm, step.output.shape(*size)) for step, algorithm in chosen]
@@ -130,8 +133,9 @@ def table_rows(
     ceilings: Ceilings,
 ) -> list[Row]:
     """The rows, from the layers' times and that of the whole, seconds."""
+    size = case.batch, *plan_of(case.model).extents.seen(*case.size)
     found = [
-        _row(case, index, layer, timing, ceilings) | {"share": None}
+        _row(case, size, index, layer, timing, ceilings) | {"share": None}
         for index, (layer, timing) in enumerate(zip(layers, times, strict=True))
     ]
     total = sum(row["median_us"] for row in found)
@@ -140,13 +144,15 @@ def table_rows(
     return [*found, _sum(case, found, total, together)]
 
 
-def _row(case: Case, index: int, layer: Layer | CpuLayer, timing: Timing, ceilings: Ceilings) -> Row:
-    step, size = layer.step, (case.batch, *case.padded)
+def _row(
+    case: Case, size: Size, index: int, layer: Layer | CpuLayer, timing: Timing, ceilings: Ceilings
+) -> Row:
+    step = layer.step
     # What is not codes of 8 bits stays floating: 16 bits on a GPU, float32 on a CPU.
     floating = case.torch_dtype if case.torch_dtype.is_floating_point else torch.float32
     dtype = _multiplied(layer, floating)
     direct, nbytes = 2 * step_macs(step, *size), step_bytes(step, floating, *size)
-    flop = step_flop(step, layer.algorithm.name, case.batch, case.padded)
+    flop = step_flop(step, layer.algorithm.name, size[0], size[1:])
     floor = ceilings.seconds(flop, nbytes, dtype)
     return about_case(case) | {
         "layer": index,

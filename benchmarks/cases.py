@@ -74,12 +74,6 @@ class Case:
         return self.torch_dtype if self.torch_dtype.is_floating_point else torch.float32
 
     @property
-    def padded(self) -> Size:
-        """Height and width inside the network."""
-        height, width = (32 * -(-extent // 32) for extent in self.size)
-        return height, width
-
-    @property
     def raw(self) -> bool:
         """Whether images come as uint8 (N, H, W, 3), otherwise normalised (N, 3, H, W) in `dtype`.
 

@@ -143,7 +143,7 @@ def floor_of(case: Case) -> tuple[int, int]:
     """A case's arithmetic (FLOP of its convolutions) and least traffic (bytes).
 
     The least traffic reads images and weights once and writes the result: what lies between them may stay
-    on the chip. Sizes are padded as inside.
+    on the chip. Sizes are those that the backbone sees.
     """
     plan = plan_of(case.model)
     height, width = case.size
@@ -152,7 +152,7 @@ def floor_of(case: Case) -> tuple[int, int]:
     weights = sum(tensor.numel() for step in plan.steps for tensor in step.weights())
     read = 3 * pixels * (1 if case.raw else itemsize) + weights * case.torch_dtype.itemsize
     written = pixels * (LABEL_BYTES if case.labels else plan.num_classes * itemsize)
-    return 2 * plan.macs(case.batch, *case.padded), read + written
+    return 2 * plan.macs(case.batch, *plan.extents.seen(*case.size)), read + written
 
 
 def _round(value: float | None) -> float | None:

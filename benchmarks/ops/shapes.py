@@ -110,9 +110,10 @@ def plan_of(model: str) -> Plan:
 
 def problems_of(plan: Plan, batch: int, size: Size) -> Iterator[Problem]:
     """Every step's problem, and those of the resizes that follow the plan."""
+    seen = plan.extents.seen(*size)
     for step in plan.steps:
-        yield from _problems_of_step(step, batch, size)
-    yield from _problems_of_scores(plan.scores.shape(batch, *size), size)
+        yield from _problems_of_step(step, batch, seen)
+    yield from _problems_of_scores(plan.scores.shape(batch, *seen), size)
 
 
 def _problems_of_step(step: Step, batch: int, size: Size) -> Iterator[Problem]:

@@ -85,8 +85,11 @@ class Forward:
     def __call__(self, images: Tensor) -> Tensor:
         x = self._normalise(images)
         height, width = x.shape[2:]
-        full = [32 * -(-extent // 32) for extent in (height, width)]
+        extents = self._plan.extents
+        full = extents.padded(height, width)
         x = F.pad(x, (0, full[1] - width, 0, full[0] - height))
+        if extents.enlarges:
+            x = F.interpolate(x, extents.seen(height, width), mode="bilinear")
         values: dict[p.Value, Tensor] = {}
         for step, call, dead in zip(self._plan.steps, self._calls, self._dead, strict=True):
             values[step.output] = call(*([values[value] for value in step.inputs] or [x]))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import shelfkern
 from shelfkern.engine.accelerate import FastShelfNet
-from shelfkern.engine.image import image_size, padded
+from shelfkern.engine.image import image_size
 from shelfkern.nn import ShelfNet
 
 from . import Peer, Run
@@ -36,7 +36,8 @@ class Call:
     def flop(self) -> int:
         """That the algorithms chosen for these images do."""
         batch, height, width = image_size(self.images)
-        return plan_flop(self.fast.plan, batch, (padded(height), padded(width)))
+        plan = self.fast.plan
+        return plan_flop(plan, batch, plan.extents.seen(height, width))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -62,7 +62,7 @@ def lay_out(
     Args:
         plan: whose values they are.
         values: those that live in the arena.
-        n, h, w: images, padded to h x w.
+        n, h, w: images, seen as h x w.
         dtype: of activations.
         order: in which the steps run; one after the other by default.
         scratch: bytes of memory to work in, by the step that needs it.

@@ -19,7 +19,7 @@ from . import plan as p
 from .gpu.algorithm import Context, Run
 from .gpu.algorithms import algorithms
 from .gpu.device import gpu_of
-from .image import image_size, padded
+from .image import enlarged, image_size, statistics
 from .problem import Packed, Size
 from .quantization import KINDS, Calibration, check_kind, coded_steps
 
@@ -273,8 +273,11 @@ class _Reference:
     def activations(self, images: Tensor, wanted: Collection[int]) -> Iterator[tuple[int, Tensor]]:
         """Index and value of every activation that is wanted."""
         n, h, w = image_size(images)
-        size = (n, padded(h), padded(w))
+        extents = self._plan.extents
+        size = (n, *extents.seen(h, w))
         images = images.to(self._context.device)
+        if extents.enlarges:
+            images = enlarged(images, extents, *statistics(self._context.normalisation, images.device))
         values: dict[p.Value, Tensor] = {}
         for index, step in enumerate(self._plan.steps):
             inputs = [values[value] for value in step.inputs] or [images]

@@ -1,4 +1,4 @@
-"""Images on their way in: raw uint8 NHWC or normalised float NCHW, checked and padded."""
+"""Images on their way in: raw uint8 NHWC or normalised float NCHW, checked, padded and enlarged."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..nn.shelfnet import STRIDE, check_image_size
+from ..nn.extents import Extents
+from ..nn.shelfnet import check_image_size
 from ..normalisation import Normalisation
 
 
@@ -29,11 +30,6 @@ def image_size(image: Tensor) -> tuple[int, int, int]:
     return image.shape[0], image.shape[2], image.shape[3]
 
 
-def padded(extent: int) -> int:
-    """The next multiple of the network's stride, 32."""
-    return -(-extent // STRIDE) * STRIDE
-
-
 def statistics(normalisation: Normalisation, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """Mean and deviation of the colours, (3,) float32."""
     mean, std = torch.tensor([normalisation.mean, normalisation.std], dtype=torch.float32, device=device)
@@ -49,3 +45,13 @@ def prepare_image(image: Tensor, h: int, w: int, mean: Tensor, std: Tensor) -> T
         image = ((image.float() / 255 - mean) / std).permute(0, 3, 1, 2)
     image = F.pad(image.float(), (0, w - image.shape[3], 0, h - image.shape[2]))
     return image.contiguous(memory_format=torch.channels_last)
+
+
+def enlarged(image: Tensor, extents: Extents, mean: Tensor, std: Tensor) -> Tensor:
+    """Normalised float32 images (N, 3, h, w) as a network that enlarges them sees the given ones.
+
+    mean, std: of `statistics`, on the image's device.
+    """
+    _, h, w = image_size(image)
+    image = prepare_image(image, *extents.padded(h, w), mean, std)
+    return F.interpolate(image, extents.seen(h, w), mode="bilinear", align_corners=False)

@@ -100,7 +100,7 @@ def lower(model: ShelfNet) -> p.Plan:
     features = lowering.lower(model.backbone, model.config.levels)
     levels = lowering.lower(model.shelf, features)
     lowering.lower(model.head, levels[0])
-    return p.Plan(tuple(lowering.steps), model.config.num_classes)
+    return p.Plan(tuple(lowering.steps), model.config.num_classes, model.config.extents)
 
 
 def _refuse_hooks(model: nn.Module) -> None:

@@ -15,12 +15,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..nn.extents import Extents
 from ..ops.quantize import Quantum
 
 
 @dataclasses.dataclass(frozen=True)
 class Value:
     """An activation (N, channels, H / stride, W / stride), or with stride None a gate (N, channels).
+
+    H and W are those that the backbone sees, `Plan.extents` of the images'.
 
     Gates are float32, activations of the dtype the plan runs in, or with `codes` of that: on a GPU int8 or
     float8_e4m3fn, whose steps their readers and writers know, on a CPU uint8 of a `quantum`.
@@ -33,7 +36,7 @@ class Value:
     quantum: Quantum | None = None
 
     def shape(self, n: int, h: int, w: int) -> tuple[int, ...]:
-        """Logical NCHW shape for n images padded to h x w."""
+        """Logical NCHW shape for n images seen as h x w."""
         if self.stride is None:
             return (n, self.channels)
         return (n, self.channels, h // self.stride, w // self.stride)
@@ -43,7 +46,7 @@ class Value:
         return torch.float32 if self.stride is None else self.codes or activations
 
     def bytes(self, n: int, h: int, w: int, activations: torch.dtype) -> int:
-        """Its bytes for n images padded to h x w."""
+        """Its bytes for n images seen as h x w."""
         return math.prod(self.shape(n, h, w)) * self.dtype(activations).itemsize
 
 
@@ -307,13 +310,15 @@ class Plan:
     """Steps in order; the last one's output is the scores at `scores.stride`.
 
     Attributes:
+        extents: what becomes of the height and width of images.
         dtype: of activations, for `describe`.
-        algorithms: what runs each step for n images padded to h x w, for `describe`; None where no
+        algorithms: what runs each step for n images seen as h x w, for `describe`; None where no
             program is bound to the plan.
     """
 
     steps: tuple[Step, ...]
     num_classes: int
+    extents: Extents = dataclasses.field(default_factory=Extents)
     dtype: torch.dtype = torch.float32
     algorithms: Callable[[int, int, int], Sequence[str]] | None = dataclasses.field(
         default=None, compare=False
@@ -331,7 +336,7 @@ class Plan:
         return uses
 
     def macs(self, n: int, h: int, w: int) -> int:
-        """Multiply-adds for n images padded to h x w."""
+        """Multiply-adds for n images seen as h x w."""
         return sum(step_macs(step, n, h, w) for step in self.steps)
 
     def weight_bytes(self) -> int:
@@ -341,6 +346,7 @@ class Plan:
 
     def describe(self, n: int = 1, h: int = 512, w: int = 512) -> str:
         """A table of the steps for n images of h x w: algorithms, least traffic and arithmetic."""
+        h, w = self.extents.seen(h, w)
         chosen = self.algorithms(n, h, w) if self.algorithms else [""] * len(self.steps)
         rows = [_row(index, step, self.dtype, n, h, w) for index, step in enumerate(self.steps)]
         rows = [(*row[:6], name, *row[6:]) for row, name in zip(rows, chosen, strict=True)]
@@ -359,7 +365,7 @@ class Plan:
 
 
 def step_macs(step: Step, n: int, h: int, w: int) -> int:
-    """Multiply-adds of one step for n images padded to h x w."""
+    """Multiply-adds of one step for n images seen as h x w."""
     return math.prod(step.output.shape(n, h, w)) * step.macs_per_output()
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import plan as p
 
-# n images padded to h x w.
+# n images seen as h x w.
 Size = tuple[int, int, int]
 T = TypeVar("T")
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ..engine import FastShelfNet
 from ..nn import ShelfNet
-from ..nn.shelfnet import STRIDE
+from ..nn.extents import STRIDE
 from ..ops import upsample_argmax, upsample_softmax_sum
 from .protocol import Protocol
 
@@ -21,7 +21,7 @@ class Labeller:
     """A network in eval mode that gives labels by a protocol.
 
     Images are resized by Pillow, bilinear, as raw 8-bit RGB; shrinking averages. At every scale the
-    whole image is padded with the mean colour to multiples of 32, as the network itself does; windows
+    whole image is padded with the mean colour to the multiples that the network itself pads to; windows
     beyond the image's edge are padded with black, as published. Mirrored, an image is padded first. Scores
     stay at the network's own resolution: `upsample_softmax_sum` adds their resize to one sum at the image's
     size, or, for windows, at the resized image's, which is resized class by class.
@@ -41,7 +41,7 @@ class Labeller:
         self.model, self.protocol = model, protocol
         source = model.source if isinstance(model, FastShelfNet) else model
         self.num_classes = source.config.num_classes
-        self._align = source.align_corners
+        self._align, self._extents = source.align_corners, source.config.extents
         weight = next(source.parameters())
         # Of the images; the accelerated model takes float32 whatever its own dtype.
         self._dtype = torch.float32 if isinstance(model, FastShelfNet) else weight.dtype
@@ -138,9 +138,9 @@ class Labeller:
         x = (raw.to(self._sum_dtype) / 255 - self._mean) / self._std
         return x.permute(0, 3, 1, 2).to(self._dtype)
 
-    @staticmethod
-    def _padded(x: Tensor) -> Tensor:
-        return F.pad(x, (0, -x.shape[3] % STRIDE, 0, -x.shape[2] % STRIDE))
+    def _padded(self, x: Tensor) -> Tensor:
+        height, width = self._extents.padded(max(x.shape[2], STRIDE), max(x.shape[3], STRIDE))
+        return F.pad(x, (0, width - x.shape[3], 0, height - x.shape[2]))
 
 
 def _writable(pixels: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import torch
@@ -14,10 +15,12 @@ from ..normalisation import Normalisation
 from . import published
 from .backbone import RESNET_STAGES, ResNet, init_weights
 from .blocks import BackboneHead, ConvHead, LinearHead, PresenceHead
+from .extents import STRIDE, Extents
 from .fused import fuse_for_training
 from .shelf import MERGES, Shelf
 
-STRIDE = 32
+# Largest denominator of `input_scale`: images are padded to multiples of at most 32 times it.
+MOST_PARTS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +41,9 @@ class ShelfNetConfig:
         head_width: channels inside the main head, "conv" only.
         aux: whether there are auxiliary heads (used in training only).
         presence: whether there is an SE head (used in training only).
+        input_scale: how many times images are enlarged, bilinearly, before the backbone, for features of
+            smaller strides: for thin things in small images. 1, as published, up to 4, a ratio of integers
+            with a denominator up to 8, such as 1.6.
     """
 
     num_classes: int = 21
@@ -53,6 +59,7 @@ class ShelfNetConfig:
     head_width: int = 64
     aux: bool = True
     presence: bool = True
+    input_scale: float = 1.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.widths, (tuple, list)):
@@ -71,6 +78,19 @@ class ShelfNetConfig:
             raise ValueError(f"dropout is {self.dropout!r}, it may be from 0 up to, not including, 1")
         if not isinstance(self.negative_slope, (int, float)) or not self.negative_slope >= 0:
             raise ValueError(f"negative_slope is {self.negative_slope!r}, it may be any number from 0")
+        self._check_input_scale()
+
+    def _check_input_scale(self) -> None:
+        scale = self.input_scale
+        fits = isinstance(scale, (int, float)) and 1 <= scale <= 4
+        if not fits or float(self.extents.scale) != scale:
+            may = f"a ratio of integers from 1 to 4 with a denominator up to {MOST_PARTS}"
+            raise ValueError(f"input_scale is {scale!r}, it may be {may}")
+
+    @property
+    def extents(self) -> Extents:
+        """What becomes of the height and width of images."""
+        return Extents(Fraction(self.input_scale).limit_denominator(MOST_PARTS))
 
     @property
     def levels(self) -> int:
@@ -107,8 +127,8 @@ class ShelfNet(nn.Module):
 
     In eval mode `model(x)` gives the scores (N, classes, H, W); in train mode a `ShelfNetOutput`.
     Inputs are (N, 3, H, W) with H, W >= 32, any floating dtype and memory format, normalised as for
-    ImageNet. Sizes that are not multiples of 32 are padded with zeros at the bottom and right inside,
-    and the outputs cropped.
+    ImageNet. Sizes that are not multiples of 32 (`config.extents.multiple` where `input_scale` is not 1) are
+    padded with zeros at the bottom and right inside, and the outputs cropped.
 
     `load_state_dict` takes this model's own keys or a checkpoint of the authors as it is.
 
@@ -175,7 +195,7 @@ class ShelfNet(nn.Module):
 
         Resized to `padded_size(x.shape)` and cropped to x's size they are those of `forward`.
         """
-        levels = self.shelf(self.backbone(self._pad(x))[-self.config.levels :])
+        levels = self.shelf(self.backbone(self._prepared(x))[-self.config.levels :])
         return self.head(levels[0])
 
     def forward_heads(self, x: Tensor) -> ShelfNetOutput:
@@ -190,7 +210,7 @@ class ShelfNet(nn.Module):
         Resized to `padded_size(x.shape)` and cropped to x's size they are those of `forward_heads`, which
         a loss that resizes, `shelfkern.ops.upsample_cross_entropy`, never stores.
         """
-        features = self.backbone(self._pad(x))
+        features = self.backbone(self._prepared(x))
         levels = self.shelf(features[-self.config.levels :])
         sources = features[-2:-1] if self.config.head == "linear" else levels[1:3]
         aux = tuple(head(source) for head, source in zip(self.aux_heads, sources, strict=False))
@@ -198,19 +218,24 @@ class ShelfNet(nn.Module):
         return ShelfNetOutput(self.head(levels[0]), aux, presence)
 
     def padded_size(self, shape: Sequence[int]) -> tuple[int, int]:
-        """The height and width to which images (N, 3, H, W) are padded: the next multiples of 32.
+        """The height and width to which images (N, 3, H, W) are padded, and scores resized before the crop.
+
+        The next multiples of 32, or of `config.extents.multiple`.
 
         Raises:
             ValueError: shape is not (N, 3, H, W) with H, W >= 32.
         """
         check_image_size(tuple(shape))
-        # Written as 32 * k and never skipped, so that torch.export sees one program with simple sizes.
-        height, width = (STRIDE * ((size + STRIDE - 1) // STRIDE) for size in shape[2:])
-        return height, width
+        return self.config.extents.padded(shape[2], shape[3])
 
-    def _pad(self, x: Tensor) -> Tensor:
+    def _prepared(self, x: Tensor) -> Tensor:
+        """Images as the backbone sees them."""
         height, width = self.padded_size(x.shape)
-        return F.pad(x, (0, width - x.shape[3], 0, height - x.shape[2]))
+        padded = F.pad(x, (0, width - x.shape[3], 0, height - x.shape[2]))
+        if not self.config.extents.enlarges:
+            return padded
+        seen = self.config.extents.seen(x.shape[2], x.shape[3])
+        return F.interpolate(padded, seen, mode="bilinear", align_corners=False)
 
     def _resize(self, scores: Tensor, x: Tensor) -> Tensor:
         size = self.padded_size(x.shape)

@@ -18,6 +18,9 @@ CONFIGS = {
     "no_lateral": ShelfNetConfig(
         num_classes=5, backbone_width=16, widths=(32, 64, 128), lateral=False, **REAL_TIME
     ),
+    "enlarged": ShelfNetConfig(
+        num_classes=7, backbone_width=16, widths=(16, 24), input_scale=1.6, **REAL_TIME
+    ),
     "deconv": ShelfNetConfig(num_classes=21, backbone_width=8, widths=(12, 16, 24, 40)),
     "one_pair": ShelfNetConfig(
         num_classes=3, backbone="resnet18", backbone_width=8, widths=(8, 16, 24), pairs=1

@@ -40,12 +40,13 @@ def test_multiply_adds_equal_those_of_the_model(name):
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
         model(torch.zeros(2, 3, 64, 96))
+    size = 2, *plan.extents.seen(64, 96)
     merges = sum(
-        s.macs_per_output() * torch.Size(s.output.shape(2, 64, 96)).numel()
+        s.macs_per_output() * torch.Size(s.output.shape(*size)).numel()
         for s in plan.steps
         if s.op == "upsample_add"
     )
-    assert plan.macs(2, 64, 96) - merges == counter.get_total_flops() // 2
+    assert plan.macs(*size) - merges == counter.get_total_flops() // 2
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -132,3 +133,10 @@ def test_plans_are_immutable():
     plan = lower(build(CONFIGS["attention"]))
     with pytest.raises(dataclasses.FrozenInstanceError):
         plan.steps[0].act = None
+
+
+def test_a_description_is_of_what_the_backbone_sees():
+    plan = lower(build(CONFIGS["enlarged"]))
+    assert plan.describe(1, 33, 40).endswith(plan.describe(1, 40, 40).splitlines()[-1])
+    assert "at 1 x 3 x 64 x 64" in plan.describe(1, 33, 40)
+    assert "at 1 x 3 x 64 x 64" in lower(build(CONFIGS["attention"])).describe(1, 33, 40)

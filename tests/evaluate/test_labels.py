@@ -215,6 +215,19 @@ def test_single_scale_of_an_accelerated_model_is_predict() -> None:
     assert (found == fast.predict(torch.from_numpy(pixels)[None])[0].numpy()).all()
 
 
+@pytest.mark.parametrize("size", [(70, 90), (20, 45)])
+def test_a_model_that_enlarges_images_pads_them_as_itself(size: tuple[int, int]) -> None:
+    pixels, model = picture(*size), tiny(torch.float64, input_scale=1.6)
+    x = normalised(pixels, model)
+    # At least 32 rows are needed, of multiples of 20.
+    x = F.pad(x, (0, 0, 0, max(0, 40 - size[0])))
+    with torch.no_grad():
+        scores = model(x)[:, :, : size[0]]
+    for protocol in (Protocol(), Protocol((1.0, 1.0))):
+        labels = Labeller(model, protocol)(pixels)
+        assert (labels == scores.argmax(1)[0].numpy()).mean() > 0.999
+
+
 def test_more_classes_than_a_byte_holds() -> None:
     model = tiny(torch.float64, num_classes=300)
     with torch.no_grad():

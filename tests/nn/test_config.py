@@ -113,6 +113,13 @@ def test_changes_reach_the_config() -> None:
         ({"dropout": 1.0}, "dropout is 1.0, it may be from 0 up to, not including, 1"),
         ({"dropout": "a"}, "dropout is 'a', it may be from 0 up to, not including, 1"),
         ({"negative_slope": -1}, "negative_slope is -1, it may be any number from 0"),
+        (
+            {"input_scale": 0.5},
+            "input_scale is 0.5, it may be a ratio of integers from 1 to 4 with a denom.*",
+        ),
+        ({"input_scale": 1.01}, "input_scale is 1.01, it may be a ratio .* with a denominator up to 8"),
+        ({"input_scale": float("nan")}, "input_scale is nan, it may be a ratio of integers from 1 to 4 .*"),
+        ({"input_scale": "2"}, "input_scale is '2', it may be a ratio of integers from 1 to 4 .*"),
         ({"lateral": False}, r"widths is \(4, 4, 8\), without lateral it must be \(8, 16, 32\)"),
     ],
 )

@@ -60,6 +60,31 @@ def test_padded_size() -> None:
         model.padded_size((1, 3, 31, 64))
 
 
+@pytest.mark.parametrize("scale, multiple", [(1.6, 20), (2, 16), (1.5, 64), (4 / 3, 24)])
+@torch.no_grad()
+def test_images_are_padded_then_enlarged(narrow, scale: float, multiple: int) -> None:
+    plain, model = narrow("shelfnet18_lw"), narrow("shelfnet18_lw", input_scale=scale)
+    model.load_state_dict(plain.state_dict())
+    image = torch.randn(2, 3, 45, 71)
+    rows, columns = -(-45 // multiple), -(-71 // multiple)
+    size = multiple * rows, multiple * columns
+    assert model.padded_size(image.shape) == size
+    padded = F.pad(image, (0, size[1] - 71, 0, size[0] - 45))
+    seen = tuple(round(scale * extent) for extent in size)
+    assert seen[0] % 32 == seen[1] % 32 == 0
+    low = plain.coarse_scores(F.interpolate(padded, seen, mode="bilinear"))
+    assert torch.equal(model.coarse_scores(image), low)
+    scores = F.interpolate(low, size, mode="bilinear", align_corners=True)[:, :, :45, :71]
+    assert torch.equal(model(image), scores)
+    assert torch.equal(model.forward_heads(image).scores, scores)
+
+
+def test_an_enlarged_image_reaches_the_loss_at_its_own_size(narrow) -> None:
+    model = narrow("shelfnet18_lw", input_scale=1.6).train()
+    out = model(torch.randn(2, 3, 45, 71))
+    assert [scores.shape for scores in (out.scores, *out.aux)] == [(2, 5, 45, 71)] * 3
+
+
 @pytest.mark.parametrize("name", PUBLISHED_KINDS)
 def test_train_outputs_have_the_inputs_size(narrow, name: str) -> None:
     out = narrow(name).train()(torch.randn(2, 3, 50, 70))

@@ -79,6 +79,18 @@ def test_export_with_dynamic_batch_and_size(merge: str) -> None:
         close(exported(image), model(image))
 
 
+@torch.no_grad()
+def test_export_of_a_model_that_enlarges_images() -> None:
+    config = ShelfNetConfig(5, "resnet18", 4, (4, 8), head_width=4, input_scale=1.6, **SHALLOW["attention"])
+    model = ShelfNet(config).eval()
+    sizes = {0: Dim("batch"), 2: Dim("height", min=33), 3: Dim("width", min=33)}
+    program = torch.export.export(model, (torch.randn(2, 3, 70, 101),), dynamic_shapes=(sizes,))
+    exported = program.module()
+    for shape in [(1, 3, 33, 200), (3, 3, 64, 96), (1, 3, 101, 99)]:
+        image = torch.randn(shape)
+        close(exported(image), model(image))
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_export_of_a_published_model(narrow, name: str) -> None:
     model = narrow(name)

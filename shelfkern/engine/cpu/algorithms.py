@@ -37,7 +37,7 @@ STRIPS = 1.01
 
 
 def algorithms(step: p.Step, size: Size, context: Context, packed: Packed) -> list[Algorithm]:
-    """The ways to run a step for n images padded to h x w, the one that should be fastest first.
+    """The ways to run a step for n images seen as h x w, the one that should be fastest first.
 
     Raises:
         RuntimeError: none can run; the message gives the reasons.

@@ -23,7 +23,7 @@ Passes = Callable[[Sequence[Names]], Sequence[Callable[[], Call]]]
 
 
 def choose(plan: p.Plan, size: Size, context: Context, tuner: Tuner, passes: Passes) -> Names:
-    """Names of the algorithms to take for n images padded to h x w.
+    """Names of the algorithms to take for n images seen as h x w.
 
     Layers are timed one by one, with nothing in the caches. That does not show what a result outside the
     arena costs in a network, fresh pages and activations pushed out of the caches: so passes are timed too,

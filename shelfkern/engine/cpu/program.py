@@ -16,7 +16,7 @@ from ... import native, ops
 from ...normalisation import Normalisation
 from .. import arena
 from .. import plan as p
-from ..image import image_size, padded
+from ..image import enlarged, image_size, prepare_image, statistics
 from ..problem import Packed, Size, random_image
 from ..tuning import Call, Tuner
 from ..workspace import WorkspacePool
@@ -96,7 +96,7 @@ class Program:
             _log_once(f"{step.op} runs on the library backend: {reason}")
 
     def chosen(self, size: Size) -> list[Algorithm]:
-        """The algorithm of each step for n images padded to h x w and the present number of threads."""
+        """The algorithm of each step for n images seen as h x w and the present number of threads."""
         return self._chosen(size, torch.get_num_threads())
 
     def _chosen(self, size: Size, threads: int) -> list[Algorithm]:
@@ -135,7 +135,7 @@ class Program:
         return [named(algorithms(step, size, self.context, own), name) for step, name, own in steps]
 
     def algorithm_names(self, n: int, h: int, w: int) -> list[str]:
-        """What runs each step for n images padded to h x w, on the present number of threads."""
+        """What runs each step for n images seen as h x w, on the present number of threads."""
         return [algorithm.name for algorithm in self.chosen((n, h, w))]
 
     def _workspace(self, key: tuple[Size, int]) -> Workspace:
@@ -184,12 +184,27 @@ class Program:
 
     def _run(self, images: Tensor, finish: Callable[[Tensor, Extent, Extent], Tensor]) -> Tensor:
         n, h, w = image_size(images)
-        full = padded(h), padded(w)
-        with self.pool.borrow(((n, *full), torch.get_num_threads())) as workspace:
+        full, seen = self.plan.extents.padded(h, w), self.plan.extents.seen(h, w)
+        images = self.seen(images)
+        with self.pool.borrow(((n, *seen), torch.get_num_threads())) as workspace:
             return finish(self.low_resolution_scores(images, workspace), full, (h, w))
 
+    def seen(self, images: Tensor) -> Tensor:
+        """Checked images as the first step takes them: as they are, or enlarged."""
+        extents = self.plan.extents
+        if not extents.enlarges:
+            return images
+        mean, std = statistics(self.normalisation)
+        if self.context.unavailable("upsample_bilinear") is not None:
+            return enlarged(images, extents, mean, std).contiguous()
+        n, h, w = image_size(images)
+        padded = prepare_image(images, *extents.padded(h, w), mean, std)
+        out = native.empty((n, 3, *extents.seen(h, w)), torch.float32)
+        ops.upsample_bilinear_native(padded, extents.seen(h, w), out, align_corners=False)
+        return out
+
     def low_resolution_scores(self, images: Tensor, workspace: Workspace) -> Tensor:
-        """Scores (N, classes, H / stride, W / stride) of checked images, in the workspace's memory."""
+        """Scores (N, classes, H / stride, W / stride) of images of `seen`, in the workspace's memory."""
         values: dict[int, Tensor] = {}
         for index, (step, run) in enumerate(zip(self.plan.steps, workspace.runs, strict=True)):
             inputs = [values[value.index] for value in step.inputs] or [images]

@@ -42,7 +42,7 @@ from .algorithm import (
 
 
 def algorithms(step: p.Step, size: Size, context: Context, packed: Packed) -> list[Algorithm]:
-    """The ways to run a step for n images padded to h x w, the one that should be fastest first.
+    """The ways to run a step for n images seen as h x w, the one that should be fastest first.
 
     Raises:
         RuntimeError: none can run; the message gives the reasons.

@@ -50,7 +50,7 @@ class Recipe:
 
     Attributes:
         plan: its steps.
-        size: images, and the extent they are padded to.
+        size: images, and the extent they are seen at.
         dtype: of activations.
         steps: with their algorithms.
         order: in which they run, and in which streams.
@@ -146,13 +146,16 @@ class Forward:
         runtime: Runtime,
         finish: Callable[[Tensor, Any], None] | None = None,
         result: Tensor | None = None,
+        prepare: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         """Lays out the arena.
 
         finish: takes the low-resolution scores and `result` once all steps have run.
+        prepare: gives the images as the first step takes them, where it does not take them as they are.
         """
         self.recipe, self.images, self.result = recipe, images, result
-        self._runtime, self._finish = runtime, finish
+        self._runtime, self._finish, self._prepare = runtime, finish, prepare
+        self._seen = images
         self._runs: list[Run] = [bound.algorithm.prepare() for bound in recipe.steps]
         plan, size, dtype = recipe.plan, recipe.size, recipe.dtype
         values = {value for bound in recipe.steps if bound.algorithm.in_arena for value in bound.step.outputs}
@@ -206,6 +209,8 @@ class Forward:
         runtime, streams = self._runtime, self.recipe.order
         awaited = {other for waits in streams.waits for other in waits}
         marks: dict[int, Any] = {}
+        if self._prepare is not None:
+            self._seen = self._prepare(self.images)
         start = runtime.mark() if self._side is not None else None
         forked = False
         for index, stream in enumerate(streams.streams):
@@ -236,7 +241,7 @@ class Forward:
     def run_step(self, index: int) -> None:
         """Launches one step on the current stream; its inputs are what the last pass left."""
         bound = self.recipe.steps[index]
-        inputs = [self._values[value.index] for value in bound.step.inputs] or [self.images]
+        inputs = [self._values[value.index] for value in bound.step.inputs] or [self._seen]
         in_arena = bound.algorithm.in_arena
         outputs = [self._values[value.index] for value in bound.step.outputs] if in_arena else []
         own = self._runs[index](inputs, outputs, self._scratch[index], bound.overlap)

@@ -20,7 +20,7 @@ from ...ops import _conv_triton as conv
 from ...ops.upsample_argmax import upsample_argmax_cuda
 from ...ops.upsample_bilinear import upsample_bilinear_triton
 from .. import plan as p
-from ..image import image_size, padded
+from ..image import enlarged, image_size, statistics
 from ..problem import Packed, Size
 from ..tuning import Candidate, Tuner
 from ..workspace import WorkspacePool
@@ -73,10 +73,6 @@ class _Key:
             return (self.n, self.h, self.w, 3)
         return (self.n, 3, self.h, self.w)
 
-    @property
-    def size(self) -> Size:
-        return self.n, padded(self.h), padded(self.w)
-
 
 @dataclasses.dataclass(frozen=True)
 class _Problem:
@@ -121,6 +117,7 @@ class GpuProgram:
         # Asked once, for asking whether there is a GPU takes longer than a launch.
         self._resizes = self.context.unavailable("upsample_bilinear", "triton") is None
         self._labels = self.context.unavailable("upsample_argmax", self.context.cuda) is None
+        self._statistics = statistics(normalisation, options.device)
         self.plan = dataclasses.replace(plan, dtype=options.dtype, algorithms=self.algorithm_names)
         self._packed = [Packed(self._settle) for _ in plan.steps]
         self._choosing = threading.Lock()
@@ -175,12 +172,12 @@ class GpuProgram:
             return self._recorded(key, images, functools.partial(finish, key), result)
 
     def recipe(self, size: Size) -> Recipe:
-        """The algorithms for n images padded to h x w, chosen once."""
+        """The algorithms for n images seen as h x w, chosen once."""
         with self._choosing:
             return self._recipe(size)
 
     def algorithm_names(self, n: int, h: int, w: int) -> list[str]:
-        """The algorithm of each step for n images padded to h x w."""
+        """The algorithm of each step for n images seen as h x w."""
         return [bound.algorithm.name for bound in self.recipe((n, h, w)).steps]
 
     def algorithms(self, step: int, size: Size) -> list[Algorithm]:
@@ -252,16 +249,22 @@ class GpuProgram:
         return self._recorded(key, images, functools.partial(self._argmax, key), result)
 
     def _recorded(self, key: _Key, images: Tensor, finish: Any, result: Tensor | None) -> Forward:
-        forward = Forward(self.recipe(key.size), images, self.runtime, finish, result)
+        size = key.n, *self.plan.extents.seen(key.h, key.w)
+        prepare = self._enlarged if self.plan.extents.enlarges else None
+        forward = Forward(self.recipe(size), images, self.runtime, finish, result, prepare)
         if self.options.graphs:
             forward.record()
         return forward
+
+    def _enlarged(self, images: Tensor) -> Tensor:
+        mean, std = self._statistics
+        return enlarged(images, self.plan.extents, mean, std).to(self.options.dtype)
 
     def _scores_shape(self, key: _Key) -> tuple[int, ...]:
         return (key.n, self.plan.num_classes, key.h, key.w)
 
     def _resize(self, key: _Key, scores: Tensor, out: Tensor) -> None:
-        full = key.size[1:]
+        full = self.plan.extents.padded(key.h, key.w)
         if self._resizes:
             upsample_bilinear_triton(scores, full, out, self.align_corners, overlap=True)
         else:
@@ -269,7 +272,7 @@ class GpuProgram:
             out.copy_(ops.upsample_bilinear_reference(scores, full, size, self.align_corners))
 
     def _argmax(self, key: _Key, scores: Tensor, out: Tensor) -> None:
-        full = key.size[1:]
+        full = self.plan.extents.padded(key.h, key.w)
         if self._labels:
             upsample_argmax_cuda(scores, full, out, self.align_corners, self.context.cuda)
         else:

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from models import CONFIGS, build, images
+from models import CONFIGS, assert_as_exact_as_eager, build, images
 from recording import Recording
 
 from shelfkern import nn as published
@@ -142,6 +142,15 @@ def test_a_graph_is_captured_once_and_replayed():
     assert (kinds("capture"), kinds("replay")) == (3, 5)
     fast.scores(images(1, 64, 64).half())
     assert kinds("capture") == 3
+
+
+@torch.no_grad()
+def test_images_are_enlarged_inside_the_graph():
+    runtime, model = Recording(), build(CONFIGS["enlarged"])
+    fast = program(model, runtime)
+    inputs = [images(1, 45, 71), images(1, 45, 71, seed=1), images(1, 45, 71)]
+    assert_as_exact_as_eager(fast.scores, model, inputs, torch.float32)
+    assert (count(runtime, "capture"), count(runtime, "replay")) == (1, 3)
 
 
 @torch.no_grad()
