@@ -121,7 +121,7 @@ class Bench:
             return {}
         try:
             with time_limit(self.deadline.left):
-                return resident.measure(resident.task_of(peer, model, images, case))
+                return resident.of(peer, model, images, case)
         except (OutOfTime, RuntimeError) as error:
             click.echo(f"{case}, {peer.name}: {error or 'the time was spent'}", err=True)
             return {}

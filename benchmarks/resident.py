@@ -1,8 +1,8 @@
 """Peak memory of one variant on a CPU, in a process of its own that holds nothing else.
 
-The parent writes what the variant starts from: a runtime's own file, for torch and for ours the model, and in
-8 bits the images of calibration. So the peak is of preparing that and calling it: no export counts, and of
-torch.compile no C++ compiler, which runs in other processes and whose output the parent left in the cache.
+The parent writes what the variant starts from: a runtime's own file, or ours, and for torch the model. So
+the peak is of preparing that and calling it: no export counts, and of torch.compile no C++ compiler, which
+runs in other processes and whose output the parent left in the cache.
 Peaks are the kernel's high-water mark of the process's memory map: getrusage's would include the parent's,
 from which it was forked.
 """
@@ -25,6 +25,21 @@ STATUS = Path("/proc/self/status")
 FOLDER = Path(__file__).parent
 
 Task = dict[str, Any]
+
+
+def of(peer: Any, model: Any, images: Any, case: Any) -> dict[str, float]:
+    """A variant's memory as `measure` gives it; of ours also `memory_with_model_mib`, beyond what was there.
+
+    That is of a process which makes it from a model, and keeps that, instead of from a file.
+
+    Raises:
+        RuntimeError: as `measure`.
+    """
+    task = task_of(peer, model, images, case)
+    found = measure(task)
+    if task.pop("network", None):
+        found["memory_with_model_mib"] = measure(task)["memory_net_mib"]
+    return found
 
 
 def measure(task: Task) -> dict[str, float]:
@@ -56,6 +71,7 @@ def task_of(peer: Any, model: Any, images: Any, case: Any) -> Task:
     import torch
     from peers.cpu_runtimes import Runtime, read
     from peers.exported import folder
+    from peers.ours import Shelfkern
 
     task = {
         "peer": peer.key,
@@ -72,6 +88,9 @@ def task_of(peer: Any, model: Any, images: Any, case: Any) -> Task:
     if case.dtype == "int8":
         task["range_images"] = str(folder() / "range_images.pt")
         torch.save(peer.range_images(case.size), task["range_images"])
+    if isinstance(peer, Shelfkern):
+        task["network"] = str(folder() / "network.safetensors")
+        peer.accelerated(model, images, case.torch_dtype).save(task["network"])
     torch.save(model, folder() / "model.pt")
     torch.save(images, folder() / "images.pt")
     return task | {"file": str(folder() / "model.pt"), "images": str(folder() / "images.pt")}
@@ -108,11 +127,13 @@ def _torch(task: Task) -> Callable[[], Callable[[], object]]:
     torch.set_grad_enabled(False)
     (peer,) = (peer for peer in of_device("cpu", bool(task["tune"])) if peer.key == task["peer"])
     images = torch.load(task["images"])
-    if "range_images" in task:
+    if "range_images" in task and "network" not in task:
         found = torch.load(task["range_images"])
         peer = dataclasses.replace(peer, range_images=lambda size: found)
 
     def make() -> Callable[[], object]:
+        if "network" in task:
+            return peer.loaded(task["network"], images, task["labels"])
         model = torch.load(task["file"], weights_only=False)
         return peer.prepare(model, images, getattr(torch, task["dtype"]), task["labels"])
 

@@ -147,9 +147,13 @@ def memory(rows: list[Row], layers: list[Row]) -> list[str]:
         dict.fromkeys(variant for by_variant in found.values() for variant in _measured(by_variant))
     )
     variants.sort(key=is_ours)
-    lines = _header(*CASE_COLUMNS, *variants)
+    lines = _header(*CASE_COLUMNS, *variants, "shelfkern, with its model")
     for case, by_variant in found.items():
-        lines.append(_line(*case.cells(), *(_mebibytes(by_variant.get(variant)) for variant in variants)))
+        cells = [_mebibytes(by_variant.get(variant)) for variant in variants]
+        beside = [
+            row["memory_with_model_mib"] for row in by_variant.values() if "memory_with_model_mib" in row
+        ]
+        lines.append(_line(*case.cells(), *cells, f"{beside[0]:.0f}" if beside else ""))
     return lines
 
 

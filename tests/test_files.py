@@ -30,6 +30,23 @@ def test_a_new_file(target, tmp_path) -> None:
     assert only(tmp_path) == {"file.bin": b"new"}
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no umask")
+def test_readable_by_whom_the_umask_allows(target, tmp_path) -> None:
+    with (tmp_path / "plain").open("w"):
+        pass
+    with replacing(target) as temporary:
+        temporary.write_bytes(b"new")
+        temporary.chmod(0o600)
+    assert Path(target).stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_what_nobody_wrote_replaces_nothing(target, tmp_path) -> None:
+    Path(target).write_bytes(b"old")
+    with pytest.raises(FileNotFoundError), replacing(target):
+        pass
+    assert only(tmp_path) == {"file.bin": b"old"}
+
+
 def test_the_old_file_is_whole_until_the_end(target, tmp_path) -> None:
     Path(target).write_bytes(b"old")
     with replacing(target) as temporary:

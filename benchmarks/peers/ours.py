@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,14 +66,23 @@ class Shelfkern:
 
     def prepare(self, model: ShelfNet, images: Tensor, dtype: torch.dtype, labels: bool) -> Run:
         """As `Peer.prepare`."""
+        fast = self.accelerated(model, images, dtype)
+        if self.bound:
+            return fast.bind(images, "labels" if labels else "scores")
+        return Call(fast, images, labels)
+
+    def loaded(self, path: Path, images: Tensor, labels: bool) -> Run:
+        """A call of what was saved of `accelerated`."""
+        fast = shelfkern.load(path, images.device, tune=self.tune, graphs=self.graphs)
+        return Call(fast, images, labels)
+
+    def accelerated(self, model: ShelfNet, images: Tensor, dtype: torch.dtype) -> FastShelfNet:
+        """The module, for images of a size."""
         options: dict[str, Any] = {"tune": self.tune, "graphs": self.graphs}
         if dtype is torch.int8:
             height, width = image_size(images)[1:]
             options["calibration"] = self.range_images((height, width))
-        fast = shelfkern.accelerate(model, dtype, images.device, **options)
-        if self.bound:
-            return fast.bind(images, "labels" if labels else "scores")
-        return Call(fast, images, labels)
+        return shelfkern.accelerate(model, dtype, images.device, **options)
 
 
 def on_cpu(tune: bool) -> list[Peer]:

@@ -1,6 +1,6 @@
 """From a model to its fast twin: folded weights, a static plan over one arena, kernels."""
 
-from .accelerate import FastShelfNet, accelerate
+from .accelerate import FastShelfNet, accelerate, load
 from .plan import Plan
 
-__all__ = ["FastShelfNet", "Plan", "accelerate"]
+__all__ = ["FastShelfNet", "Plan", "accelerate", "load"]

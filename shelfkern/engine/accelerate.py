@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -12,20 +13,21 @@ from torch import Tensor, nn
 
 from .. import native
 from ..nn.shelfnet import ShelfNet, check_image_size
+from ..normalisation import Normalisation
 from ..ops._backends import MIN_CAPABILITY
-from .calibration import Images, batches_of, calibrate, calibrate_unsigned, check_calibration
+from .calibration import Images, batches_of, check_calibration
 from .cpu.program import Program
 from .cpu.timing import Tuners
-from .fingerprint import Fingerprint
 from .frames import Frame, FrameStream, batches
 from .gpu.device import runtime_of
 from .gpu.forward import BoundStep, Forward
 from .gpu.program import GpuProgram, Options
 from .gpu.timing import tuner_of
 from .image import image_size
-from .lower import lower
+from .origin import Classes, FromFile, FromModel, Origin, Palette, State
 from .plan import Plan
-from .quantization import KINDS, coded, quantized
+from .quantization import KINDS
+from .saved import Saved
 
 # On a CPU "emulated" runs the GPU's kernels there, thread by thread: for those who work on them.
 BACKENDS = ("auto", "native", "library", "emulated")
@@ -79,17 +81,58 @@ def accelerate(
     """
     if not isinstance(model, ShelfNet):
         raise TypeError(f"model is a {type(model).__qualname__}, it must be a shelfkern.nn.ShelfNet")
+    where = _device(_device_of(model) if device is None else device)
+    _check_options(dtype, where, backend, tune)
+    check_calibration(dtype, calibration)
+    batches = None if calibration is None else [batch.cpu() for batch in batches_of(calibration)]
+    return FastShelfNet(FromModel(model, batches), dtype, where, backend, tune, graphs)
+
+
+def load(
+    path: str | os.PathLike[str],
+    device: torch.device | str | None = None,
+    backend: str = "auto",
+    *,
+    tune: bool | float = False,
+    graphs: bool = True,
+) -> FastShelfNet:
+    """The accelerated network in a file of `FastShelfNet.save`, without its model and calibration.
+
+    It takes less memory than `accelerate`, which holds the model: the weights in the file are mapped, and
+    read while they are packed. So the file may be replaced while the network lives, and not overwritten.
+
+    Args:
+        path: the file.
+        device: where it runs: the CPU by default, or for a network of a GPU's 8 bits the GPU.
+        backend, tune, graphs: as of `accelerate`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        RuntimeError: the file is cut short, or of another kind or version; or as `accelerate`.
+        ValueError: the network's dtype cannot run there, or its 8 bits are another kind of device's; or as
+            `accelerate`.
+    """
+    origin = FromFile(path)
+    saved = origin.saved
+    kind = "cuda" if saved.on_gpu and backend == "auto" else "cpu"
+    where = _device(kind if device is None else device)
+    _check_options(saved.dtype, where, backend, tune)
+    if saved.dtype in KINDS and saved.on_gpu != _takes_gpu_program(saved.dtype, where, backend):
+        made, here = ("a GPU", "a CPU") if saved.on_gpu else ("a CPU", "a GPU")
+        raise ValueError(
+            f"{path} has 8 bits for the kernels of {made}, and device and backend ask for {here}'s"
+        )
+    return FastShelfNet(origin, saved.dtype, where, backend, tune, graphs)
+
+
+def _check_options(dtype: torch.dtype, where: torch.device, backend: str, tune: bool | float) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}, it may be one of {', '.join(BACKENDS)}")
-    where = _device(model, device)
     if backend == "emulated" and where.type != "cpu":
         raise ValueError(f"backend is 'emulated' and device {str(where)!r}, it must be 'cpu'")
     _check_dtype(dtype, where, backend)
-    check_calibration(dtype, calibration)
     if not isinstance(tune, (bool, int, float)) or not tune >= 0:
         raise ValueError(f"tune is {tune!r}, it may be True, False or seconds from 0")
-    batches = None if calibration is None else [batch.cpu() for batch in batches_of(calibration)]
-    return FastShelfNet(model, dtype, where, backend, tune, graphs, batches)
 
 
 def _check_dtype(dtype: torch.dtype, device: torch.device, backend: str) -> None:
@@ -115,17 +158,18 @@ def _check_output(output: str) -> None:
         raise ValueError(f"output is {output!r}, it may be one of {', '.join(OUTPUTS)}")
 
 
-def _device(model: ShelfNet, device: torch.device | str | None) -> torch.device:
-    """The device asked for, with its index; otherwise the model's."""
-    if device is None:
-        found = next((p.device for p in model.parameters()), torch.device("cpu"))
-        # A model without values runs nowhere: what is wrong with it shows when it is lowered.
-        found = found if found.type != "meta" else torch.device("cpu")
-    else:
-        try:
-            found = torch.device(device)
-        except RuntimeError:
-            raise ValueError(_UNKNOWN_DEVICE.format(str(device))) from None
+def _device_of(model: ShelfNet) -> torch.device:
+    found = next((p.device for p in model.parameters()), torch.device("cpu"))
+    # A model without values runs nowhere: what is wrong with it shows when it is lowered.
+    return found if found.type != "meta" else torch.device("cpu")
+
+
+def _device(device: torch.device | str) -> torch.device:
+    """The device asked for, with its index."""
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ValueError(_UNKNOWN_DEVICE.format(str(device))) from None
     if found.type not in ("cpu", "cuda"):
         raise ValueError(_UNKNOWN_DEVICE.format(str(found)))
     if found.type == "cpu":
@@ -142,32 +186,29 @@ def _device(model: ShelfNet, device: torch.device | str | None) -> torch.device:
 
 
 class FastShelfNet(nn.Module):
-    """What `accelerate` gives: a ShelfNet for inference.
+    """What `accelerate` and `load` give: a ShelfNet for inference.
 
     Calls may come from several threads at once, in several CUDA streams, and with changing sizes. It
-    holds the source model, folded copies of its weights, and a few idle arenas with their graphs; none of
-    these are in its state dict.
+    holds the model that it was made from, folded copies of its weights, and a few idle arenas with their
+    graphs; none of these are in its state dict.
     """
 
     def __init__(
         self,
-        source: ShelfNet,
+        origin: Origin,
         dtype: torch.dtype,
         device: torch.device,
         backend: str,
         tune: bool | float,
         graphs: bool,
-        calibration: list[Tensor] | None,
     ) -> None:
         super().__init__()
-        # In a list, so that the source's parameters do not become this module's.
-        self._source = [source]
+        self._origin = origin
         self.dtype = dtype
         self.device = device
         self.backend = backend
         self.tune = tune
         self.graphs = graphs
-        self._calibration = calibration
         self._on_gpu = _takes_gpu_program(dtype, device, backend)
         # Of all programs, so that weights can change without another search.
         self._tuner = tuner_of(device, tune) if self._on_gpu else None
@@ -177,32 +218,37 @@ class FastShelfNet(nn.Module):
         self.eval()
 
     def refresh(self) -> None:
-        """Takes up the source model's present weights. Calls do so themselves when they see a change."""
-        fingerprint = Fingerprint(self._source[0])
-        program = self._gpu_program() if self._on_gpu else self._cpu_program()
+        """Takes up the model's present weights. Calls do so themselves when they see a change."""
+        state = self._origin.state()
+        plan = self._origin.plan(self.dtype, self._on_gpu)
+        program = self._gpu_program(plan) if self._on_gpu else self._cpu_program(plan)
         # One assignment, so that a call in another thread sees the old pair or the new one.
-        self._current: tuple[Fingerprint, Program | GpuProgram] = (fingerprint, program)
+        self._current: tuple[State, Program | GpuProgram] = (state, program)
 
-    def _cpu_program(self) -> Program:
-        source = self._source[0]
-        options = self.scores_dtype, self.backend, source.normalisation, source.align_corners
-        return Program(self._plan(), *options, self._tuners)
+    def _cpu_program(self, plan: Plan) -> Program:
+        origin = self._origin
+        options = self.scores_dtype, self.backend, origin.normalisation, origin.align_corners
+        return Program(plan, *options, self._tuners, origin.packed)
 
-    def _plan(self) -> Plan:
-        source, plan = self._source[0], lower(self._source[0])
-        if self._calibration is None:
-            return plan
-        if not self._on_gpu:
-            return coded(plan, calibrate_unsigned(plan, self._calibration, source.normalisation))
-        ranges = calibrate(plan, self._calibration, self.dtype, source.normalisation)
-        return quantized(plan, ranges, self.dtype)
-
-    def _gpu_program(self) -> GpuProgram:
-        source, plan = self._source[0], self._plan()
+    def _gpu_program(self, plan: Plan) -> GpuProgram:
+        origin = self._origin
         ours, theirs = self.backend != "library", self.backend != "native"
         options = Options(self.device, self.scores_dtype, ours, theirs, self.graphs)
         assert self._tuner is not None
-        return GpuProgram(plan, options, source.normalisation, source.align_corners, self._tuner)
+        return GpuProgram(plan, options, origin.normalisation, origin.align_corners, self._tuner)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the network as it is now, folded and calibrated, to a file that `load` reads.
+
+        The file holds the weights in float32, for every size, number of threads and CPU; and, but for 8 bits,
+        for CPUs and GPUs.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        origin, plan = self._origin, self._program().plan
+        facts = origin.normalisation, origin.align_corners, origin.classes, origin.palette
+        Saved(plan, self.dtype, self._on_gpu, *facts).write(path)
 
     @property
     def scores_dtype(self) -> torch.dtype:
@@ -212,9 +258,29 @@ class FastShelfNet(nn.Module):
         return torch.float16 if self._on_gpu else torch.float32
 
     @property
-    def source(self) -> ShelfNet:
-        """The model that was accelerated."""
-        return self._source[0]
+    def source(self) -> ShelfNet | None:
+        """The model that was accelerated; None of a file."""
+        return self._origin.model if isinstance(self._origin, FromModel) else None
+
+    @property
+    def normalisation(self) -> Normalisation:
+        """Of the raw images that the network was trained on."""
+        return self._origin.normalisation
+
+    @property
+    def align_corners(self) -> bool:
+        """Of the final resize."""
+        return self._origin.align_corners
+
+    @property
+    def classes(self) -> Classes:
+        """A name per class, where known."""
+        return self._origin.classes
+
+    @property
+    def palette(self) -> Palette:
+        """An (r, g, b) per class, where known."""
+        return self._origin.palette
 
     @property
     def plan(self) -> Plan:
@@ -364,23 +430,23 @@ class FastShelfNet(nn.Module):
             return current[1]
         with self._refresh_lock:
             if not self._is_present(*self._current):
-                log.info("the source model changed: folding its weights again")
+                log.info("the model changed: folding its weights again")
                 self.refresh()
             return self._current[1]
 
-    def _is_present(self, fingerprint: Fingerprint, program: Program | GpuProgram) -> bool:
-        return fingerprint.matches() and program.normalisation == self._source[0].normalisation
+    def _is_present(self, state: State, program: Program | GpuProgram) -> bool:
+        return state.matches() and program.normalisation == self._origin.normalisation
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Plans hold native buffers and graphs: copies and pickles are made from the source.
-        keywords = {"tune": self.tune, "graphs": self.graphs, "calibration": self._calibration}
-        return _again, (self._source[0], self.dtype, str(self.device), self.backend, keywords)
+        # Programs hold native buffers and graphs: copies and pickles are made from the origin.
+        options = self.dtype, str(self.device), self.backend, self.tune, self.graphs
+        return _again, (self._origin, *options)
 
 
 def _again(
-    model: ShelfNet, dtype: torch.dtype, device: str, backend: str, keywords: dict[str, Any]
+    origin: Origin, dtype: torch.dtype, device: str, backend: str, tune: bool | float, graphs: bool
 ) -> FastShelfNet:
-    return accelerate(model, dtype, device, backend, **keywords)
+    return FastShelfNet(origin, dtype, _device(device), backend, tune, graphs)
 
 
 class BoundImages:

@@ -58,12 +58,12 @@ class Packed:
 
     Those of a form that only some sizes read are kept for as long as somebody holds them.
 
-    settle: called when something was made: waits until it is there, whichever stream reads it, or gives back
+    done: called when something was made: waits until it is there, whichever stream reads it, or gives back
         the memory that making it took.
     """
 
-    def __init__(self, settle: Callable[[], None] | None = None) -> None:
-        self._settle = settle
+    def __init__(self, done: Callable[[], None] | None = None) -> None:
+        self._done = done
         self._lock = threading.Lock()
         self._made: dict[Hashable, Any] = {}
         self._held: weakref.WeakValueDictionary[Hashable, Any] = weakref.WeakValueDictionary()
@@ -81,6 +81,6 @@ class Packed:
             found = made.get(form)
             if found is None:
                 found = made[form] = make()
-                if self._settle is not None:
-                    self._settle()
+                if self._done is not None:
+                    self._done()
             return found

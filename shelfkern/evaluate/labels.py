@@ -39,15 +39,17 @@ class Labeller:
             kind = type(model).__qualname__
             raise TypeError(f"model is a {kind}, it may be a ShelfNet or what accelerate gives")
         self.model, self.protocol = model, protocol
-        source = model.source if isinstance(model, FastShelfNet) else model
-        self.num_classes = source.config.num_classes
-        self._align, self._extents = source.align_corners, source.config.extents
-        weight = next(source.parameters())
-        # Of the images; the accelerated model takes float32 whatever its own dtype.
-        self._dtype = torch.float32 if isinstance(model, FastShelfNet) else weight.dtype
+        if isinstance(model, FastShelfNet):
+            self.num_classes, self._extents = model.plan.num_classes, model.plan.extents
+            # Of the images: it takes float32 whatever its own dtype.
+            self._dtype, self.device = torch.float32, model.device
+        else:
+            weight = next(model.parameters())
+            self.num_classes, self._extents = model.config.num_classes, model.config.extents
+            self._dtype, self.device = weight.dtype, weight.device
+        self._align = model.align_corners
         self._sum_dtype = torch.promote_types(self._dtype, torch.float32)
-        self.device = model.device if isinstance(model, FastShelfNet) else weight.device
-        statistics = source.normalisation.mean, source.normalisation.std
+        statistics = model.normalisation.mean, model.normalisation.std
         self._mean, self._std = torch.tensor(statistics, dtype=self._sum_dtype, device=self.device)
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:

@@ -43,7 +43,7 @@ from peers import compiled, cpu_runtimes, cudnn, eager, exported, ours, quantise
 from peers.network import Network
 
 from shelfkern.engine import plan
-from shelfkern.nn import ShelfNet, ShelfNetConfig
+from shelfkern.nn import ShelfNet, ShelfNetConfig, shelfnet18_lw
 from shelfkern.timing import Timing
 
 ROOT = Path(__file__).parents[2]
@@ -878,9 +878,23 @@ def test_memory_in_8_bits_is_without_making_images():
     model, case = small(), dataclasses.replace(SCORES, dtype="int8", threads=1)
     task = resident.task_of(ours.on_cpu(tune=False)[0], model, images_of(case, model), case)
     assert torch.equal(torch.load(task["range_images"]), range_images(case.size))
+    del task["network"]
     assert resident.measure(task)["memory_net_mib"] > 1
     with pytest.raises(RuntimeError, match="FileNotFoundError"):
         resident.measure(task | {"range_images": "/nowhere/range_images.pt"})
+
+
+def test_memory_of_ours_is_from_a_file_and_beside_its_model():
+    peer, model = ours.on_cpu(tune=False)[0], shelfnet18_lw().eval()
+    case = dataclasses.replace(SCORES, size=(64, 64), threads=1)
+    task = resident.task_of(peer, model, images_of(case, model), case)
+    for gone in ("file", "range_images"):
+        task.pop(gone, None)
+    (Path(task["network"]).parent / "model.pt").unlink()
+    assert resident.measure(task)["memory_net_mib"] > 1
+    found = resident.of(peer, model, images_of(case, model), case)
+    # The model's own 56 MiB.
+    assert found["memory_with_model_mib"] > found["memory_net_mib"] + 40
 
 
 def test_memory_of_a_runtime_is_without_torch():

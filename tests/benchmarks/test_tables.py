@@ -153,9 +153,12 @@ def test_arithmetic_is_counted_both_ways():
 
 
 def test_memory_is_of_the_cases_that_have_it():
-    header, _, line = table.memory(cpu_rows(), [])
-    assert cells(header)[5:] == ["eager", "OpenVINO", "shelfkern"]
-    assert cells(line)[4:] == ["2", "51 (150)", "51 (150)", "51 (150)"]
+    rows = cpu_rows()
+    header, _, line = table.memory(rows, [])
+    assert cells(header)[5:] == ["eager", "OpenVINO", "shelfkern", "shelfkern, with its model"]
+    assert cells(line)[4:] == ["2", "51 (150)", "51 (150)", "51 (150)", ""]
+    rows[0]["memory_with_model_mib"] = 70.4
+    assert cells(table.memory(rows, [])[2])[-1] == "70"
 
 
 def test_layers_are_summed_by_op_and_algorithm():

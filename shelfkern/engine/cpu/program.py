@@ -65,7 +65,12 @@ class Program:
         normalisation: Normalisation,
         align_corners: bool,
         tuners: Tuners,
+        made: Callable[[p.Step], None] = lambda step: native.give_back(),
     ) -> None:
+        """Binds the plan.
+
+        made: called when weights of a step were packed: gives back the memory that this took.
+        """
         self.dtype = dtype
         self.align_corners = align_corners
         self.normalisation = normalisation
@@ -73,7 +78,8 @@ class Program:
         self.plan = dataclasses.replace(plan, dtype=dtype, algorithms=self.algorithm_names)
         self._check()
         self._tuners = tuners
-        self._packed = [Packed(native.give_back) for _ in plan.steps]
+        self._made = made
+        self._packed = self._unpacked()
         last_uses = plan.last_uses()
         self._dead_after = [
             [value.index for value in set(step.inputs) if last_uses[value] == index]
@@ -112,10 +118,13 @@ class Program:
             native.give_back()
         return self._named(names, size, self._packed)
 
+    def _unpacked(self) -> list[Packed]:
+        return [Packed(functools.partial(self._made, step)) for step in self.plan.steps]
+
     def _names(self, size: Size, tuner: Tuner) -> Names:
         def passes(ways: Sequence[Names]) -> list[Callable[[], Call]]:
             # Their own, and gone with them; they run one after the other, so one arena serves them all.
-            packed = [Packed(native.give_back) for _ in self.plan.steps]
+            packed = self._unpacked()
             found = [self._named(names, size, packed) for names in ways]
             memory = native.empty((max(self._layout(each, size).size for each in found),), torch.uint8)
             return [functools.partial(self._tried, chosen, size, memory) for chosen in found]

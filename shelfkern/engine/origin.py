@@ -1,0 +1,130 @@
+"""Where an accelerated network's plan comes from: a model, whose weights may change, or a file."""
+
+from __future__ import annotations
+
+import os
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .. import native
+from ..nn.shelfnet import ShelfNet
+from ..normalisation import Normalisation
+from . import plan as p
+from .calibration import calibrate, calibrate_unsigned
+from .fingerprint import Fingerprint
+from .lower import lower
+from .quantization import coded, quantized
+from .saved import read_saved
+
+Classes = tuple[str, ...] | None
+Palette = tuple[tuple[int, int, int], ...] | None
+
+
+class State(Protocol):
+    """What an origin was when its plan was made."""
+
+    def matches(self) -> bool:
+        """Whether it still is."""
+
+
+class Origin(Protocol):
+    """What a plan is made from, and what is known of the network beside it."""
+
+    @property
+    def normalisation(self) -> Normalisation: ...
+    @property
+    def align_corners(self) -> bool: ...
+    @property
+    def classes(self) -> Classes: ...
+    @property
+    def palette(self) -> Palette: ...
+
+    def state(self) -> State:
+        """What it is now."""
+
+    def plan(self, dtype: torch.dtype, on_gpu: bool) -> p.Plan:
+        """The plan for activations of `dtype`, on a GPU's kernels or a CPU's."""
+
+    def packed(self, step: p.Step) -> None:
+        """Called when weights of a step were packed: gives back the memory that this took."""
+
+
+class FromModel:
+    """A model; for 8 bits with the images that ranges are found on.
+
+    Attributes:
+        model: held, and lowered anew when its weights change.
+    """
+
+    def __init__(self, model: ShelfNet, calibration: list[Tensor] | None) -> None:
+        self.model, self._calibration = model, calibration
+
+    @property
+    def normalisation(self) -> Normalisation:
+        return self.model.normalisation
+
+    @property
+    def align_corners(self) -> bool:
+        return self.model.align_corners
+
+    @property
+    def classes(self) -> Classes:
+        return self.model.classes
+
+    @property
+    def palette(self) -> Palette:
+        return self.model.palette
+
+    def state(self) -> Fingerprint:
+        return Fingerprint(self.model)
+
+    def plan(self, dtype: torch.dtype, on_gpu: bool) -> p.Plan:
+        plan = lower(self.model)
+        if self._calibration is None:
+            return plan
+        if not on_gpu:
+            return coded(plan, calibrate_unsigned(plan, self._calibration, self.normalisation))
+        ranges = calibrate(plan, self._calibration, dtype, self.normalisation)
+        return quantized(plan, ranges, dtype)
+
+    def packed(self, step: p.Step) -> None:
+        native.give_back()
+
+
+class FromFile:
+    """What `FastShelfNet.save` wrote. Its weights stay in the file, and are read as they are packed."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.saved = read_saved(path)
+
+    @property
+    def normalisation(self) -> Normalisation:
+        return self.saved.normalisation
+
+    @property
+    def align_corners(self) -> bool:
+        return self.saved.align_corners
+
+    @property
+    def classes(self) -> Classes:
+        return self.saved.classes
+
+    @property
+    def palette(self) -> Palette:
+        return self.saved.palette
+
+    def state(self) -> FromFile:
+        return self
+
+    def matches(self) -> bool:
+        """True: what was read does not change."""
+        return True
+
+    def plan(self, dtype: torch.dtype, on_gpu: bool) -> p.Plan:
+        return self.saved.plan
+
+    def packed(self, step: p.Step) -> None:
+        native.give_back()
+        self.saved.forget(step)
