@@ -99,9 +99,12 @@ def read_saved(path: str | os.PathLike[str]) -> Saved:
         raise FileNotFoundError(f"{path} is no file, it must be one that FastShelfNet.save wrote")
     try:
         with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})[KEY])
-    except (SafetensorError, KeyError, ValueError) as error:
+            metadata = file.metadata() or {}
+        about = json.loads(metadata.get(KEY, "null"))
+    except (SafetensorError, ValueError) as error:
         raise RuntimeError(f"{path} is cut short or no accelerated network ({error})") from error
+    if about is None:
+        raise RuntimeError(f"{path} has no plan in its metadata, FastShelfNet.save writes one that has")
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         found = about.get("format") if isinstance(about, dict) else None
         raise RuntimeError(f"{path} has the format {found}, this version reads {FORMAT}: save it again")

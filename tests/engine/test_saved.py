@@ -168,7 +168,11 @@ def test_files_that_are_none(path, tmp_path):
         path.write_bytes(whole[:length])
         with pytest.raises(RuntimeError, match="is cut short or no accelerated network"):
             shelfkern.load(path)
-    save_file({"a": torch.zeros(3)}, path)
+    for metadata in (None, {"config": "{}"}):
+        save_file({"a": torch.zeros(3)}, path, metadata)
+        with pytest.raises(RuntimeError, match=r"has no plan in its metadata, FastShelfNet\.save writes one"):
+            shelfkern.load(path)
+    save_file({"a": torch.zeros(3)}, path, {saved.KEY: "{"})
     with pytest.raises(RuntimeError, match="is cut short or no accelerated network"):
         shelfkern.load(path)
     with pytest.raises(FileNotFoundError, match="is no file"):
