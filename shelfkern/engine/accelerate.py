@@ -24,7 +24,7 @@ from .gpu.forward import BoundStep, Forward
 from .gpu.program import GpuProgram, Options
 from .gpu.timing import tuner_of
 from .image import image_size
-from .origin import Classes, FromFile, FromModel, Origin, Palette, State
+from .origin import FromFile, FromModel, Origin, State
 from .plan import Plan
 from .quantization import KINDS
 from .saved import Saved
@@ -226,16 +226,16 @@ class FastShelfNet(nn.Module):
         self._current: tuple[State, Program | GpuProgram] = (state, program)
 
     def _cpu_program(self, plan: Plan) -> Program:
-        origin = self._origin
-        options = self.scores_dtype, self.backend, origin.normalisation, origin.align_corners
-        return Program(plan, *options, self._tuners, origin.packed)
+        facts = self._origin.facts
+        options = self.scores_dtype, self.backend, facts.normalisation, facts.align_corners
+        return Program(plan, *options, self._tuners, self._origin.packed)
 
     def _gpu_program(self, plan: Plan) -> GpuProgram:
-        origin = self._origin
+        facts = self._origin.facts
         ours, theirs = self.backend != "library", self.backend != "native"
         options = Options(self.device, self.scores_dtype, ours, theirs, self.graphs)
         assert self._tuner is not None
-        return GpuProgram(plan, options, origin.normalisation, origin.align_corners, self._tuner)
+        return GpuProgram(plan, options, facts.normalisation, facts.align_corners, self._tuner)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the network as it is now, folded and calibrated, to a file that `load` reads.
@@ -246,9 +246,7 @@ class FastShelfNet(nn.Module):
         Raises:
             OSError: the file cannot be written.
         """
-        origin, plan = self._origin, self._program().plan
-        facts = origin.normalisation, origin.align_corners, origin.classes, origin.palette
-        Saved(plan, self.dtype, self._on_gpu, *facts).write(path)
+        Saved(self._program().plan, self.dtype, self._on_gpu, self._origin.facts).write(path)
 
     @property
     def scores_dtype(self) -> torch.dtype:
@@ -265,22 +263,22 @@ class FastShelfNet(nn.Module):
     @property
     def normalisation(self) -> Normalisation:
         """Of the raw images that the network was trained on."""
-        return self._origin.normalisation
+        return self._origin.facts.normalisation
 
     @property
     def align_corners(self) -> bool:
         """Of the final resize."""
-        return self._origin.align_corners
+        return self._origin.facts.align_corners
 
     @property
-    def classes(self) -> Classes:
+    def classes(self) -> tuple[str, ...] | None:
         """A name per class, where known."""
-        return self._origin.classes
+        return self._origin.facts.classes
 
     @property
-    def palette(self) -> Palette:
+    def palette(self) -> tuple[tuple[int, int, int], ...] | None:
         """An (r, g, b) per class, where known."""
-        return self._origin.palette
+        return self._origin.facts.palette
 
     @property
     def plan(self) -> Plan:
@@ -435,7 +433,7 @@ class FastShelfNet(nn.Module):
             return self._current[1]
 
     def _is_present(self, state: State, program: Program | GpuProgram) -> bool:
-        return state.matches() and program.normalisation == self._origin.normalisation
+        return state.matches() and program.normalisation == self._origin.facts.normalisation
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Programs hold native buffers and graphs: copies and pickles are made from the origin.

@@ -10,16 +10,12 @@ from torch import Tensor
 
 from .. import native
 from ..nn.shelfnet import ShelfNet
-from ..normalisation import Normalisation
 from . import plan as p
 from .calibration import calibrate, calibrate_unsigned
 from .fingerprint import Fingerprint
 from .lower import lower
 from .quantization import coded, quantized
-from .saved import read_saved
-
-Classes = tuple[str, ...] | None
-Palette = tuple[tuple[int, int, int], ...] | None
+from .saved import Facts, read_saved
 
 
 class State(Protocol):
@@ -33,13 +29,7 @@ class Origin(Protocol):
     """What a plan is made from, and what is known of the network beside it."""
 
     @property
-    def normalisation(self) -> Normalisation: ...
-    @property
-    def align_corners(self) -> bool: ...
-    @property
-    def classes(self) -> Classes: ...
-    @property
-    def palette(self) -> Palette: ...
+    def facts(self) -> Facts: ...
 
     def state(self) -> State:
         """What it is now."""
@@ -62,20 +52,9 @@ class FromModel:
         self.model, self._calibration = model, calibration
 
     @property
-    def normalisation(self) -> Normalisation:
-        return self.model.normalisation
-
-    @property
-    def align_corners(self) -> bool:
-        return self.model.align_corners
-
-    @property
-    def classes(self) -> Classes:
-        return self.model.classes
-
-    @property
-    def palette(self) -> Palette:
-        return self.model.palette
+    def facts(self) -> Facts:
+        model = self.model
+        return Facts(model.normalisation, model.align_corners, model.classes, model.palette)
 
     def state(self) -> Fingerprint:
         return Fingerprint(self.model)
@@ -85,8 +64,8 @@ class FromModel:
         if self._calibration is None:
             return plan
         if not on_gpu:
-            return coded(plan, calibrate_unsigned(plan, self._calibration, self.normalisation))
-        ranges = calibrate(plan, self._calibration, dtype, self.normalisation)
+            return coded(plan, calibrate_unsigned(plan, self._calibration, self.model.normalisation))
+        ranges = calibrate(plan, self._calibration, dtype, self.model.normalisation)
         return quantized(plan, ranges, dtype)
 
     def packed(self, step: p.Step) -> None:
@@ -100,20 +79,8 @@ class FromFile:
         self.saved = read_saved(path)
 
     @property
-    def normalisation(self) -> Normalisation:
-        return self.saved.normalisation
-
-    @property
-    def align_corners(self) -> bool:
-        return self.saved.align_corners
-
-    @property
-    def classes(self) -> Classes:
-        return self.saved.classes
-
-    @property
-    def palette(self) -> Palette:
-        return self.saved.palette
+    def facts(self) -> Facts:
+        return self.saved.facts
 
     def state(self) -> FromFile:
         return self

@@ -40,7 +40,28 @@ STEPS = (
     p.QuantizedBlock,
     p.Quantize,
 )
-RECORDS = {kind.__name__: kind for kind in (*STEPS, p.Value, p.Activation, Quantum, Extents, Normalisation)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What is known of a network beside its plan.
+
+    Attributes:
+        normalisation: of raw images.
+        align_corners: of the final resize.
+        classes: a name per class, where known.
+        palette: an (r, g, b) per class, where known.
+    """
+
+    normalisation: Normalisation
+    align_corners: bool
+    classes: tuple[str, ...] | None
+    palette: tuple[tuple[int, int, int], ...] | None
+
+
+RECORDS = {
+    kind.__name__: kind for kind in (*STEPS, p.Value, p.Activation, Quantum, Extents, Facts, Normalisation)
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,18 +71,15 @@ class Saved:
     Attributes:
         plan: its weights may lie in `file`.
         dtype: as `accelerate` was asked for.
-        on_gpu: whether the plan of 8 bits is for a GPU's kernels.
-        normalisation, align_corners, classes, palette: the model's.
+        on_gpu: whether the plan is for a GPU's kernels, where it is of 8 bits.
+        facts: the model's.
         file: what was read, mapped.
     """
 
     plan: p.Plan
     dtype: torch.dtype
     on_gpu: bool
-    normalisation: Normalisation
-    align_corners: bool
-    classes: tuple[str, ...] | None = None
-    palette: tuple[tuple[int, int, int], ...] | None = None
+    facts: Facts
     file: _Mapped | None = None
 
     def write(self, path: str | os.PathLike[str]) -> None:
@@ -71,10 +89,10 @@ class Saved:
             OSError: it cannot be written.
         """
         tensors: dict[str, Tensor] = {}
-        about = {field: _encoded(getattr(self, field), tensors) for field in _FACTS}
-        steps = [_encoded(step, tensors) for step in self.plan.steps]
-        about |= dict(format=FORMAT, steps=steps, num_classes=self.plan.num_classes)
-        about |= dict(extents=_encoded(self.plan.extents, tensors))
+        plan = self.plan
+        parts = dict(steps=plan.steps, num_classes=plan.num_classes, extents=plan.extents)
+        parts |= dict(dtype=self.dtype, on_gpu=self.on_gpu, facts=self.facts)
+        about = {"format": FORMAT, **{name: _encoded(part, tensors) for name, part in parts.items()}}
         with replacing(path) as temporary:
             save_file(tensors, temporary, {KEY: json.dumps(about)})
 
@@ -83,9 +101,6 @@ class Saved:
         if self.file is not None:
             for weight in step.weights():
                 self.file.forget(weight)
-
-
-_FACTS = ("dtype", "on_gpu", "normalisation", "align_corners", "classes", "palette")
 
 
 def read_saved(path: str | os.PathLike[str]) -> Saved:
@@ -110,11 +125,10 @@ def read_saved(path: str | os.PathLike[str]) -> Saved:
         raise RuntimeError(f"{path} has the format {found}, this version reads {FORMAT}: save it again")
     try:
         mapped = _Mapped(path)
-        steps = tuple(_decoded(step, mapped.tensors) for step in about["steps"])
-        _check(steps)
-        plan = p.Plan(steps, about["num_classes"], _decoded(about["extents"], {}))
-        facts = {field: _decoded(about[field], {}) for field in _FACTS}
-        return Saved(plan, **facts, file=mapped)
+        found = _decoded(about, mapped.tensors)
+        _check(found["steps"])
+        plan = p.Plan(found["steps"], found["num_classes"], found["extents"])
+        return Saved(plan, found["dtype"], found["on_gpu"], found["facts"], mapped)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise RuntimeError(f"{path} is no accelerated network that fits together ({error})") from error
 
@@ -187,14 +201,14 @@ def _decoded(value: Any, tensors: dict[str, Tensor]) -> Any:
         return tuple(_decoded(part, tensors) for part in value)
     if not isinstance(value, dict):
         return value
-    if "tensor" in value:
+    if value.keys() == {"tensor"}:
         return tensors[value["tensor"]]
-    if "dtype" in value:
+    if value.keys() == {"dtype"}:
         return getattr(torch, value["dtype"])
-    if "fraction" in value:
+    if value.keys() == {"fraction"}:
         return Fraction(*value["fraction"])
-    kind = RECORDS[value["record"]]
-    return kind(**{name: _decoded(part, tensors) for name, part in value.items() if name != "record"})
+    parts = {name: _decoded(part, tensors) for name, part in value.items() if name != "record"}
+    return RECORDS[value["record"]](**parts) if "record" in value else parts
 
 
 def _check(steps: tuple[Any, ...]) -> None:

@@ -211,7 +211,7 @@ def _other_stride(about, tensors):
 
 
 def _no_field(about, tensors):
-    del about["normalisation"]
+    del about["facts"]["normalisation"]
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def _no_field(about, tensors):
         (_unknown_step, "is no accelerated network that fits together"),
         (_too_early, "is no accelerated network that fits together .*reads what no step before it wrote"),
         (_other_stride, "is no accelerated network that fits together .*writes at the stride"),
-        (_no_field, "is no accelerated network that fits together .*'normalisation'"),
+        (_no_field, "is no accelerated network that fits together .*normalisation"),
     ],
 )
 def test_files_that_do_not_fit_together(change, message, path):

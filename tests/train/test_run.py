@@ -61,6 +61,7 @@ def assert_same(one: object, other: object, where: str = "") -> None:
         {"precision": "float16", "optimizer": Optimizer("sgd", momentum=0.9, clip=1.0), "accumulate": 2},
         {"loss": Loss("ohem"), "average": 0.0, "fused": False},
         {"augmentation": Augmentation((32, 48), mix=0.5)},
+        {"model": Model("shelfnet18_lw", SMALLEST | {"input_scale": 2.0})},
     ],
 )
 def test_a_resumed_run_equals_one_never_stopped(changes, source, tmp_path) -> None:
