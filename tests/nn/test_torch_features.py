@@ -161,5 +161,7 @@ def test_gradients_of_two_processes_are_averaged(narrow, tmp_path) -> None:
     for model, gradients in zip(models, torch.load(tmp_path / "gradients.pt"), strict=True):
         (sum(two_processes.loss(model, half) for half in images.chunk(2)) / 2).backward()
         assert len(gradients) == len(list(model.parameters()))
+        # Of all: biases before a batch norm have a gradient of nothing but rounding.
+        largest = max(parameter.grad.abs().max().item() for parameter in model.parameters())
         for gradient, parameter in zip(gradients, model.parameters(), strict=True):
-            assert_close(gradient, parameter.grad, rtol=1e-6, atol=1e-9 * parameter.grad.abs().max().item())
+            assert_close(gradient, parameter.grad, rtol=1e-9, atol=1e-12 * largest)
