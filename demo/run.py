@@ -21,6 +21,8 @@ from shelfkern.visualise import overlay
 
 OUTPUT = Path("shelfkern_out")
 ROUNDS = 11
+# Of the frames that the weights were trained on: larger pictures are made as small.
+LONGER_SIDE = 480
 
 
 def default_photo() -> tuple[Path, str]:
@@ -37,6 +39,7 @@ def main() -> None:
     """Runs the demo on the picture given, or on the default one."""
     photo, credit = (Path(sys.argv[1]), "") if len(sys.argv) > 1 else default_photo()
     image = read_image(photo)
+    image.thumbnail((LONGER_SIDE, LONGER_SIDE))
     model = shelfkern.nn.from_weights("camvid")
     fast = shelfkern.accelerate(model)
 

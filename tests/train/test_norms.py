@@ -75,7 +75,7 @@ def test_batches_count_by_their_images() -> None:
     frames, model = Frames(5), network()
     estimate_norms(model, frames, batch=2)
     with torch.no_grad():
-        parts = [model.backbone.conv1(model._pad(frames.batch(part, model)))
+        parts = [model.backbone.conv1(model._prepared(frames.batch(part, model)))
                  for part in (frames.read[:3], frames.read[3:])]  # fmt: skip
     norm = model.backbone.bn1
     assert_close(norm.running_mean, torch.cat(parts).mean((0, 2, 3)), rtol=0, atol=1e-12)
