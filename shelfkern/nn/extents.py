@@ -43,5 +43,6 @@ class Extents:
         return enlarged * rows, enlarged * columns
 
     def _counts(self, height: int, width: int) -> tuple[int, int]:
+        unit = self.multiple
         # Never skipped, so that torch.export sees one program with simple sizes.
-        return (height + self.multiple - 1) // self.multiple, (width + self.multiple - 1) // self.multiple
+        return (height + unit - 1) // unit, (width + unit - 1) // unit

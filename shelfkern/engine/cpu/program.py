@@ -74,6 +74,7 @@ class Program:
         self.dtype = dtype
         self.align_corners = align_corners
         self.normalisation = normalisation
+        self._statistics = statistics(normalisation)
         self.context = Context(dtype, normalisation, backend != "library", backend != "native")
         self.plan = dataclasses.replace(plan, dtype=dtype, algorithms=self.algorithm_names)
         self._check()
@@ -203,11 +204,10 @@ class Program:
         extents = self.plan.extents
         if not extents.enlarges:
             return images
-        mean, std = statistics(self.normalisation)
         if self.context.unavailable("upsample_bilinear") is not None:
-            return enlarged(images, extents, mean, std).contiguous()
+            return enlarged(images, extents, *self._statistics).contiguous()
         n, h, w = image_size(images)
-        padded = prepare_image(images, *extents.padded(h, w), mean, std)
+        padded = prepare_image(images, *extents.padded(h, w), *self._statistics)
         out = native.empty((n, 3, *extents.seen(h, w)), torch.float32)
         ops.upsample_bilinear_native(padded, extents.seen(h, w), out, align_corners=False)
         return out

@@ -257,8 +257,7 @@ class GpuProgram:
         return forward
 
     def _enlarged(self, images: Tensor) -> Tensor:
-        mean, std = self._statistics
-        return enlarged(images, self.plan.extents, mean, std).to(self.options.dtype)
+        return enlarged(images, self.plan.extents, *self._statistics).to(self.options.dtype)
 
     def _scores_shape(self, key: _Key) -> tuple[int, ...]:
         return (key.n, self.plan.num_classes, key.h, key.w)
