@@ -21,7 +21,7 @@ SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 demo: .venv/.demo
 	$(BIN)/python demo/run.py $(IMAGE)
 
-# A process a core, eight at most: each takes up to 2 GB. ARGS='-n 0' runs all in one. The tests that build
+# A process a core, eight at most: each takes up to 3 GB. ARGS='-n 0' runs all in one. The tests that build
 # wheels find cmake and ninja on the path.
 test: .venv/.test
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal $(ARGS)
