@@ -92,7 +92,7 @@ def cpu_layers(
         whole = []
         for _ in range(1 + rounds):
             begin = time.perf_counter()
-            low = program.low_resolution_scores(program.seen(images), workspace)
+            low = program.low_resolution_scores(images, workspace)
             program.resize(low, full, (height, width))
             whole.append(time.perf_counter() - begin)
     chosen = zip(program.plan.steps, program.chosen(size), strict=True)

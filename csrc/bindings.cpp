@@ -209,8 +209,9 @@ double peak(const std::string& kind, int threads, int64_t milliseconds) {
 }
 
 void stem(Address image, Address values, Address weight, Address scale, Address shift, Address out,
-          int image_dtype, int dtype, int product, int64_t n, int64_t image_h, int64_t image_w, int64_t h,
-          int64_t w, int64_t out_c, float slope, int threads, Address raw, uint32_t zero, float bias) {
+          int image_dtype, int dtype, int product, int64_t n, int64_t image_h, int64_t image_w,
+          int64_t padded_h, int64_t padded_w, int64_t h, int64_t w, int64_t out_c, float slope, int threads,
+          Address raw, uint32_t zero, float bias) {
     const py::gil_scoped_release unlocked;
     kernels().stem({pointer(image),
                     pointer<float>(values),
@@ -224,6 +225,8 @@ void stem(Address image, Address values, Address weight, Address scale, Address 
                     n,
                     image_h,
                     image_w,
+                    padded_h,
+                    padded_w,
                     h,
                     w,
                     out_c,

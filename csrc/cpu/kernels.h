@@ -163,9 +163,10 @@ struct WinogradBlock {
     int threads;
 };
 
-// max_pool3x3s2(act(scale * conv7x7s2(image) + shift)) of an image n image_h image_w, seen as h x w
-// with zeros beyond it after normalisation. u8 images are NHWC, and `values` (256 x 3) holds all that
-// they may hold, normalised; float ones are NCHW and normalised already.
+// max_pool3x3s2(act(scale * conv7x7s2(image) + shift)) of an image n image_h image_w, after normalisation
+// padded with zeros to padded_h x padded_w and enlarged bilinearly to h x w, where these differ. u8 images
+// are NHWC, and `values` (256 x 3) holds all that they may hold, normalised; float ones are NCHW and
+// normalised already.
 //
 // Those of int8 multiply raw images, and of float ones raw[c] * x + raw[3 + c], rounded; `zero` stands for 0.
 // Where the result is codes, `bias` is added before they are rounded; scale and shift are of whole panels.
@@ -177,7 +178,7 @@ struct Stem {
     void* out;
     DType image_dtype, dtype;
     Product product;
-    int64_t n, image_h, image_w, h, w, out_c;
+    int64_t n, image_h, image_w, padded_h, padded_w, h, w, out_c;
     float slope;
     int threads;
     const float* raw;

@@ -5,6 +5,8 @@
 // consecutive floats of that row by an in-register permutation.
 #pragma once
 
+#include <algorithm>
+
 #include "../common/parallel.h"
 #include "kernels.h"
 #include "vec.h"
@@ -50,46 +52,53 @@ struct Columns {
     bool narrow;  // whether kLanes floats reach all of them
 };
 
-// Fills columns for result pixels [0, width), the last vector repeating its last pixel.
-static inline void make_columns(const Resize& a, Columns* columns, int64_t* first, int64_t* next) {
-    const int64_t vectors = (a.out_w + kLanes - 1) / kLanes;
-    for (int64_t v = 0; v < vectors; ++v) {
-        Columns& column = columns[v];
-        for (int lane = 0; lane < kLanes; ++lane) {
-            const int64_t x = v * kLanes + lane;
-            const int64_t shown = x < a.out_w ? x : a.out_w - 1;
-            const Tap t = tap(a.mirror ? a.full_w - 1 - shown : shown, a.w, a.full_w, a.align_corners);
-            first[x] = t.first;
-            next[x] = t.next;
-            column.fraction[lane] = t.fraction;
-        }
-        const int64_t begin = v * kLanes, end = begin + kLanes - 1;
-        column.base = a.mirror ? first[end] : first[begin];
-        column.narrow = (a.mirror ? next[begin] : next[end]) - column.base < kLanes;
-        for (int lane = 0; lane < kLanes; ++lane) {
-            column.first[lane] = static_cast<int32_t>(first[begin + lane] - column.base);
-            column.next[lane] = static_cast<int32_t>(next[begin + lane] - column.base);
-        }
-    }
-}
-
 // Those of a whole row, and its taps one by one.
 struct ColumnTaps {
     Columns* columns;
     int64_t *first, *next;
 };
 
-// In this thread's scratch memory, in the slot given.
-static inline ColumnTaps make_column_taps(const Resize& a, int slot) {
-    const int64_t vectors = (a.out_w + kLanes - 1) / kLanes;
+// Of results [0, count), the last vector repeating its last: tap_of(x) is where result x reads.
+template <typename TapOf>
+static inline void make_columns(int64_t count, const TapOf& tap_of, const ColumnTaps& taps) {
+    for (int64_t begin = 0; begin < count; begin += kLanes) {
+        Columns& column = taps.columns[begin / kLanes];
+        int64_t *const first = taps.first + begin, *const next = taps.next + begin;
+        for (int lane = 0; lane < kLanes; ++lane) {
+            const Tap t = tap_of(begin + lane < count ? begin + lane : count - 1);
+            first[lane] = t.first;
+            next[lane] = t.next;
+            column.fraction[lane] = t.fraction;
+        }
+        column.base = *std::min_element(first, first + kLanes);
+        column.narrow = *std::max_element(next, next + kLanes) - column.base < kLanes;
+        for (int lane = 0; lane < kLanes; ++lane) {
+            column.first[lane] = static_cast<int32_t>(first[lane] - column.base);
+            column.next[lane] = static_cast<int32_t>(next[lane] - column.base);
+        }
+    }
+}
+
+// The same in this thread's scratch memory, in the slot given.
+template <typename TapOf>
+static inline ColumnTaps make_column_taps(int64_t count, const TapOf& tap_of, int slot) {
+    const int64_t vectors = (count + kLanes - 1) / kLanes;
     const int64_t column_bytes = vectors * static_cast<int64_t>(sizeof(Columns));
     const int64_t index_bytes = vectors * kLanes * 8;
     char* memory = static_cast<char*>(thread_scratch(slot, column_bytes + 2 * index_bytes));
     const ColumnTaps taps = {reinterpret_cast<Columns*>(memory),
                              reinterpret_cast<int64_t*>(memory + column_bytes),
                              reinterpret_cast<int64_t*>(memory + column_bytes + index_bytes)};
-    make_columns(a, taps.columns, taps.first, taps.next);
+    make_columns(count, tap_of, taps);
     return taps;
+}
+
+// Of the pixels of a resize's rows.
+static inline ColumnTaps make_column_taps(const Resize& a, int slot) {
+    const auto tap_of = [&](int64_t x) {
+        return tap(a.mirror ? a.full_w - 1 - x : x, a.w, a.full_w, a.align_corners);
+    };
+    return make_column_taps(a.out_w, tap_of, slot);
 }
 
 static inline vf gather(const float* row, const int64_t* index) {

@@ -4,6 +4,7 @@
 #include "../common/parallel.h"
 #include "conv_direct.h"
 #include "dtypes.h"
+#include "stem_rows.h"
 
 namespace shelfkern {
 namespace SHELFKERN_ISA {
@@ -12,21 +13,6 @@ namespace {
 constexpr int64_t kKernel = 7, kStride = 2, kPad = 3;
 // Pooled rows of one task: 2 * 8 + 1 rows of the convolution are made for them, one of them twice.
 constexpr int64_t kPooledRows = 8;
-
-// Pixels [0, count) of image row y as normalised float32 RGB.
-void read_row(const Stem& a, int64_t n, int64_t y, int64_t count, float* to) {
-    if (a.image_dtype == DType::u8) {
-        const uint8_t* from = static_cast<const uint8_t*>(a.image) + (n * a.image_h + y) * a.image_w * 3;
-        for (int64_t x = 0; x < count; ++x) {
-            for (int64_t k = 0; k < 3; ++k) to[3 * x + k] = a.values[3 * from[3 * x + k] + k];
-        }
-        return;
-    }
-    for (int64_t k = 0; k < 3; ++k) {
-        const float* plane = static_cast<const float*>(a.image) + ((n * 3 + k) * a.image_h + y) * a.image_w;
-        for (int64_t x = 0; x < count; ++x) to[3 * x + k] = plane[x];
-    }
-}
 
 // How a row of pixels lies in words: pixels of three floats or three bfloat16, which words may cut, or of
 // four codes, the last of them unused. The seven pixels of a kernel row begin at a word for every output
@@ -50,58 +36,60 @@ constexpr int64_t words_of(int64_t pixels) {
 }
 
 // A row of normalised pixels.
-void read_pixels(const Stem& a, int64_t n, int64_t y, int64_t count, float* to) {
-    read_row(a, n, y, count, to);
-}
+void read_pixels(StemRows& rows, int64_t y, int64_t count, float* to) { rows.read(y, count, to); }
 
-void read_pixels(const Stem& a, int64_t n, int64_t y, int64_t count, bf16* to) {
+void read_pixels(StemRows& rows, int64_t y, int64_t count, bf16* to) {
     const int64_t floats = 3 * count;
     float* row = static_cast<float*>(thread_scratch(2, (floats + kLanes) * 4));
-    read_row(a, n, y, count, row);
+    rows.read(y, count, row);
     for (int64_t i = 0; i < floats; i += kLanes) {
-        store_up_to(to + i, load(row + i), static_cast<int>(floats - i < kLanes ? floats - i : kLanes));
+        store_up_to(to + i, load(row + i), static_cast<int>(std::min<int64_t>(floats - i, kLanes)));
     }
 }
 
 // A row of raw pixels.
-void read_pixels(const Stem& a, int64_t n, int64_t y, int64_t count, uint32_t* to) {
-    if (a.image_dtype == DType::u8) {
-        const uint8_t* from = static_cast<const uint8_t*>(a.image) + (n * a.image_h + y) * a.image_w * 3;
+void read_pixels(StemRows& rows, int64_t y, int64_t count, uint32_t* to) {
+    if (const uint8_t* from = rows.raw(y)) {
         for (int64_t x = 0; x < count; ++x, from += 3) to[x] = from[0] | from[1] << 8 | from[2] << 16;
         return;
     }
-    const int64_t row = count + kLanes;
-    uint8_t* codes = static_cast<uint8_t*>(thread_scratch(2, 3 * row));
-    for (int64_t k = 0; k < 3; ++k) {
-        const float* plane = static_cast<const float*>(a.image) + ((n * 3 + k) * a.image_h + y) * a.image_w;
-        const vf scale = splat(a.raw[k]), shift = splat(a.raw[3 + k]);
-        for (int64_t x = 0; x < count; x += kLanes) {
-            const int some = static_cast<int>(count - x < kLanes ? count - x : kLanes);
-            store(codes + k * row + x, load_up_to(plane + x, some) * scale + shift);
-        }
+    const int64_t room = 3 * count + kLanes;
+    float* row = static_cast<float*>(thread_scratch(2, room * 5));
+    uint8_t* codes = reinterpret_cast<uint8_t*>(row + room);
+    rows.read(y, count, row);
+    // In every third vector the channels lie alike.
+    vf scale[3], shift[3];
+    for (int i = 0; i < 3 * kLanes; ++i) {
+        scale[i / kLanes][i % kLanes] = rows.of.raw[i % 3];
+        shift[i / kLanes][i % kLanes] = rows.of.raw[3 + i % 3];
     }
-    for (int64_t x = 0; x < count; ++x) to[x] = codes[x] | codes[row + x] << 8 | codes[2 * row + x] << 16;
+    for (int64_t i = 0; i < 3 * count; i += kLanes) {
+        const int64_t v = i / kLanes % 3;
+        store(codes + i, load(row + i) * scale[v] + shift[v]);
+    }
+    for (int64_t x = 0; x < count; ++x) {
+        to[x] = codes[3 * x] | codes[3 * x + 1] << 8 | codes[3 * x + 2] << 16;
+    }
 }
 
 template <typename P>
-void pack_image(const Stem& a, int64_t columns, int64_t n, int64_t first_row, int64_t rows,
-                typename P::Word* to) {
+void pack_image(StemRows& image, int64_t columns, int64_t first_row, int64_t rows, typename P::Word* to) {
     using Element = typename Pixels<P>::Element;
     constexpr int64_t kElements = Pixels<P>::kElements;
-    const int64_t inside = columns - kPad < a.image_w ? columns - kPad : a.image_w;
+    const int64_t inside = std::min(columns - kPad, image.columns());
     Element zero{};
-    if constexpr (std::is_same<P, Int8>::value) zero = a.zero;
+    if constexpr (std::is_same<P, Int8>::value) zero = image.of.zero;
     for (int64_t r = 0; r < rows; ++r, to += words_of<P>(columns)) {
         const int64_t y = first_row + r;
         Element* row = reinterpret_cast<Element*>(to);
         Element* const end = reinterpret_cast<Element*>(to + words_of<P>(columns));
-        if (y < 0 || y >= a.image_h) {
+        if (y < 0 || y >= image.rows()) {
             std::fill(row, end, zero);
             continue;
         }
         std::fill(row, row + kElements * kPad, zero);
         row += kElements * kPad;
-        read_pixels(a, n, y, inside, row);
+        read_pixels(image, y, inside, row);
         std::fill(row + kElements * inside, end, zero);
     }
 }
@@ -177,14 +165,15 @@ Epilogue<F> epilogue_of(const Stem& a, F* to, int64_t row) {
 // Rows [begin, end) of pooled pixels. Of features only those that the next row sees are kept, by turns in two
 // pairs of rows, so that they stay in L2.
 template <typename P, typename T>
-void run_rows(const Stem& a, int64_t n, int64_t begin, int64_t end) {
+void run_rows(const Stem& a, const ColumnTaps& taps, int64_t n, int64_t begin, int64_t end) {
     using Word = typename P::Word;
     const int64_t out_h = a.h / 4, out_w = a.w / 4, columns = (a.w / 2 - 1) * kStride + kKernel;
     const int64_t words = words_of<P>(columns), pixel = words_of<P>(kStride), run = words_of<P>(kKernel);
     const int64_t first = begin ? 2 * begin - 1 : 0, top = first * kStride - kPad;
     const int64_t rows = (2 * end - 1 - first) * kStride + kKernel;
     Word* image = static_cast<Word*>(thread_scratch(0, rows * words * 4));
-    pack_image<P>(a, columns, n, top, rows, image);
+    StemRows seen(a, taps, n);
+    pack_image<P>(seen, columns, top, rows, image);
     const int64_t row = a.w / 2 * a.out_c, panels = (a.out_c + kPanel - 1) / kPanel;
     T* const features = static_cast<T*>(thread_scratch(1, 4 * row * static_cast<int64_t>(sizeof(T))));
     // A kernel row's pixels are the channels of one of its taps.
@@ -209,9 +198,10 @@ void run_rows(const Stem& a, int64_t n, int64_t begin, int64_t end) {
 template <typename P, typename T>
 void run(const Stem& a) {
     const int64_t out_h = a.h / 4, pieces = (out_h + kPooledRows - 1) / kPooledRows;
+    const ColumnTaps taps = stem_taps(a, 3);
     parallel_for(a.threads, a.n * pieces, [&](int64_t task) {
         const int64_t begin = task % pieces * kPooledRows;
-        run_rows<P, T>(a, task / pieces, begin, std::min(begin + kPooledRows, out_h));
+        run_rows<P, T>(a, taps, task / pieces, begin, std::min(begin + kPooledRows, out_h));
     });
 }
 

@@ -19,7 +19,7 @@ from . import plan as p
 from .gpu.algorithm import Context, Run
 from .gpu.algorithms import algorithms
 from .gpu.device import gpu_of
-from .image import enlarged, image_size, statistics
+from .image import image_size, seen_image, statistics
 from .problem import Packed, Size
 from .quantization import KINDS, Calibration, check_kind, coded_steps
 
@@ -277,7 +277,7 @@ class _Reference:
         size = (n, *extents.seen(h, w))
         images = images.to(self._context.device)
         if extents.enlarges:
-            images = enlarged(images, extents, *statistics(self._context.normalisation, images.device))
+            images = seen_image(images, extents, *statistics(self._context.normalisation, images.device))
         values: dict[p.Value, Tensor] = {}
         for index, step in enumerate(self._plan.steps):
             inputs = [values[value] for value in step.inputs] or [images]

@@ -10,6 +10,8 @@ from ..nn.extents import Extents
 from ..nn.shelfnet import check_image_size
 from ..normalisation import Normalisation
 
+Extent = tuple[int, int]
+
 
 def image_size(image: Tensor) -> tuple[int, int, int]:
     """(N, H, W) of uint8 NHWC or float NCHW images.
@@ -36,22 +38,27 @@ def statistics(normalisation: Normalisation, device: torch.device | None = None)
     return mean, std
 
 
-def prepare_image(image: Tensor, h: int, w: int, mean: Tensor, std: Tensor) -> Tensor:
-    """Normalised float32 channels_last images (N, 3, h, w), zeros beyond the given ones.
+def prepare_image(
+    image: Tensor, padded: Extent, mean: Tensor, std: Tensor, seen: Extent | None = None
+) -> Tensor:
+    """Normalised float32 channels_last images (N, 3, *seen).
 
-    mean, std: of `statistics`, on the image's device.
+    Args:
+        image: uint8 (N, H, W, 3), or normalised floating (N, 3, H, W).
+        padded: the height and width that zeros are put beyond them to.
+        mean, std: of `statistics`, on the image's device.
+        seen: those that they are then enlarged to, bilinearly; by default they are not.
     """
     if image.dtype is torch.uint8:
         image = ((image.float() / 255 - mean) / std).permute(0, 3, 1, 2)
-    image = F.pad(image.float(), (0, w - image.shape[3], 0, h - image.shape[2]))
-    return image.contiguous(memory_format=torch.channels_last)
+    image = F.pad(image.float(), (0, padded[1] - image.shape[3], 0, padded[0] - image.shape[2]))
+    image = image.contiguous(memory_format=torch.channels_last)
+    if seen is None or seen == padded:
+        return image
+    return F.interpolate(image, seen, mode="bilinear", align_corners=False)
 
 
-def enlarged(image: Tensor, extents: Extents, mean: Tensor, std: Tensor) -> Tensor:
-    """Normalised float32 images (N, 3, h, w) as a network that enlarges them sees the given ones.
-
-    mean, std: of `statistics`, on the image's device.
-    """
+def seen_image(image: Tensor, extents: Extents, mean: Tensor, std: Tensor) -> Tensor:
+    """The same of `extents`: images as the network's first convolution sees them."""
     _, h, w = image_size(image)
-    image = prepare_image(image, *extents.padded(h, w), mean, std)
-    return F.interpolate(image, extents.seen(h, w), mode="bilinear", align_corners=False)
+    return prepare_image(image, extents.padded(h, w), mean, std, extents.seen(h, w))

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ..nn.extents import Extents
 from . import plan as p
 
 # n images seen as h x w.
@@ -22,12 +23,20 @@ CODES_DEVIATION = 40
 TUNING_SECONDS = 60.0
 
 
-def key_of(step: p.Step, size: Size, dtype: torch.dtype, precision: str = "") -> str:
-    """A problem's name: equal for steps that do the same work on activations of `dtype`."""
+def key_of(
+    step: p.Step, size: Size, dtype: torch.dtype, precision: str = "", extents: Extents | None = None
+) -> str:
+    """A problem's name: equal for steps that do the same work on activations of `dtype`.
+
+    extents: of images that the step enlarges, where it reads them.
+    """
     shapes = [value.shape(*size) for value in (*step.inputs, *step.outputs)]
     shapes += [tuple(t.shape) for t in step.weights() if t.ndim > 1]
     kind = f"{str(dtype).removeprefix('torch.')} {precision}".rstrip()
-    return " ".join([step.op, step.detail(), *("x".join(map(str, shape)) for shape in shapes), kind])
+    detail = step.detail()
+    if extents is not None and extents.enlarges and not step.inputs:
+        detail += f", of images enlarged {extents.scale} times"
+    return " ".join([step.op, detail, *("x".join(map(str, shape)) for shape in shapes), kind])
 
 
 def random_value(value: p.Value, size: Size, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -42,6 +42,10 @@ class Extents:
         enlarged = int(self.multiple * self.scale)
         return enlarged * rows, enlarged * columns
 
+    def given(self, height: int, width: int) -> tuple[int, int]:
+        """The padded images that the backbone sees so."""
+        return int(height / self.scale), int(width / self.scale)
+
     def _counts(self, height: int, width: int) -> tuple[int, int]:
         unit = self.multiple
         # Never skipped, so that torch.export sees one program with simple sizes.

@@ -31,17 +31,25 @@ def normalise(image: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 def stem_reference(
     image: Tensor, w: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, std: Tensor, size: Size,
-    slope: float | None = 0.0,
+    slope: float | None = 0.0, padded: Size | None = None,
 ) -> Tensor:  # fmt: skip
     """The same in torch calls, for any device and dtype; differentiable."""
+    padded = padded or size
     x = normalise(image, mean.to(w.dtype), std.to(w.dtype)) if image.dtype is torch.uint8 else image
-    x = F.pad(x, (0, size[1] - x.shape[3], 0, size[0] - x.shape[2]))
+    x = F.pad(x, (0, padded[1] - x.shape[3], 0, padded[0] - x.shape[2]))
+    if padded != size:
+        x = F.interpolate(x, size, mode="bilinear", align_corners=False)
     return F.max_pool2d(conv_bn_act_reference(x, w, scale, shift, stride=2, padding=3, slope=slope), 3, 2, 1)
 
 
-def can_run(image: Tensor, w: Tensor) -> backends.Reasons:
-    """Why each kernel cannot take the image and w; None for those that can."""
+def can_run(image: Tensor, w: Tensor, enlarges: bool = False) -> backends.Reasons:
+    """Why each kernel cannot take the image and w; None for those that can.
+
+    enlarges: whether what the image is padded to is not yet what it is seen as.
+    """
     why = backends.reasons(OP, w, "w")
+    for name in ("cuda", "emulated") if enlarges else ():
+        why[name] = why[name] or "padded differs from size, and the CUDA kernel does not enlarge images"
     if image.dtype not in (torch.uint8, torch.float32) and why["native"] is None:
         why["native"] = f"image is {image.dtype}, the native kernel takes uint8 and float32"
     return why
@@ -88,8 +96,11 @@ def stem_native(
     out: Tensor,
     slope: float | None,
     codes: StemCodes | None = None,
+    padded: Size | None = None,
 ) -> None:
     """The native kernel into `out` (N, K, H / 4, W / 4), unchecked: image contiguous, out in NHWC storage.
+
+    padded: what the image is padded to before it is enlarged to H x W; by default it is not enlarged.
 
     Products are of the packed dtype, float32 or bfloat16 with sums in float32, or int8 where `codes` has
     what they need. Where out is codes, uint8, scale and shift are of whole panels, and in its steps.
@@ -97,7 +108,7 @@ def stem_native(
     raw = image.dtype is torch.uint8
     n, k, out_h, out_w = out.shape
     image_h, image_w = image.shape[1:3] if raw else image.shape[2:]
-    codes = codes or StemCodes()
+    codes, seen = codes or StemCodes(), (4 * out_h, 4 * out_w)
     native.module.stem(
         image.data_ptr(),
         values.data_ptr(),
@@ -108,7 +119,7 @@ def stem_native(
         native.DTYPE_CODES[image.dtype],
         native.DTYPE_CODES[out.dtype],
         native.PRODUCT_CODES[packed.data.dtype],
-        n, image_h, image_w, 4 * out_h, 4 * out_w, k,
+        n, image_h, image_w, *(padded or seen), *seen, k,
         common.native_slope(slope),
         torch.get_num_threads(),
         native.address(codes.raw),
@@ -217,13 +228,13 @@ def _empty(image: Tensor, w: Tensor, size: list[int]) -> Tensor:
 @backends.custom_op(OP)
 def _op(
     image: Tensor, w: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, std: Tensor, size: list[int],
-    slope: float | None, backend: str,
+    padded: list[int], slope: float | None, backend: str,
 ) -> Tensor:  # fmt: skip
     out, values = _empty(image, w, size), normalised_values(mean, std)
     if backend == "native":
         packed = pack_stem_rows(w, product_dtype(w.dtype, w.dtype))
         parameters = common.float32(scale), common.float32(shift), values
-        stem_native(image.contiguous(), packed, *parameters, out, slope)
+        stem_native(image.contiguous(), packed, *parameters, out, slope, padded=(padded[0], padded[1]))
     else:
         stem_cuda(image, pack_stem(w, scale, shift), values, out, slope, backend)
     return out
@@ -232,7 +243,7 @@ def _op(
 @_op.register_fake
 def _(
     image: Tensor, w: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, std: Tensor, size: list[int],
-    slope: float | None, backend: str,
+    padded: list[int], slope: float | None, backend: str,
 ) -> Tensor:  # fmt: skip
     return _empty(image, w, size)
 
@@ -246,6 +257,7 @@ def stem(
     std: Tensor,
     *,
     size: Size | None = None,
+    padded: Size | None = None,
     slope: float | None = 0.0,
     backend: str = "auto",
 ) -> Tensor:
@@ -256,8 +268,10 @@ def stem(
         w: (K, 3, 7, 7), stride 2, padding 3.
         scale, shift: (K,), the folded batch norm.
         mean, std: (3,), of raw images.
-        size: height and width that the image is seen as, with zeros beyond it after normalisation, as
-            the network pads; multiples of 4, by default the image's own.
+        size: height and width that the image is seen as; multiples of 4, by default the image's own.
+        padded: those that it is padded to with zeros, after normalisation and before it is enlarged to
+            `size`, bilinearly as by `torch.nn.functional.interpolate` without align_corners. By default
+            `size`: it is only padded.
         slope: of the activation: 0 relu, up to 1 leaky relu, None nothing.
         backend: one of `BACKENDS`; "auto" takes the best kernel that can run, else torch's own calls.
 
@@ -269,7 +283,7 @@ def stem(
         RuntimeError: the backend asked for cannot run.
     """
     image, w = common.autocast(image), common.autocast(w)
-    size = _check(image, w, size)
+    size, padded = _check(image, w, size, padded)
     for name, value in (("scale", scale), ("shift", shift)):
         common.check_shape(OP, name, value, (w.shape[0],), f"w of {tuple(w.shape)}")
     for name, value in (("mean", mean), ("std", std)):
@@ -278,13 +292,13 @@ def stem(
         common.check_device(OP, name, value, image)
     common.check_slope(OP, slope)
     tensors = (image, w, scale, shift, mean, std)
-    chosen = backends.choose(OP, backend, can_run(image, w), tensors)
+    chosen = backends.choose(OP, backend, can_run(image, w, padded != size), tensors)
     if chosen == "reference":
-        return stem_reference(*tensors, size, slope)
-    return _op(*tensors, list(size), slope, chosen)
+        return stem_reference(*tensors, size, slope, padded)
+    return _op(*tensors, list(size), list(padded), slope, chosen)
 
 
-def _check(image: Tensor, w: Tensor, size: Size | None) -> Size:
+def _check(image: Tensor, w: Tensor, size: Size | None, padded: Size | None) -> tuple[Size, Size]:
     common.check_tensor(OP, "image", image)
     common.check_tensor(OP, "w", w)
     raw = image.dtype is torch.uint8
@@ -298,6 +312,10 @@ def _check(image: Tensor, w: Tensor, size: Size | None) -> Size:
         raise ValueError(f"{OP}: w is {tuple(w.shape)}, it must be (K, 3, 7, 7)")
     own = (image.shape[1], image.shape[2]) if raw else (image.shape[2], image.shape[3])
     size = own if size is None else size
-    if len(size) != 2 or size[0] < own[0] or size[1] < own[1] or size[0] % 4 or size[1] % 4 or min(size) < 4:
-        raise ValueError(f"{OP}: size is {size}, it must be multiples of 4 of at least the image's {own}")
-    return size
+    padded = size if padded is None else padded
+    if len(padded) != 2 or padded[0] < own[0] or padded[1] < own[1]:
+        name = "size" if padded is size else "padded"
+        raise ValueError(f"{OP}: {name} is {padded}, it must be at least the image's {own}")
+    if len(size) != 2 or size[0] % 4 or size[1] % 4 or min(size) < 4:
+        raise ValueError(f"{OP}: size is {size}, it must be multiples of 4")
+    return size, padded

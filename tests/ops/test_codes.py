@@ -347,11 +347,11 @@ def test_attention_gate_on_every_isa(n, c, h, w):
     each_isa(run)
 
 
-def run_stem(image, packed, scale, shift, size, slope, codes):
+def run_stem(image, packed, scale, shift, size, slope, codes, padded=None):
     n = len(image)
     shape = (n, packed.out_channels, size[0] // 4, size[1] // 4)
     result = nhwc(torch.full(shape, POISON, dtype=U8))
-    stem_native(image, packed, scale, shift, normalised_values(MEAN, STD), result, slope, codes)
+    stem_native(image, packed, scale, shift, normalised_values(MEAN, STD), result, slope, codes, padded)
     return result
 
 
@@ -407,6 +407,25 @@ def test_stem_of_raw_products_on_every_isa(n, h, w, k, size):
         found = run_stem(image, packed, *norms, size, 0.01, codes)
         assert_near(found, truth, out, 1e-4)
         assert torch.equal(run_stem(floating, packed, *norms, size, 0.01, codes), found), isa
+
+    each_isa(run)
+
+
+@pytest.mark.parametrize("padded, size", [((40, 40), (64, 64)), ((33, 35), (100, 60)), ((31, 34), (32, 36))])
+def test_stem_of_raw_products_of_enlarged_images_on_every_isa(padded, size):
+    """As of the image that was enlarged before and given as floats."""
+    image, (weight, scale, shift) = pixels(2, 31, 34), parameters(20)
+    packed, *norms, codes = fold_raw(weight, scale, shift, MEAN.double(), STD.double(), Quantum(0.03, 5))
+    around = F.pad(normalise(image, MEAN, STD), (0, padded[1] - 34, 0, padded[0] - 31))
+    enlarged = F.interpolate(around, size, mode="bilinear", align_corners=False).contiguous()
+
+    def run(isa):
+        expected = run_stem(enlarged, packed, *norms, size, 0.01, codes)
+        for given_image in (image, normalise(image, MEAN, STD).contiguous()):
+            found = run_stem(given_image, packed, *norms, size, 0.01, codes, padded)
+            # A raw value that lies between two may be rounded to the other.
+            off = (found.int() - expected.int()).abs()
+            assert off.max() <= 1 and (off > 0).float().mean() < 0.02, isa
 
     each_isa(run)
 

@@ -46,6 +46,17 @@ SHAPES = [
     (1, 3, 5, 5, (72, 8)),
 ]
 WIDE = [(1, 9, 1500, 17, (12, 1504)), (1, 37, 300, 33, (68, 304))]
+# n, h, w, k, what the image is padded to, and what it is then enlarged to
+ENLARGED = [
+    (2, 30, 33, 17, (40, 40), (64, 64)),
+    (1, 45, 71, 64, (48, 80), (72, 120)),
+    (1, 20, 30, 5, (20, 30), (40, 60)),
+    (1, 5, 7, 3, (5, 7), (24, 20)),
+    (2, 1, 1, 1, (1, 1), (4, 4)),
+    (1, 3, 5, 5, (40, 6), (72, 8)),
+    (1, 33, 90, 19, (33, 90), (24, 64)),
+    (1, 9, 700, 17, (10, 700), (12, 1400)),
+]
 SLOPES = [0.0, 0.01, None]
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 # With these a raw image becomes exactly its whole numbers less 3.
@@ -63,25 +74,27 @@ def parameters(k, dtype=torch.float32):
     return weight.to(dtype), random(k, seed=2, dtype=dtype), random(k, seed=3, dtype=dtype)
 
 
-def truth(image, weight, scale, shift, mean, std, size, slope):
+def truth(image, weight, scale, shift, mean, std, size, slope, padded=None):
     """In float64, from torch's own modules."""
     weight, scale, shift, mean, std = double([weight, scale, shift, mean, std])
     x = image.double()
     if image.dtype is torch.uint8:
         x = ((x / 255 - mean) / std).permute(0, 3, 1, 2)
-    seen = torch.zeros(x.shape[0], 3, *size, dtype=torch.float64)
+    seen = torch.zeros(x.shape[0], 3, *(padded or size), dtype=torch.float64)
     seen[:, :, : x.shape[2], : x.shape[3]] = x
+    if padded:
+        seen = F.interpolate(seen, size, mode="bilinear", align_corners=False)
     y = F.conv2d(seen, weight, stride=2, padding=3) * scale[:, None, None] + shift[:, None, None]
     if slope is not None:
         y = F.leaky_relu(y, slope) if slope else F.relu(y)
     return F.max_pool2d(y, 3, 2, 1)
 
 
-def check(result, image, parameters, mean, std, size, slope):
+def check(result, image, parameters, mean, std, size, slope, padded=None):
     weight = parameters[0]
     assert result.dtype is weight.dtype
-    exact = truth(image, *parameters, mean, std, size, slope)
-    eager = stem_reference(image, *parameters, mean, std, size, slope)
+    exact = truth(image, *parameters, mean, std, size, slope, padded)
+    eager = stem_reference(image, *parameters, mean, std, size, slope, padded)
     # Where eager is exact by luck, one rounding of the largest value.
     floor = torch.finfo(weight.dtype).eps * float(exact.abs().max()) if exact.numel() else 0.0
     assert_as_exact(result, exact, eager, floor)
@@ -157,6 +170,54 @@ def test_what_lies_beyond_the_image_is_zero_after_normalisation(backend):
     result = ops.stem(image, *args, MEAN, STD, size=(16, 16), backend=backend)
     expected = ops.stem(around, *args, MEAN, STD, backend=backend)
     torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-5)
+
+
+@needs_native
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n, h, w, k, padded, size", ENLARGED)
+def test_an_image_is_enlarged(n, h, w, k, padded, size, dtype, raw):
+    image, args = pixels(n, h, w), parameters(k, dtype)
+    options = dict(size=size, padded=padded, slope=0.01)
+    if not raw:
+        image = normalise(image, MEAN, STD).to(dtype)
+    if raw or dtype is torch.float32:
+        each_isa(
+            lambda isa: check(
+                ops.stem(image, *args, MEAN, STD, **options, backend="native"),
+                image, args, MEAN, STD, size, 0.01, padded,
+            )
+        )  # fmt: skip
+    result = ops.stem(image, *args, MEAN, STD, **options, backend="reference")
+    check(result, image, args, MEAN, STD, size, 0.01, padded)
+
+
+@needs_native
+@pytest.mark.parametrize("raw", [False, True])
+def test_an_image_that_is_enlarged_is_read_within_its_bounds_and_by_any_thread(raw):
+    image, (weight, scale, shift), padded = pixels(2, 61, 37), parameters(20), (64, 40)
+    image = image if raw else normalise(image, MEAN, STD).contiguous()
+    packed, values = pack_stem_rows(weight, torch.float32), normalised_values(MEAN, STD)
+    # What is read beyond the image would be NaN, or another byte.
+    around = torch.full((image.numel() + 128,), 255 if raw else float("nan"), dtype=image.dtype)
+    inside = around[64:-64].view(image.shape)
+    inside.copy_(image)
+
+    def run():
+        storage, out = fenced(poisoned((2, 20, 28, 20), torch.float32))
+        stem_native(inside, packed, scale, shift, values, out, 0.25, padded=padded)
+        assert_only_within(storage, out)
+        return out
+
+    check(run(), image, (weight, scale, shift), MEAN, STD, (112, 80), 0.25, padded)
+    assert_no_bit_changes(run)
+
+
+@pytest.mark.parametrize("backend", CUDA_BACKENDS)
+def test_the_cuda_kernel_enlarges_nothing(backend):
+    image, args = pixels(1, 8, 8), parameters(4)
+    with pytest.raises(RuntimeError, match=r"^stem: .*padded differs from size"):
+        ops.stem(image, *args, MEAN, STD, size=(16, 16), padded=(8, 8), backend=backend)
 
 
 @needs_native
@@ -305,6 +366,9 @@ VALID = dict(
         (dict(std=torch.ones(3, device="meta")), ValueError, "std is on meta"),
         (dict(size=(8, 8)), ValueError, r"size is \(8, 8\).*\(8, 12\)"),
         (dict(size=(4, 12)), ValueError, r"size is \(4, 12\).*\(8, 12\)"),
+        (dict(size=(8, 12), padded=(8, 8)), ValueError, r"padded is \(8, 8\).*\(8, 12\)"),
+        (dict(size=(8, 12), padded=(12,)), ValueError, r"padded is \(12,\).*\(8, 12\)"),
+        (dict(size=(6, 12), padded=(8, 12)), ValueError, r"size is \(6, 12\).*multiples of 4"),
         (dict(size=(10, 12)), ValueError, r"size is \(10, 12\).*multiples of 4"),
         (dict(size=(8, 14)), ValueError, r"size is \(8, 14\).*multiples of 4"),
         (dict(size=(12,)), ValueError, r"size is \(12,\)"),
@@ -320,16 +384,17 @@ def test_refusals(change, error, message, backend):
 
 @needs_native
 @pytest.mark.parametrize(
-    "image, dtype, size",
+    "image, dtype, size, padded",
     [
-        (pixels(2, 7, 9), torch.float32, [8, 12]),
-        (pixels(0, 8, 8), torch.float32, [8, 8]),
-        (pixels(1, 1, 1), torch.bfloat16, [4, 4]),
-        (random(1, 3, 8, 8), torch.float32, [8, 8]),
+        (pixels(2, 7, 9), torch.float32, [8, 12], [8, 12]),
+        (pixels(2, 7, 9), torch.float32, [16, 12], [8, 9]),
+        (pixels(0, 8, 8), torch.float32, [8, 8], [8, 8]),
+        (pixels(1, 1, 1), torch.bfloat16, [4, 4], [4, 4]),
+        (random(1, 3, 8, 8), torch.float32, [8, 8], [8, 8]),
     ],
 )
-def test_opcheck(image, dtype, size):
-    args = image, *parameters(4, dtype), MEAN, STD, size, 0.01, "native"
+def test_opcheck(image, dtype, size, padded):
+    args = image, *parameters(4, dtype), MEAN, STD, size, padded, 0.01, "native"
     torch.library.opcheck(torch.ops.shelfkern.stem.default, args)
 
 

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from ... import native
+from ...nn.extents import Extents
 from ...normalisation import Normalisation
+from ..image import Extent, image_size
 
 # inputs (the images, where a step has none), outputs in the arena, and memory to work in; gives a result of
 # its own, or None.
@@ -42,17 +44,26 @@ class Context:
     Attributes:
         dtype: of activations that are not codes.
         normalisation: of raw images.
+        extents: what becomes of the height and width of images.
         ours, theirs: whether our kernels and the library's calls may run.
     """
 
     dtype: torch.dtype
     normalisation: Normalisation
+    extents: Extents = dataclasses.field(default_factory=Extents)
     ours: bool = True
     theirs: bool = True
 
     def unavailable(self, op: str) -> str | None:
         """Why the native kernel of an op cannot run, None if it can."""
         return native.reason(op) if self.ours else "backend is 'library'"
+
+
+def stem_image(image: Tensor, context: Context) -> tuple[Tensor, Extent | None]:
+    """Checked images as our stem reads them, and what they are padded to where it is to enlarge them."""
+    _, h, w = image_size(image)
+    padded = context.extents.padded(h, w) if context.extents.enlarges else None
+    return (image if image.dtype is torch.uint8 else image.float()).contiguous(), padded
 
 
 # Algorithms of a step, and why others are not among them.

@@ -19,7 +19,7 @@ from .. import plan as p
 from ..arena import like, value_bytes
 from ..problem import Packed, Size
 from . import cost, library, quantized
-from .algorithm import Algorithm, Context, Found, Run, no_scratch
+from .algorithm import Algorithm, Context, Found, Run, no_scratch, stem_image
 from .winograd import Winograd, direct_filters, winograds
 
 Optional = Tensor | None
@@ -158,8 +158,9 @@ def _our_stem(step: p.Stem, size: Size, context: Context, packed: Packed) -> lis
         values = normalised_values(mean, std)
 
         def run(inputs: Sequence[Tensor], out: Tensor) -> None:
-            image = inputs[0] if inputs[0].dtype is torch.uint8 else inputs[0].float()
-            ops.stem_native(image.contiguous(), filters, step.scale, step.shift, values, out, step.act.slope)
+            image, padded = stem_image(inputs[0], context)
+            norm = step.scale, step.shift
+            ops.stem_native(image, filters, *norm, values, out, step.act.slope, padded=padded)
 
         return no_scratch(run)
 
@@ -281,7 +282,7 @@ def _their_conv(step: p.Conv, size: Size, context: Context, packed: Packed) -> l
         shape = step.inputs[0].shape(*size) if step.inputs else _image_shape(size)
         parameters = step.weight, step.scale, step.shift, step.stride, step.act, shape
         convolve = _folded(*parameters, context, packed)
-        return library.conv(step, convolve, size[1:], _computing(context), context.normalisation)
+        return library.conv(step, convolve, context.extents, _computing(context), context.normalisation)
 
     return [_onednn(step, size, context, prepare, passes=int(step.skip))]
 
@@ -290,7 +291,7 @@ def _their_stem(step: p.Stem, size: Size, context: Context, packed: Packed) -> l
     def prepare() -> library.LibraryRun:
         parameters = step.weight, step.scale, step.shift, 2, step.act, _image_shape(size)
         convolve = _folded(*parameters, context, packed)
-        return library.stem(convolve, size[1:], _computing(context), context.normalisation)
+        return library.stem(convolve, context.extents, _computing(context), context.normalisation)
 
     # The image is normalised and padded, and what is pooled has four times the pixels.
     return [_onednn(step, size, context, prepare, calls=4, passes=8)]

@@ -66,7 +66,7 @@ class _Layer:
         self._problem = step, size, context
         self._found = algorithms(step, size, context, Packed())
         self._tuner = tuner
-        self.key = key_of(step, size, context.dtype)
+        self.key = key_of(step, size, context.dtype, extents=context.extents)
         self.names = [algorithm.name for algorithm in self._found]
 
     @property

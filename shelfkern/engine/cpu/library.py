@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ... import ops
+from ...nn.extents import Extents
 from ...normalisation import Normalisation
 from .. import plan as p
-from ..image import prepare_image, statistics
+from ..image import seen_image, statistics
 
 # Rows of full-size scores that the argmax makes at a time.
 STRIP_ROWS = 16
@@ -127,15 +128,15 @@ def make_conv(
 
 
 def conv(
-    step: p.Conv, convolve: Convolve, size: tuple[int, int], dtype: torch.dtype, normalisation: Normalisation
+    step: p.Conv, convolve: Convolve, extents: Extents, dtype: torch.dtype, normalisation: Normalisation
 ) -> LibraryRun:
-    """A convolution with its epilogue; of images padded to `size`, where it reads them."""
+    """A convolution with its epilogue; of images as `extents` has them, where it reads them."""
     colours = statistics(normalisation)
 
     def run(inputs: Sequence[Tensor]) -> Tensor:
         x, *others = inputs
         if not step.inputs:
-            x = prepare_image(x, *size, *colours).to(dtype)
+            x = seen_image(x, extents, *colours).to(dtype)
         out = convolve(x, others[0] if step.residual else None)
         return out.add_(others[-1]) if step.skip else out
 
@@ -143,13 +144,13 @@ def conv(
 
 
 def stem(
-    convolve: Convolve, size: tuple[int, int], dtype: torch.dtype, normalisation: Normalisation
+    convolve: Convolve, extents: Extents, dtype: torch.dtype, normalisation: Normalisation
 ) -> LibraryRun:
     """Normalisation, convolution with its activation, and pooling."""
     colours = statistics(normalisation)
 
     def run(inputs: Sequence[Tensor]) -> Tensor:
-        return F.max_pool2d(convolve(prepare_image(inputs[0], *size, *colours).to(dtype)), 3, 2, 1)
+        return F.max_pool2d(convolve(seen_image(inputs[0], extents, *colours).to(dtype)), 3, 2, 1)
 
     return run
 

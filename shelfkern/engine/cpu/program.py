@@ -16,19 +16,18 @@ from ... import native, ops
 from ...normalisation import Normalisation
 from .. import arena
 from .. import plan as p
-from ..image import enlarged, image_size, prepare_image, statistics
-from ..problem import Packed, Size, random_image
+from ..image import Extent, image_size
+from ..problem import Packed, Size
 from ..tuning import Call, Tuner
 from ..workspace import WorkspacePool
 from . import library
 from .algorithm import Algorithm, Context, Run
 from .algorithms import algorithms, why_not_ours
 from .choice import Names, choose, named
-from .timing import CPU, Tuners
+from .timing import Tuners, images_of
 
 log = logging.getLogger(__name__)
 
-Extent = tuple[int, int]
 # Sizes whose algorithms are remembered.
 KEPT_CHOICES = 64
 
@@ -74,8 +73,7 @@ class Program:
         self.dtype = dtype
         self.align_corners = align_corners
         self.normalisation = normalisation
-        self._statistics = statistics(normalisation)
-        self.context = Context(dtype, normalisation, backend != "library", backend != "native")
+        self.context = Context(dtype, normalisation, plan.extents, backend != "library", backend != "native")
         self.plan = dataclasses.replace(plan, dtype=dtype, algorithms=self.algorithm_names)
         self._check()
         self._tuners = tuners
@@ -137,7 +135,7 @@ class Program:
         # It needs more than any layer alone, and other pieces.
         native.give_back()
         workspace = self._workspace_of(chosen, size, memory)
-        images = random_image(size, torch.float32, CPU)
+        images = images_of(size, self.context)
         return lambda: self.low_resolution_scores(images, workspace)
 
     def _named(self, names: Names, size: Size, packed: Sequence[Packed]) -> list[Algorithm]:
@@ -195,25 +193,11 @@ class Program:
     def _run(self, images: Tensor, finish: Callable[[Tensor, Extent, Extent], Tensor]) -> Tensor:
         n, h, w = image_size(images)
         full, seen = self.plan.extents.padded(h, w), self.plan.extents.seen(h, w)
-        images = self.seen(images)
         with self.pool.borrow(((n, *seen), torch.get_num_threads())) as workspace:
             return finish(self.low_resolution_scores(images, workspace), full, (h, w))
 
-    def seen(self, images: Tensor) -> Tensor:
-        """Checked images as the first step takes them: as they are, or enlarged."""
-        extents = self.plan.extents
-        if not extents.enlarges:
-            return images
-        if self.context.unavailable("upsample_bilinear") is not None:
-            return enlarged(images, extents, *self._statistics).contiguous()
-        n, h, w = image_size(images)
-        padded = prepare_image(images, *extents.padded(h, w), *self._statistics)
-        out = native.empty((n, 3, *extents.seen(h, w)), torch.float32)
-        ops.upsample_bilinear_native(padded, extents.seen(h, w), out, align_corners=False)
-        return out
-
     def low_resolution_scores(self, images: Tensor, workspace: Workspace) -> Tensor:
-        """Scores (N, classes, H / stride, W / stride) of images of `seen`, in the workspace's memory."""
+        """Scores (N, classes, H / stride, W / stride) of checked images, in the workspace's memory."""
         values: dict[int, Tensor] = {}
         for index, (step, run) in enumerate(zip(self.plan.steps, workspace.runs, strict=True)):
             inputs = [values[value.index] for value in step.inputs] or [images]

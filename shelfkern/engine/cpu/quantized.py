@@ -26,7 +26,7 @@ from .. import plan as p
 from ..arena import like, value_bytes
 from ..problem import Packed, Size
 from . import cost
-from .algorithm import Algorithm, Context, Run, no_scratch
+from .algorithm import Algorithm, Context, Run, no_scratch, stem_image
 from .winograd import winograds
 
 
@@ -142,9 +142,8 @@ def _stem(step: p.Stem, size: Size, context: Context, packed: Packed) -> list[Al
         values = normalised_values(mean, std)
 
         def run(inputs: Sequence[Tensor], out: Tensor) -> None:
-            image = inputs[0] if inputs[0].dtype is torch.uint8 else inputs[0].float()
-            slope = step.act.slope
-            ops.stem_native(image.contiguous(), filters, scale, shift, values, out, slope, codes)
+            image, padded = stem_image(inputs[0], context)
+            ops.stem_native(image, filters, scale, shift, values, out, step.act.slope, codes, padded)
 
         return no_scratch(run)
 

@@ -25,13 +25,19 @@ def candidate(step: p.Step, algorithm: Algorithm, size: Size, context: Context) 
         return random_value(value, size, context.dtype, CPU)
 
     def prepare() -> Callable[[], object]:
-        inputs = [drawn(value) for value in step.inputs] or [random_image(size, torch.float32, CPU)]
+        inputs = [drawn(value) for value in step.inputs] or [images_of(size, context)]
         outputs = [drawn(value) for value in step.outputs] if algorithm.in_arena else []
         scratch = torch.empty(algorithm.scratch, dtype=torch.uint8)
         run = algorithm.prepare()
         return lambda: run(inputs, outputs, scratch)
 
     return Candidate(algorithm.name, algorithm.microseconds, prepare)
+
+
+def images_of(size: Size, context: Context) -> Tensor:
+    """Random normalised images that are seen as h x w."""
+    n, h, w = size
+    return random_image((n, *context.extents.given(h, w)), torch.float32, CPU)
 
 
 class Tuners:

@@ -59,7 +59,7 @@ def conv(
     colours = statistics(normalisation, weight.device)
 
     def run(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Tensor:
-        x = inputs[0] if step.inputs else prepare_image(inputs[0], *size, *colours).to(weight.dtype)
+        x = inputs[0] if step.inputs else prepare_image(inputs[0], size, *colours).to(weight.dtype)
         out = F.conv2d(x, weight, bias, step.stride, step.padding)
         return finish_(out, step.act.slope, *others(step, inputs))
 
@@ -139,7 +139,7 @@ def stem(
     colours = statistics(normalisation, weight.device)
 
     def run(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Tensor:
-        image = prepare_image(inputs[0], *size, *colours).to(weight.dtype)
+        image = prepare_image(inputs[0], size, *colours).to(weight.dtype)
         return F.max_pool2d(finish_(F.conv2d(image, weight, bias, 2, 3), step.act.slope), 3, 2, 1)
 
     return run

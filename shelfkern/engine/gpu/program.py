@@ -20,7 +20,7 @@ from ...ops import _conv_triton as conv
 from ...ops.upsample_argmax import upsample_argmax_cuda
 from ...ops.upsample_bilinear import upsample_bilinear_triton
 from .. import plan as p
-from ..image import enlarged, image_size, statistics
+from ..image import image_size, seen_image, statistics
 from ..problem import Packed, Size
 from ..tuning import Candidate, Tuner
 from ..workspace import WorkspacePool
@@ -257,7 +257,7 @@ class GpuProgram:
         return forward
 
     def _enlarged(self, images: Tensor) -> Tensor:
-        return enlarged(images, self.plan.extents, *self._statistics).to(self.options.dtype)
+        return seen_image(images, self.plan.extents, *self._statistics).to(self.options.dtype)
 
     def _scores_shape(self, key: _Key) -> tuple[int, ...]:
         return (key.n, self.plan.num_classes, key.h, key.w)

@@ -13,8 +13,10 @@ from shelfkern.engine import plan as p
 from shelfkern.engine.cpu import library, program
 from shelfkern.engine.cpu.algorithm import Context
 from shelfkern.engine.cpu.algorithms import algorithms
+from shelfkern.engine.cpu.timing import images_of
 from shelfkern.engine.lower import lower
-from shelfkern.engine.problem import Packed
+from shelfkern.engine.problem import Packed, key_of
+from shelfkern.nn.extents import Extents
 from shelfkern.normalisation import Normalisation
 from shelfkern.ops._conv_winograd import pays
 
@@ -34,6 +36,20 @@ def conv_step(channels, kernel=3, stride=1):
 
 def names(step, size, where):
     return [algorithm.name for algorithm in algorithms(step, size, where, Packed())]
+
+
+def test_what_reads_images_is_timed_on_those_that_it_enlarges():
+    plan = lower(build(CONFIGS["enlarged"]))
+    size = (2, *plan.extents.seen(90, 70))
+    where = context(extents=plan.extents)
+    assert images_of(size, where).shape == (2, 3, *plan.extents.padded(90, 70))
+    assert images_of(size, context()).shape == (2, 3, *size[1:])
+    keys = [
+        [key_of(step, size, torch.float32, extents=extents) for step in plan.steps]
+        for extents in (Extents(), plan.extents)
+    ]
+    differ = [step.inputs for step, one, other in zip(plan.steps, *keys, strict=True) if one != other]
+    assert differ == [()]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
