@@ -170,6 +170,9 @@ struct WinogradBlock {
 //
 // Those of int8 multiply raw images, and of float ones raw[c] * x + raw[3 + c], rounded; `zero` stands for 0.
 // Where the result is codes, `bias` is added before they are rounded; scale and shift are of whole panels.
+//
+// stem_winograd multiplies float32; its weights are per panel of 16 output channels 7 x 7 frequencies x 12 x
+// 16 (ops/_stem_winograd.py transforms them), and it reads neither `product` nor `raw` and `zero`.
 struct Stem {
     const void* image;
     const float* values;
@@ -269,6 +272,7 @@ struct Kernels {
     Hardest (*select_hardest)(const SelectHardest&);
     void (*conv_bn_act)(const Conv&);
     void (*stem)(const Stem&);
+    void (*stem_winograd)(const Stem&);
     void (*winograd)(const Winograd&);
     void (*winograd_block)(const WinogradBlock&);
     void (*quantize)(const Quantize&);

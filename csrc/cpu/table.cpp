@@ -23,6 +23,7 @@ CrossEntropySums upsample_cross_entropy(const UpsampleCrossEntropy&);
 Hardest select_hardest(const SelectHardest&);
 void conv_bn_act(const Conv&);
 void stem(const Stem&);
+void stem_winograd(const Stem&);
 void winograd(const Winograd&);
 void winograd_block(const WinogradBlock&);
 void quantize(const Quantize&);
@@ -72,6 +73,7 @@ const Kernels table = {SHELFKERN_NAME(SHELFKERN_ISA),
                        select_hardest,
                        conv_bn_act,
                        stem,
+                       stem_winograd,
                        winograd,
                        winograd_block,
                        quantize,

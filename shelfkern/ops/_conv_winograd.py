@@ -86,7 +86,7 @@ class PackedWinograd:
         return torch.float32 if self.units is None else torch.int16
 
 
-def _evaluations(points: Sequence[Fraction], taps: int) -> Tensor:
+def evaluations(points: Sequence[Fraction], taps: int) -> Tensor:
     """G of some taps: powers of each point, over the product of its distances to the others, and infinity."""
     rows = []
     for point in points:
@@ -105,7 +105,7 @@ def weight_transform(tile: int, stride: int = 1, transposed: bool = False) -> Te
         ValueError: there is no such algorithm.
     """
     if stride == 1 and not transposed and tile in POINTS:
-        return _evaluations(POINTS[tile], 3)
+        return evaluations(POINTS[tile], 3)
     if stride != 2 or tile != 4:
         raise ValueError(
             f"conv_winograd: tile, stride and transposed are {tile}, {stride} and {transposed}, "
@@ -114,7 +114,7 @@ def weight_transform(tile: int, stride: int = 1, transposed: bool = False) -> Te
     g = torch.zeros(6, 3, dtype=torch.float64)
     g[0, 1] = 1
     # The input after an odd output of a transposed convolution meets the first tap.
-    g[1:, [2, 0] if transposed else [0, 2]] = _evaluations(POINTS_OF_TWO_TAPS, 2)
+    g[1:, [2, 0] if transposed else [0, 2]] = evaluations(POINTS_OF_TWO_TAPS, 2)
     return g
 
 

@@ -21,6 +21,7 @@ from ._conv_codes import (
     pack_deconv_codes,
     pack_winograd_codes,
 )
+from ._stem_winograd import PackedStemWinograd, pack_stem_winograd
 from .attention_gate import attention_gate_native, attention_gate_reference
 from .conv_bn_act import PackedConv, conv_bn_act_reference, whole_panels
 from .deconv_add import deconv_add_reference
@@ -133,12 +134,13 @@ def _deconv_reference(x: Tensor, w: Tensor, bias: Tensor, skip: Tensor) -> list[
 
 
 def _stems(image: Tensor, w: Tensor, scale: Tensor, shift: Tensor, backend: str) -> list[Tensor]:
-    """By products of raw pixels, and of normalised ones."""
+    """By products of raw pixels, and of normalised ones, directly and by Winograd's filtering."""
     floating = torch.bfloat16 if native.has_product(torch.bfloat16) else torch.float32
     norm = whole_panels(scale), whole_panels(shift)
-    ways: list[tuple[PackedConv, Tensor, Tensor, StemCodes]] = [
+    ways: list[tuple[PackedConv | PackedStemWinograd, Tensor, Tensor, StemCodes]] = [
         fold_raw(w, scale, shift, MEAN, STD, OUT),
         (pack_stem_rows(w, floating), *norm, StemCodes(bias=OUT.zero)),
+        (pack_stem_winograd(w), *norm, StemCodes(bias=OUT.zero)),
     ]
     found = []
     for filters, factors, shifts, codes in ways:
@@ -149,7 +151,7 @@ def _stems(image: Tensor, w: Tensor, scale: Tensor, shift: Tensor, backend: str)
 
 
 def _stems_reference(image: Tensor, w: Tensor, scale: Tensor, shift: Tensor) -> list[Tensor]:
-    return 2 * [OUT.codes(stem_reference(image, w, scale, shift, MEAN, STD, SIZE, SLOPE))]
+    return 3 * [OUT.codes(stem_reference(image, w, scale, shift, MEAN, STD, SIZE, SLOPE))]
 
 
 def _gate(x: Tensor, w: Tensor, scale: Tensor, shift: Tensor, backend: str) -> list[Tensor]:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from .. import native
 from . import _backends as backends
 from . import _common as common
+from ._stem_winograd import PackedStemWinograd
 from .conv_bn_act import PackedConv, conv_bn_act_reference, pack_conv, product_dtype, whole_panels
 from .quantize import Quantum, quantize_weight
 
@@ -89,7 +90,7 @@ def pack_stem_rows(w: Tensor, dtype: torch.dtype) -> PackedConv:
 
 def stem_native(
     image: Tensor,
-    packed: PackedConv,
+    packed: PackedConv | PackedStemWinograd,
     scale: Tensor,
     shift: Tensor,
     values: Tensor,
@@ -104,6 +105,10 @@ def stem_native(
 
     Products are of the packed dtype, float32 or bfloat16 with sums in float32, or int8 where `codes` has
     what they need. Where out is codes, uint8, scale and shift are of whole panels, and in its steps.
+
+    By Winograd's filtering what is not finite in the image spoils the results of every tile whose window
+    holds it: tiles are 4 x 4 of the convolution, counted from the top left, windows 14 x 14 pixels. An
+    infinity may become NaN.
     """
     raw = image.dtype is torch.uint8
     n, k, out_h, out_w = out.shape
@@ -125,6 +130,7 @@ def stem_native(
         native.address(codes.raw),
         codes.zero,
         codes.bias,
+        isinstance(packed, PackedStemWinograd),
     )  # fmt: skip
 
 

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from ... import native, ops
 from ...ops._conv_winograd import conv_winograd_native, shared_block_winograd_native
+from ...ops._stem_winograd import PackedStemWinograd, pack_stem_winograd
+from ...ops.conv_bn_act import PackedConv
 from ...ops.stem import normalised_values, pack_stem_rows
 from .. import plan as p
 from ..arena import like, value_bytes
@@ -151,9 +153,8 @@ def _our_shared_block(
 def _our_stem(step: p.Stem, size: Size, context: Context, packed: Packed) -> list[Algorithm]:
     dtype = _products(context)
 
-    def prepare() -> Run:
-        filters = packed.get("direct", lambda: pack_stem_rows(step.weight, dtype))
-        normalisation = context.normalisation
+    def prepare(form: str, pack: Callable[[], PackedConv | PackedStemWinograd]) -> Run:
+        filters, normalisation = packed.get(form, pack), context.normalisation
         mean, std = torch.tensor([normalisation.mean, normalisation.std], dtype=torch.float64)
         values = normalised_values(mean, std)
 
@@ -164,7 +165,11 @@ def _our_stem(step: p.Stem, size: Size, context: Context, packed: Packed) -> lis
 
         return no_scratch(run)
 
-    return [Algorithm("native", cost.direct(step, size, dtype), prepare)]
+    ways: list[tuple[str, float, Callable[[], PackedConv | PackedStemWinograd]]] = [
+        ("native direct", cost.direct(step, size, dtype), lambda: pack_stem_rows(step.weight, dtype)),
+        ("native winograd 4x4", cost.stem_winograd(step, size), lambda: pack_stem_winograd(step.weight)),
+    ]
+    return [Algorithm(name, time, functools.partial(prepare, name, pack)) for name, time, pack in ways]
 
 
 def _our_gate(step: p.AttentionGate, size: Size, context: Context, packed: Packed) -> list[Algorithm]:

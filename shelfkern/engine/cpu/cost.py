@@ -23,6 +23,8 @@ MACS_A_US = 50e3
 # Of oneDNN's with products of bfloat16, and of ours with instructions for the products.
 BFLOAT16_MACS_A_US = 90e3
 DOT_MACS_A_US = {torch.bfloat16: 100e3, torch.int8: 170e3}
+# Of a stem by Winograd's filtering, of those that a direct one would do.
+STEM_WINOGRAD_MACS_A_US = 110e3
 # Of kernels that only move data; memory that the library takes anew costs page faults.
 BYTES_A_US, FRESH_BYTES_A_US = 10e3, 4e3
 # Outputs, of a transposed convolution inputs, convolved directly in the time of one Winograd tile, by the
@@ -63,6 +65,11 @@ def winograd(
     time = CALL + pixels / max(1, n * h * w) * p.step_macs(step, *size) / MACS_A_US
     limit = direct(step, size)
     return min(time, 0.99 * limit) if pays(shape, stride, transposed) else max(time, 1.01 * limit)
+
+
+def stem_winograd(step: p.Stem, size: Size) -> float:
+    """Our stem by Winograd's filtering, in float32 whatever it reads and writes."""
+    return CALL + p.step_macs(step, *size) / STEM_WINOGRAD_MACS_A_US
 
 
 def moving(step: p.Step, size: Size, activation_bytes: int) -> float:

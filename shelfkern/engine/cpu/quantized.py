@@ -19,6 +19,7 @@ from ...ops._conv_codes import (
     pack_deconv_codes,
     pack_winograd_codes,
 )
+from ...ops._stem_winograd import PackedStemWinograd, pack_stem_winograd
 from ...ops.conv_bn_act import whole_panels
 from ...ops.quantize import Quantum, quantize_native
 from ...ops.stem import StemCodes, fold_raw, normalised_values, pack_stem_rows
@@ -28,6 +29,9 @@ from ..problem import Packed, Size
 from . import cost
 from .algorithm import Algorithm, Context, Run, no_scratch, stem_image
 from .winograd import winograds
+
+# Of a stem: its weights, scale and shift, and what codes need.
+Filters = tuple[ops.PackedConv | PackedStemWinograd, Tensor, Tensor, StemCodes]
 
 
 def on_codes(step: p.Step) -> bool:
@@ -129,16 +133,15 @@ def _stem(step: p.Stem, size: Size, context: Context, packed: Packed) -> list[Al
     out = _quantum(step.output)
     mean, std = torch.tensor([context.normalisation.mean, context.normalisation.std], dtype=torch.float64)
 
-    def raw() -> tuple[ops.PackedConv, Tensor, Tensor, StemCodes]:
+    def raw() -> Filters:
         return fold_raw(step.weight, step.scale, step.shift, mean, std, out)
 
-    def normalised() -> tuple[ops.PackedConv, Tensor, Tensor, StemCodes]:
-        filters = pack_stem_rows(step.weight, floating)
+    def normalised(filters: ops.PackedConv | PackedStemWinograd) -> Filters:
         scale, shift = (whole_panels(norm / out.step) for norm in (step.scale, step.shift))
         return filters, scale, shift, StemCodes(bias=out.zero)
 
-    def prepare() -> Run:
-        filters, scale, shift, codes = packed.get("codes", raw if step.raw else normalised)
+    def prepare(form: str, pack: Callable[[], Filters]) -> Run:
+        filters, scale, shift, codes = packed.get(form, pack)
         values = normalised_values(mean, std)
 
         def run(inputs: Sequence[Tensor], out: Tensor) -> None:
@@ -147,7 +150,17 @@ def _stem(step: p.Stem, size: Size, context: Context, packed: Packed) -> list[Al
 
         return no_scratch(run)
 
-    return [Algorithm("native", cost.direct(step, size, torch.int8 if step.raw else floating), prepare)]
+    time = cost.direct(step, size, torch.int8 if step.raw else floating)
+    direct = raw if step.raw else lambda: normalised(pack_stem_rows(step.weight, floating))
+    ways: list[tuple[str, float, Callable[[], Filters]]] = [
+        ("native direct", time, direct),
+        (
+            "native winograd 4x4",
+            cost.stem_winograd(step, size),
+            lambda: normalised(pack_stem_winograd(step.weight)),
+        ),
+    ]
+    return [Algorithm(name, time, functools.partial(prepare, name, pack)) for name, time, pack in ways]
 
 
 def _gate(step: p.AttentionGate, size: Size, context: Context, packed: Packed) -> list[Algorithm]:

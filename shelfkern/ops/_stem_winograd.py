@@ -1,0 +1,58 @@
+"""Weights of a 7x7 convolution of stride 2 for the native stem by Winograd's minimal filtering."""
+
+from __future__ import annotations
+
+import dataclasses
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import native
+from ._conv_winograd import evaluations
+from .conv_bn_act import PANEL
+
+# As csrc/cpu/stem_winograd.cpp: those that the polynomials are evaluated at, beside infinity, and the taps in
+# each dimension of the convolution of stride 1 over quads of pixels.
+POINTS = tuple(Fraction(point) for point in ("0", "1", "-1", "2", "-2", "1/2"))
+TAPS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedStemWinograd:
+    """Weights of a stem, transformed.
+
+    Attributes:
+        data: float32 (panels, 7 * 7, 12, 16): panels of 16 output channels, zeros beyond the last; rows and
+            columns of frequencies; the colours of a quad's first row of two pixels, then of its second.
+    """
+
+    data: Tensor
+
+
+def weight_transform() -> Tensor:
+    """G of tiles of 4 outputs, float64 (7, 4)."""
+    return evaluations(POINTS, TAPS)
+
+
+def quad_kernels(w: Tensor) -> Tensor:
+    """Kernels (K, 3, 7, 7) of stride 2 as those of stride 1 over quads, (K, 12, 4, 4).
+
+    Output y meets the rows 2 y - 3 to 2 y + 3 of pixels, in the rows y - 2 to y + 1 of quads: of the first of
+    those the second row of pixels only.
+    """
+    taps = F.pad(w, (1, 0, 1, 0)).unflatten(3, (TAPS, 2)).unflatten(2, (TAPS, 2))
+    return taps.permute(0, 3, 5, 1, 2, 4).flatten(1, 3)
+
+
+def pack_stem_winograd(w: Tensor) -> PackedStemWinograd:
+    """Transforms weights (K, 3, 7, 7): G w Gt in float64, rounded once."""
+    g = weight_transform()
+    kernels = quad_kernels(w.detach().cpu().double())
+    panels = -(-len(kernels) // PANEL)
+    kernels = F.pad(kernels, (0, 0, 0, 0, 0, 0, 0, panels * PANEL - len(kernels)))
+    values = torch.einsum("ir,pkcrs,js->pijck", g, kernels.unflatten(0, (panels, PANEL)), g)
+    data = native.empty((panels, g.shape[0] ** 2, kernels.shape[1], PANEL), torch.float32, pooled=False)
+    data.copy_(values.flatten(1, 2))
+    return PackedStemWinograd(data)
