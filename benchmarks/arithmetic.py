@@ -8,7 +8,7 @@ from fractions import Fraction
 
 from cases import Size
 
-from shelfkern.engine.plan import DeconvAdd, Plan, Step, step_macs
+from shelfkern.engine.plan import DeconvAdd, Plan, Stem, Step, step_macs
 
 WINOGRAD = re.compile(r"\bwinograd (\d+)x\1\b")
 
@@ -33,8 +33,11 @@ def _tile(step: Step, tile: int) -> tuple[int, int, Fraction]:
     """Outputs of a tile along each side, products for it, and for each output of a direct convolution.
 
     Of stride 2, and transposed, one side takes m products of the middle tap and m + 1 of the two others; of
-    transposed ones m counts inputs, of which there are half as many as outputs.
+    transposed ones m counts inputs, of which there are half as many as outputs. Of a stem it is 4 taps of 12
+    colours, of 2 x 2 pixels, on each side, and an output is pooled of 2 x 2 new ones.
     """
+    if isinstance(step, Stem):
+        return tile // 2, 12 * (tile + 3) ** 2, Fraction(4 * 3 * 7 * 7)
     if isinstance(step, DeconvAdd):
         return 2 * tile, (2 * tile + 1) ** 2, Fraction(9, 4)
     if getattr(step, "stride", 1) == 2:

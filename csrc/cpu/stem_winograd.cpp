@@ -22,11 +22,13 @@ constexpr int kRowColours = 6, kColours = 2 * kRowColours, kQuad = 16;
 // Output channels of a panel of weights.
 constexpr int kPanel = 16;
 // Tiles that are multiplied at once, one in a register each.
-constexpr int kTiles = 8;
+constexpr int kTiles = 6;
 // Rows of quads that are kept: a window's and one more, so that a mask finds them.
 constexpr int kRing = 8;
 // Rows of tiles of one task at least, for the one before the first is made as well.
 constexpr int64_t kLeastRows = 4;
+// Below all that is pooled.
+constexpr float kLowest = std::numeric_limits<float>::lowest();
 
 // B^T for the points 0, 1, -1, 2, -2, 1/2 and infinity.
 inline __attribute__((always_inline)) void transform_input(const vf (&d)[kWindow], vf (&t)[kWindow]) {
@@ -53,9 +55,11 @@ inline __attribute__((always_inline)) void transform_output(const vf (&m)[kWindo
     y[3] = difference1 + splat(8) * difference2 + splat(0.125f) * m[5] + m[6];
 }
 
-// NaN wins, as in torch.
-inline vf greater(vf a, vf b) { return ((b > a) | (b != b)) ? b : a; }
-inline vf greatest(vf a, vf b, vf c) { return greater(greater(a, b), c); }
+// The last where one of them is NaN.
+inline vf greatest(vf a, vf b, vf c) {
+    const vf ab = a > b ? a : b;
+    return ab > c ? ab : c;
+}
 
 template <typename T>
 class Rows {
@@ -83,7 +87,7 @@ class Rows {
             *parts[i] = memory;
             memory += (sizes[i] + 15) / 16 * 16;
         }
-        std::fill(above_, above_ + sizes[5], -std::numeric_limits<float>::infinity());
+        std::fill(above_, above_ + sizes[5], kLowest);
         line_ = static_cast<float*>(thread_scratch(2, (3 * a.w + kLanes) * 4));
     }
 
@@ -170,7 +174,7 @@ class Rows {
             vf sum[kTiles] = {};
             for (int k = 0; k < kColours; ++k, weight += kPanel) {
                 const vf w = load(weight);
-#pragma GCC unroll 8
+#pragma GCC unroll 6
                 for (int tile = 0; tile < kTiles; ++tile) sum[tile] += w * splat(input[tile * kQuad + k]);
             }
             for (int tile = 0; tile < kTiles; ++tile) store(product + tile * kLanes, sum[tile]);
@@ -184,31 +188,41 @@ class Rows {
         const int64_t channel = v * kLanes;
         const int some = static_cast<int>(std::min<int64_t>(a_.out_c - channel, kLanes));
         const vf scale = load_up_to(a_.scale + channel, some), shift = load_up_to(a_.shift + channel, some);
+        const vf zero = {};
         vf left[kTile];
         float* const kept = left_ + v * kTile * kLanes;
-        for (int r = 0; r < kTile; ++r) {
-            left[r] = x ? load(kept + r * kLanes) : splat(-std::numeric_limits<float>::infinity());
-        }
+        for (int r = 0; r < kTile; ++r) left[r] = x ? load(kept + r * kLanes) : splat(kLowest);
         T* const out = static_cast<T*>(a_.out) + (n_ * out_h_ + 2 * j) * out_w_ * a_.out_c + channel;
+        const auto put = [&](int64_t at, vf value) {
+            store_up_to(out + at * a_.out_c, activate(value, a_.slope) + splat(a_.bias), some);
+        };
         for (int64_t tile = 0; tile < count; ++tile) {
-            vf y[kTile][kTile], pooled[kTile][2];
+            vf y[kTile][kTile], pooled[kTile][2], all = zero;
             outputs(products_ + tile * kLanes, y);
+            for (auto& row : y) {
+                for (vf& value : row) {
+                    value = value * scale + shift;
+                    all += value;
+                }
+            }
+            // 0, or NaN where outputs or their sum are not finite: a maximum may lose it.
+            all *= zero;
+            const vf spoiled[2] = {all + left[0] * zero, all};
             for (int r = 0; r < kTile; ++r) {
-                for (vf& value : y[r]) value = activate(value * scale + shift, a_.slope) + splat(a_.bias);
-                pooled[r][0] = greatest(left[r], y[r][0], y[r][1]);
+                pooled[r][0] = greatest(y[r][0], y[r][1], left[r]);
                 pooled[r][1] = greatest(y[r][1], y[r][2], y[r][3]);
-                left[r] = y[r][3];
+                left[r] = y[r][3] + all;
             }
             for (int64_t i = 0; i < 2; ++i) {
                 const int64_t at = 2 * (x + tile) + i;
                 if (at == out_w_) break;
                 float* const above = above_ + (at * vectors_ + v) * kLanes;
-                const vf top = greatest(load(above), pooled[0][i], pooled[1][i]);
-                const vf bottom = greatest(pooled[1][i], pooled[2][i], pooled[3][i]);
-                store(above, pooled[3][i]);
+                const vf top = greatest(pooled[0][i], pooled[1][i], load(above)) + spoiled[i];
+                const vf bottom = greatest(pooled[1][i], pooled[2][i], pooled[3][i]) + spoiled[i];
+                store(above, pooled[3][i] + spoiled[i]);
                 if (!written) continue;
-                store_up_to(out + at * a_.out_c, top, some);
-                if (2 * j + 1 < out_h_) store_up_to(out + (out_w_ + at) * a_.out_c, bottom, some);
+                put(at, top);
+                if (2 * j + 1 < out_h_) put(out_w_ + at, bottom);
             }
         }
         for (int r = 0; r < kTile; ++r) store(kept + r * kLanes, left[r]);

@@ -165,11 +165,18 @@ def _our_stem(step: p.Stem, size: Size, context: Context, packed: Packed) -> lis
 
         return no_scratch(run)
 
-    ways: list[tuple[str, float, Callable[[], PackedConv | PackedStemWinograd]]] = [
-        ("native direct", cost.direct(step, size, dtype), lambda: pack_stem_rows(step.weight, dtype)),
-        ("native winograd 4x4", cost.stem_winograd(step, size), lambda: pack_stem_winograd(step.weight)),
+    def direct() -> PackedConv:
+        return pack_stem_rows(step.weight, dtype)
+
+    def winograd() -> PackedStemWinograd:
+        return pack_stem_winograd(step.weight)
+
+    return [
+        Algorithm("native direct", cost.direct(step, size, dtype), lambda: prepare("direct", direct)),
+        Algorithm(
+            "native winograd 4x4", cost.stem_winograd(step, size), lambda: prepare("winograd", winograd)
+        ),
     ]
-    return [Algorithm(name, time, functools.partial(prepare, name, pack)) for name, time, pack in ways]
 
 
 def _our_gate(step: p.AttentionGate, size: Size, context: Context, packed: Packed) -> list[Algorithm]:

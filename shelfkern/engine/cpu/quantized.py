@@ -140,6 +140,12 @@ def _stem(step: p.Stem, size: Size, context: Context, packed: Packed) -> list[Al
         scale, shift = (whole_panels(norm / out.step) for norm in (step.scale, step.shift))
         return filters, scale, shift, StemCodes(bias=out.zero)
 
+    def direct() -> Filters:
+        return raw() if step.raw else normalised(pack_stem_rows(step.weight, floating))
+
+    def winograd() -> Filters:
+        return normalised(pack_stem_winograd(step.weight))
+
     def prepare(form: str, pack: Callable[[], Filters]) -> Run:
         filters, scale, shift, codes = packed.get(form, pack)
         values = normalised_values(mean, std)
@@ -151,16 +157,12 @@ def _stem(step: p.Stem, size: Size, context: Context, packed: Packed) -> list[Al
         return no_scratch(run)
 
     time = cost.direct(step, size, torch.int8 if step.raw else floating)
-    direct = raw if step.raw else lambda: normalised(pack_stem_rows(step.weight, floating))
-    ways: list[tuple[str, float, Callable[[], Filters]]] = [
-        ("native direct", time, direct),
-        (
-            "native winograd 4x4",
-            cost.stem_winograd(step, size),
-            lambda: normalised(pack_stem_winograd(step.weight)),
+    return [
+        Algorithm("native direct", time, lambda: prepare("codes", direct)),
+        Algorithm(
+            "native winograd 4x4", cost.stem_winograd(step, size), lambda: prepare("winograd", winograd)
         ),
     ]
-    return [Algorithm(name, time, functools.partial(prepare, name, pack)) for name, time, pack in ways]
 
 
 def _gate(step: p.AttentionGate, size: Size, context: Context, packed: Packed) -> list[Algorithm]:
