@@ -251,7 +251,10 @@ def as_winograd(
     _check_whole(tile, torch.int16)
     w = w.bfloat16()
     levels = _levels(w, transposed)
-    units = torch.stack([_units(values) for values in _transformed(w, g, transposed, levels)])
+    # Made first: what stays keeps the memory of a panel's values from being used again.
+    units = torch.empty(len(packed.data), len(g) ** 2, PANEL)
+    for panel, values in enumerate(_transformed(w, g, transposed, levels)):
+        units[panel] = _units(values)
     return PackedWinograd(packed.data, k, c, tile, stride, transposed, packed.chunk, units, levels)
 
 
