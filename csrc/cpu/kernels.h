@@ -165,10 +165,10 @@ struct WinogradBlock {
 
 // max_pool3x3s2(act(scale * conv7x7s2(image) + shift)) of an image n image_h image_w, after normalisation
 // padded with zeros to padded_h x padded_w and enlarged bilinearly to h x w, where these differ. u8 images
-// are NHWC, and `values` (256 x 3) holds all that they may hold, normalised; float ones are NCHW and
-// normalised already.
+// are NHWC, and `values` (256 x 3) holds all that they may hold, normalised; others, float32 or
+// bf16, are NCHW and normalised already.
 //
-// Those of int8 multiply raw images, and of float ones raw[c] * x + raw[3 + c], rounded; `zero` stands for 0.
+// Those of int8 multiply raw images, and of others raw[c] * x + raw[3 + c], rounded; `zero` stands for 0.
 // Where the result is codes, `bias` is added before they are rounded; scale and shift are of whole panels.
 //
 // stem_winograd multiplies float32; its weights are per panel of 16 output channels 7 x 7 frequencies x 12 x

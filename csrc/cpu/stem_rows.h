@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "dtypes.h"
 #include "resize.h"
 
 namespace shelfkern {
@@ -78,11 +79,13 @@ class StemRows {
             }
             return;
         }
-        for (int64_t k = 0; k < 3; ++k) {
-            const int64_t row = (n_ * 3 + k) * of.image_h + y;
-            const float* plane = static_cast<const float*>(of.image) + row * of.image_w;
-            for (int64_t x = 0; x < count; ++x) to[3 * x + k] = plane[x];
-        }
+        with_type<float, bf16>(of.image_dtype, [&](auto t) {
+            for (int64_t k = 0; k < 3; ++k) {
+                const int64_t row = (n_ * 3 + k) * of.image_h + y;
+                const auto* plane = static_cast<const decltype(t)*>(of.image) + row * of.image_w;
+                for (int64_t x = 0; x < count; ++x) to[3 * x + k] = load_one(plane + x);
+            }
+        });
     }
 
     // Row y of the padded image, as wide as the enlarged one.

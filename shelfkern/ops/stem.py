@@ -17,6 +17,8 @@ from .quantize import Quantum, quantize_weight
 
 OP = "stem"
 Size = tuple[int, int]
+# What the native kernel reads.
+NATIVE_IMAGES = (torch.uint8, torch.float32, torch.bfloat16)
 
 # As csrc/cuda/stem.cu: output channels of a block, elements of one's weights at 16 bits, and how many
 # blocks fit on a multiprocessor.
@@ -51,8 +53,8 @@ def can_run(image: Tensor, w: Tensor, enlarges: bool = False) -> backends.Reason
     why = backends.reasons(OP, w, "w")
     for name in ("cuda", "emulated") if enlarges else ():
         why[name] = why[name] or "padded differs from size, and the CUDA kernel does not enlarge images"
-    if image.dtype not in (torch.uint8, torch.float32) and why["native"] is None:
-        why["native"] = f"image is {image.dtype}, the native kernel takes uint8 and float32"
+    if image.dtype not in NATIVE_IMAGES and why["native"] is None:
+        why["native"] = f"image is {image.dtype}, the native kernel takes uint8, float32 and bfloat16"
     return why
 
 

@@ -556,7 +556,9 @@ def test_products_of_minimal_filtering(op, stride, name, products):
 
 def test_products_of_a_stem_by_minimal_filtering():
     vector = torch.zeros(5)
-    step = plan.Stem("it", (), plan.Value(0, 5, 4), torch.zeros(5, 3, 7, 7), vector, vector, plan.Activation())
+    step = plan.Stem(
+        "it", (), plan.Value(0, 5, 4), torch.zeros(5, 3, 7, 7), vector, vector, plan.Activation()
+    )
     # 40 x 48 pixels are 20 x 24 outputs, 5 x 6 tiles of 7 x 7 products of 12 colours for each channel.
     assert arithmetic.step_flop(step, "native winograd 4x4", 1, (40, 48)) == 2 * 30 * 49 * 12 * 5
     assert arithmetic.step_flop(step, "native direct", 1, (40, 48)) == 2 * 20 * 24 * 147 * 5

@@ -11,6 +11,7 @@ from torch import Tensor
 from ... import native
 from ...nn.extents import Extents
 from ...normalisation import Normalisation
+from ...ops.stem import NATIVE_IMAGES
 from ..image import Extent, image_size
 
 # inputs (the images, where a step has none), outputs in the arena, and memory to work in; gives a result of
@@ -63,7 +64,7 @@ def stem_image(image: Tensor, context: Context) -> tuple[Tensor, Extent | None]:
     """Checked images as our stem reads them, and what they are padded to where it is to enlarge them."""
     _, h, w = image_size(image)
     padded = context.extents.padded(h, w) if context.extents.enlarges else None
-    return (image if image.dtype is torch.uint8 else image.float()).contiguous(), padded
+    return (image if image.dtype in NATIVE_IMAGES else image.float()).contiguous(), padded
 
 
 # Algorithms of a step, and why others are not among them.
