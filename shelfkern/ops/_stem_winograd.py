@@ -17,6 +17,8 @@ from .conv_bn_act import PANEL
 # each dimension of the convolution of stride 1 over quads of pixels.
 POINTS = tuple(Fraction(point) for point in ("0", "1", "-1", "2", "-2", "1/2"))
 TAPS = 4
+# With fewer, transforming the image takes as long as the products: what is gained is not worth the digits.
+LEAST_CHANNELS = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +31,11 @@ class PackedStemWinograd:
     """
 
     data: Tensor
+
+
+def can_pay(w: Tensor) -> bool:
+    """Whether weights (K, 3, 7, 7) are of enough channels for it to be faster than the direct kernel."""
+    return w.shape[0] >= LEAST_CHANNELS
 
 
 def weight_transform() -> Tensor:

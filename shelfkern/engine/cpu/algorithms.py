@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ... import native, ops
 from ...ops._conv_winograd import conv_winograd_native, shared_block_winograd_native
-from ...ops._stem_winograd import PackedStemWinograd, pack_stem_winograd
+from ...ops._stem_winograd import PackedStemWinograd, can_pay, pack_stem_winograd
 from ...ops.conv_bn_act import PackedConv
 from ...ops.stem import normalised_values, pack_stem_rows
 from .. import plan as p
@@ -171,12 +171,11 @@ def _our_stem(step: p.Stem, size: Size, context: Context, packed: Packed) -> lis
     def winograd() -> PackedStemWinograd:
         return pack_stem_winograd(step.weight)
 
-    return [
-        Algorithm("native direct", cost.direct(step, size, dtype), lambda: prepare("direct", direct)),
-        Algorithm(
-            "native winograd 4x4", cost.stem_winograd(step, size), lambda: prepare("winograd", winograd)
-        ),
-    ]
+    found = [Algorithm("native direct", cost.direct(step, size, dtype), lambda: prepare("direct", direct))]
+    if can_pay(step.weight):
+        time = cost.stem_winograd(step, size)
+        found.append(Algorithm("native winograd 4x4", time, lambda: prepare("winograd", winograd)))
+    return found
 
 
 def _our_gate(step: p.AttentionGate, size: Size, context: Context, packed: Packed) -> list[Algorithm]:

@@ -19,7 +19,7 @@ from ...ops._conv_codes import (
     pack_deconv_codes,
     pack_winograd_codes,
 )
-from ...ops._stem_winograd import PackedStemWinograd, pack_stem_winograd
+from ...ops._stem_winograd import PackedStemWinograd, can_pay, pack_stem_winograd
 from ...ops.conv_bn_act import whole_panels
 from ...ops.quantize import Quantum, quantize_native
 from ...ops.stem import StemCodes, fold_raw, normalised_values, pack_stem_rows
@@ -157,12 +157,11 @@ def _stem(step: p.Stem, size: Size, context: Context, packed: Packed) -> list[Al
         return no_scratch(run)
 
     time = cost.direct(step, size, torch.int8 if step.raw else floating)
-    return [
-        Algorithm("native direct", time, lambda: prepare("codes", direct)),
-        Algorithm(
-            "native winograd 4x4", cost.stem_winograd(step, size), lambda: prepare("winograd", winograd)
-        ),
-    ]
+    found = [Algorithm("native direct", time, lambda: prepare("codes", direct))]
+    if can_pay(step.weight):
+        time = cost.stem_winograd(step, size)
+        found.append(Algorithm("native winograd 4x4", time, lambda: prepare("winograd", winograd)))
+    return found
 
 
 def _gate(step: p.AttentionGate, size: Size, context: Context, packed: Packed) -> list[Algorithm]:

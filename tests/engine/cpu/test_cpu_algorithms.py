@@ -38,6 +38,24 @@ def names(step, size, where):
     return [algorithm.name for algorithm in algorithms(step, size, where, Packed())]
 
 
+@needs_native
+@pytest.mark.parametrize("channels, others", [(31, []), (32, ["native winograd 4x4"])])
+def test_a_stem_of_many_channels_takes_fewer_products(channels, others):
+    weight, vector = torch.zeros(channels, 3, 7, 7), torch.zeros(channels)
+    step = p.Stem("it", (), p.Value(0, channels, 4), weight, vector, vector, p.Activation(0.0))
+    assert names(step, (1, 64, 64), context(theirs=False)) == [*others, "native direct"]
+
+
+@needs_native
+@torch.no_grad()
+def test_a_network_with_a_wide_stem_is_as_exact_as_eager():
+    model = build(dataclasses.replace(CONFIGS["enlarged"], backbone_width=48))
+    inputs = [images(*size, seed=seed) for size in SIZES for seed in range(3)]
+    fast = shelfkern.accelerate(model, backend="native")
+    assert fast.plan.algorithms(1, 64, 64)[0] == "native winograd 4x4"
+    assert_as_exact_as_eager(fast, model, inputs, torch.float32)
+
+
 def test_what_reads_images_is_timed_on_those_that_it_enlarges():
     plan = lower(build(CONFIGS["enlarged"]))
     size = (2, *plan.extents.seen(90, 70))
