@@ -46,8 +46,6 @@ from . import (
 )
 from . import _selftest_codes as codes
 from ._backends import unavailable
-from ._stem_winograd import pack_stem_winograd
-from .stem import normalised_values, stem_native
 
 # Largest error over the truth's largest value. Sums of a few hundred float32 products are good to
 # about 1e-6, a float16 result to 5e-4 after every step; labels must be equal.
@@ -106,22 +104,6 @@ class Case(NamedTuple):
     arguments: dict[str, Any]
 
 
-def _stems(*tensors: Tensor, size: tuple[int, int], backend: str) -> list[Tensor]:
-    """The op, and where it is native also by Winograd's filtering."""
-    image, w, scale, shift, mean, std = tensors
-    direct = stem(*tensors, size=size, backend=backend)
-    if backend != "native":
-        return 2 * [direct]
-    filtered = torch.empty_like(direct)
-    stem_native(image, pack_stem_winograd(w), scale, shift, normalised_values(mean, std), filtered, 0.0)
-    return [direct, filtered]
-
-
-def _stems_reference(*tensors: Tensor, size: tuple[int, int]) -> list[Tensor]:
-    image, w, scale, shift, mean, std = tensors
-    return 2 * [stem_reference(image, w, scale, shift, mean, std, size)]
-
-
 def _random(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64)
 
@@ -161,7 +143,7 @@ def _cases() -> dict[str, Case]:
             (x, _random(19, 19, 3, 3) / 13, *norms),
             dict(slope=0.01, skip=True),
         ),
-        "stem": (_stems, _stems_reference, (image, *stem_weights), dict(size=(32, 64))),
+        "stem": (stem, stem_reference, (image, *stem_weights), dict(size=(32, 64))),
         "upsample_add": (
             upsample_add,
             upsample_add_reference,
