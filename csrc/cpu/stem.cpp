@@ -76,14 +76,14 @@ template <typename P>
 void pack_image(StemRows& image, int64_t columns, int64_t first_row, int64_t rows, typename P::Word* to) {
     using Element = typename Pixels<P>::Element;
     constexpr int64_t kElements = Pixels<P>::kElements;
-    const int64_t inside = std::min(columns - kPad, image.columns());
+    const int64_t inside = std::min(columns - kPad, image.columns);
     Element zero{};
     if constexpr (std::is_same<P, Int8>::value) zero = image.of.zero;
     for (int64_t r = 0; r < rows; ++r, to += words_of<P>(columns)) {
         const int64_t y = first_row + r;
         Element* row = reinterpret_cast<Element*>(to);
         Element* const end = reinterpret_cast<Element*>(to + words_of<P>(columns));
-        if (y < 0 || y >= image.rows()) {
+        if (y < 0 || y >= image.rows) {
             std::fill(row, end, zero);
             continue;
         }

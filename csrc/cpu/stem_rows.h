@@ -25,10 +25,18 @@ static inline ColumnTaps stem_taps(const Stem& a, int slot) {
 class StemRows {
    public:
     const Stem& of;
+    const bool enlarged;
+    const int64_t rows, columns;  // before those of zeros
 
     // Of image n. Uses scratch slots 4 and 5.
-    StemRows(const Stem& a, const ColumnTaps& taps, int64_t n) : of(a), taps_(taps), n_(n) {
-        if (!enlarges(a)) return;
+    StemRows(const Stem& a, const ColumnTaps& taps, int64_t n)
+        : of(a),
+          enlarged(enlarges(a)),
+          rows(enlarged ? a.h : a.image_h),
+          columns(enlarged ? a.w : a.image_w),
+          taps_(taps),
+          n_(n) {
+        if (!enlarged) return;
         given_ = static_cast<float*>(thread_scratch(4, (3 * a.padded_w + kLanes) * 4));
         std::fill(given_ + 3 * a.image_w, given_ + 3 * a.padded_w, 0.f);
         const int64_t wide = (3 * a.w + kLanes - 1) / kLanes * kLanes;
@@ -36,19 +44,15 @@ class StemRows {
         for (int i = 0; i < 2; ++i) widened_[i] = {memory + i * wide, -1};
     }
 
-    // How many there are before those of zeros.
-    int64_t rows() const { return enlarges(of) ? of.h : of.image_h; }
-    int64_t columns() const { return enlarges(of) ? of.w : of.image_w; }
-
     // Pixels of row y as they were given, where they are of 8 bits; else null.
     const uint8_t* raw(int64_t y) const {
-        if (of.image_dtype != DType::u8 || enlarges(of)) return nullptr;
+        if (of.image_dtype != DType::u8 || enlarged) return nullptr;
         return static_cast<const uint8_t*>(of.image) + (n_ * of.image_h + y) * of.image_w * 3;
     }
 
     // The first `count` pixels of row y as normalised float32 RGB.
     void read(int64_t y, int64_t count, float* to) {
-        if (!enlarges(of)) return read_given(y, count, to);
+        if (!enlarged) return read_given(y, count, to);
         const Tap t = tap(y, of.padded_h, of.h, false);
         const float *const top = widened(t.first), *const bottom = widened(t.next);
         const vf fraction = splat(t.fraction);

@@ -126,12 +126,12 @@ class Rows {
         for (int64_t i = 0; i < 2; ++i) {
             const int64_t y = 2 * m + i;
             float* to = quads(m) + 2 * kQuad + i * kRowColours;
-            if (y < 0 || y >= image_.rows()) {
+            if (y < 0 || y >= image_.rows) {
                 for (int64_t x = 0; x < a_.w / 2; ++x) std::fill_n(to + x * kQuad, kRowColours, 0.f);
                 continue;
             }
-            image_.read(y, image_.columns(), line_);
-            std::fill(line_ + 3 * image_.columns(), line_ + 3 * a_.w, 0.f);
+            image_.read(y, image_.columns, line_);
+            std::fill(line_ + 3 * image_.columns, line_ + 3 * a_.w, 0.f);
             for (int64_t x = 0; x < a_.w / 2; ++x) {
                 std::memcpy(to + x * kQuad, line_ + x * kRowColours, kRowColours * sizeof(float));
             }

@@ -58,20 +58,26 @@ static inline void store(int32_t* p, vi v) { std::memcpy(p, &v, sizeof(v)); }
 
 // Between vectors a cast keeps the bits.
 static inline vf load(const bf16* p) {
-#if defined(__AVX512F__)
-    // GCC widens both halves apart and joins them.
-    return (vf)((vu)_mm512_cvtepu16_epi32((__m256i)load_vector<vh>(p)) << 16);
+#if defined(__AVX512BW__)
+    // One permutation, between zeros, where to widen and to shift are two.
+    const __m512i halves = _mm512_castsi256_si512((__m256i)load_vector<vh>(p));
+    const __m512i at = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    return (vf)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, _mm512_slli_epi32(at, 16), halves);
 #else
     return (vf)(__builtin_convertvector(load_vector<vh>(p), vu) << 16);
 #endif
 }
 
-// Rounds to nearest, ties to even; NaN stays NaN.
+// Rounds to nearest, ties to even; NaN stays NaN. The instruction takes what is below 2^-126 for 0.
 static inline void store(bf16* p, vf v) {
+#if defined(__AVX512BF16__)
+    const __m256bh half = _mm512_cvtneps_pbh((__m512)v);
+#else
     const vu bits = (vu)v;
     const vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     const vu nan = (bits >> 16) | 0x40;
     const vh half = __builtin_convertvector(v == v ? rounded : nan, vh);
+#endif
     std::memcpy(p, &half, sizeof(half));
 }
 

@@ -7,30 +7,41 @@
 namespace shelfkern {
 namespace SHELFKERN_ISA {
 
-// The rows of one tile's outputs, for the panel from channel `at` of M, in which 1 is worth `unit`.
-template <typename Filter>
-static void transform_output(const float* const* from, int64_t at, float unit,
-                             Sums<Filter::kOut, 1> (&rows)[Filter::kOut]) {
-    constexpr int kOut = Filter::kOut, kFrequencies = Filter::kFrequencies;
-    for (int v = 0; v < kPanelVectors; ++v, at += kLanes) {
-        transform_square<kFrequencies, kOut, Filter::output>(
-            [&](int row, int column) { return load(from[row * kFrequencies + column] + at); },
-            [&](int row, int column, vf y) {
-                rows[row].v[column][v] = Filter::kWholeNumbers ? y * splat(unit) : y;
-            });
+// The outputs of one tile, for as many channels as a vector has from channel `at` of M: put(row, column, y).
+template <typename Filter, typename Put>
+static inline __attribute__((always_inline)) void transform_output(const float* const* from, int64_t at,
+                                                                   const Put& put) {
+    constexpr int kFrequencies = Filter::kFrequencies;
+    transform_square<kFrequencies, Filter::kOut, Filter::output>(
+        [&](int row, int column) { return load(from[row * kFrequencies + column] + at); }, put);
+}
+
+// The outputs of a tile that is within the image, for a whole panel from channel `at` of M, in registers.
+template <typename Filter, typename T>
+static void finish_whole(const float* const* from, int64_t at, float unit, const Epilogue<T>& e) {
+    for (int first = 0; first < kPanel; first += kLanes) {
+        const vf scale = (e.scale ? load(e.scale + first) : splat(1)) * splat(unit);
+        const vf shift = e.shift ? load(e.shift + first) : vf{};
+        transform_output<Filter>(from, at + first, [&](int row, int column, vf y) {
+            finish_channels(y * scale + shift, row * e.row + column * e.pixel + first, kLanes, e);
+        });
     }
 }
 
-// finish() for a count of pixels known at run time.
-template <int kOut, typename E, int kPixels = kOut>
-static void finish_row(int64_t pixels, const Sums<kOut, 1>& row, const E& e) {
-    if constexpr (kPixels > 0) {
-        if (pixels < kPixels) return finish_row<kOut, E, kPixels - 1>(pixels, row, e);
-        Sums<kPixels, 1> some;
-        for (int p = 0; p < kPixels; ++p) {
-            for (int v = 0; v < kPanelVectors; ++v) some.v[p][v] = row.v[p][v];
-        }
-        finish(some, e);
+// Of any tile.
+template <typename Filter, typename T>
+static void finish_part(const float* const* from, int64_t at, float unit, int64_t height, int64_t width,
+                        const Epilogue<T>& e) {
+    constexpr int kOut = Filter::kOut;
+    Sums<kOut, 1> rows[kOut];
+    for (int v = 0; v < kPanelVectors; ++v) {
+        transform_output<Filter>(from, at + v * kLanes, [&](int row, int column, vf y) {
+            rows[row].v[column][v] = Filter::kWholeNumbers ? y * splat(unit) : y;
+        });
+    }
+    for (int64_t y = 0; y < height; ++y) {
+        finish_sums(reinterpret_cast<const float*>(rows[y].v), static_cast<int>(width), kPanelVectors,
+                    e.at(y * e.row));
     }
 }
 
@@ -43,10 +54,12 @@ static void finish_tile(const Winograd& a, const Place& place, int64_t oc, int64
     const Epilogue<T> of_tile =
         epilogue_of<T>(a).at(place.n * a.stride_n + place.y * a.stride_h + place.x * a.stride_w);
     for (int64_t i = 0; i < panels; ++i, oc += kPanel) {
-        Sums<kOut, 1> rows[kOut];
-        transform_output<Filter>(from, i * kPanel, unit, rows);
         const Epilogue<T> e = of_tile.of_channels(oc, min(kPanel, a.out_c - oc));
-        for (int64_t y = 0; y < height; ++y) finish_row<kOut>(width, rows[y], e.at(y * a.stride_h));
+        if (height == kOut && width == kOut && e.channels == kPanel) {
+            finish_whole<Filter>(from, i * kPanel, unit, e);
+        } else {
+            finish_part<Filter>(from, i * kPanel, unit, height, width, e);
+        }
     }
 }
 

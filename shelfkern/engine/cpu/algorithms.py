@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ... import native, ops
 from ...ops._conv_winograd import conv_winograd_native, shared_block_winograd_native
-from ...ops._stem_winograd import PackedStemWinograd, can_pay, pack_stem_winograd
+from ...ops._stem_winograd import PackedStemWinograd, pack_stem_winograd
 from ...ops.conv_bn_act import PackedConv
 from ...ops.stem import normalised_values, pack_stem_rows
 from .. import plan as p
@@ -22,7 +22,7 @@ from ..arena import like, value_bytes
 from ..problem import Packed, Size
 from . import cost, library, quantized
 from .algorithm import Algorithm, Context, Found, Run, no_scratch, stem_image
-from .winograd import Winograd, direct_filters, winograds
+from .winograd import Winograd, direct_filters, stems, winograds
 
 Optional = Tensor | None
 Make = Callable[..., list[Algorithm]]
@@ -151,10 +151,16 @@ def _our_shared_block(
 
 
 def _our_stem(step: p.Stem, size: Size, context: Context, packed: Packed) -> list[Algorithm]:
-    dtype = _products(context)
+    dtype, normalisation = _products(context), context.normalisation
+
+    def direct() -> PackedConv:
+        return pack_stem_rows(step.weight, dtype)
+
+    def winograd() -> PackedStemWinograd:
+        return pack_stem_winograd(step.weight)
 
     def prepare(form: str, pack: Callable[[], PackedConv | PackedStemWinograd]) -> Run:
-        filters, normalisation = packed.get(form, pack), context.normalisation
+        filters = packed.get(form, pack)
         mean, std = torch.tensor([normalisation.mean, normalisation.std], dtype=torch.float64)
         values = normalised_values(mean, std)
 
@@ -165,17 +171,7 @@ def _our_stem(step: p.Stem, size: Size, context: Context, packed: Packed) -> lis
 
         return no_scratch(run)
 
-    def direct() -> PackedConv:
-        return pack_stem_rows(step.weight, dtype)
-
-    def winograd() -> PackedStemWinograd:
-        return pack_stem_winograd(step.weight)
-
-    found = [Algorithm("native direct", cost.direct(step, size, dtype), lambda: prepare("direct", direct))]
-    if can_pay(step.weight):
-        time = cost.stem_winograd(step, size)
-        found.append(Algorithm("native winograd 4x4", time, lambda: prepare("winograd", winograd)))
-    return found
+    return stems(step, size, dtype, lambda: prepare("direct", direct), lambda: prepare("winograd", winograd))
 
 
 def _our_gate(step: p.AttentionGate, size: Size, context: Context, packed: Packed) -> list[Algorithm]:

@@ -19,7 +19,7 @@ from ...ops._conv_codes import (
     pack_deconv_codes,
     pack_winograd_codes,
 )
-from ...ops._stem_winograd import PackedStemWinograd, can_pay, pack_stem_winograd
+from ...ops._stem_winograd import PackedStemWinograd, pack_stem_winograd
 from ...ops.conv_bn_act import whole_panels
 from ...ops.quantize import Quantum, quantize_native
 from ...ops.stem import StemCodes, fold_raw, normalised_values, pack_stem_rows
@@ -28,7 +28,7 @@ from ..arena import like, value_bytes
 from ..problem import Packed, Size
 from . import cost
 from .algorithm import Algorithm, Context, Run, no_scratch, stem_image
-from .winograd import winograds
+from .winograd import stems, winograds
 
 # Of a stem: its weights, scale and shift, and what codes need.
 Filters = tuple[ops.PackedConv | PackedStemWinograd, Tensor, Tensor, StemCodes]
@@ -156,12 +156,8 @@ def _stem(step: p.Stem, size: Size, context: Context, packed: Packed) -> list[Al
 
         return no_scratch(run)
 
-    time = cost.direct(step, size, torch.int8 if step.raw else floating)
-    found = [Algorithm("native direct", time, lambda: prepare("codes", direct))]
-    if can_pay(step.weight):
-        time = cost.stem_winograd(step, size)
-        found.append(Algorithm("native winograd 4x4", time, lambda: prepare("winograd", winograd)))
-    return found
+    product = torch.int8 if step.raw else floating
+    return stems(step, size, product, lambda: prepare("codes", direct), lambda: prepare("winograd", winograd))
 
 
 def _gate(step: p.AttentionGate, size: Size, context: Context, packed: Packed) -> list[Algorithm]:

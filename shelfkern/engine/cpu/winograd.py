@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ... import native, ops
+from ...ops import _stem_winograd
 from ...ops._conv_winograd import PackedWinograd, as_winograd, can_pay, keeps_transformed, pack_winograd
-from ..problem import Packed
+from .. import plan as p
+from ..problem import Packed, Size
+from . import cost
+from .algorithm import Algorithm, Run
 
 
 def direct_filters(
@@ -64,3 +69,13 @@ def winograds(weight: Tensor, stride: int, padding: int, dtype: torch.dtype) -> 
         return whole if stride == 1 else []
     floating = [Winograd(tile, torch.float32) for tile in ((4, 2) if stride == 1 else (4,))]
     return [*floating, *whole] if dtype is torch.bfloat16 else floating
+
+
+def stems(
+    step: p.Stem, size: Size, product: torch.dtype, direct: Callable[[], Run], winograd: Callable[[], Run]
+) -> list[Algorithm]:
+    """Our ways to run a stem: directly, by products of `product`, and by Winograd's where that can pay."""
+    found = [Algorithm("native direct", cost.direct(step, size, product), direct)]
+    if _stem_winograd.can_pay(step.weight):
+        found.append(Algorithm("native winograd 4x4", cost.stem_winograd(step, size), winograd))
+    return found
