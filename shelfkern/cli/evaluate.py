@@ -24,7 +24,7 @@ from ..evaluate.plot import check_plot, save_confusion
 from ..evaluate.submission import KINDS, open_submission
 from ..files import replacing
 from ..nn import ShelfNet
-from .options import DTYPES, MODELS, check_device, open_model
+from .options import DTYPE_HELP, DTYPES, MODELS, check_device, open_model, open_saved
 from .progress import progress_bar
 
 
@@ -51,7 +51,7 @@ class Job:
     split: str
     protocol: Protocol
     device: str
-    dtype: str
+    dtype: str | None
     accelerated: bool
     batch: int
     workers: int
@@ -60,7 +60,10 @@ class Job:
 
     def network(self) -> ShelfNet | FastShelfNet:
         """The model, on its device."""
-        network, dtype = open_model(self.weights, self.model), DTYPES[self.dtype]
+        saved = open_saved(self.weights, self.device, model=self.model, dtype=self.dtype)
+        if saved is not None:
+            return saved
+        network, dtype = open_model(self.weights, self.model), DTYPES[self.dtype or "float32"]
         if self.accelerated:
             return accelerate(network, dtype, self.device)
         return network.to(self.device, dtype)
@@ -225,7 +228,7 @@ _File = click.Path(path_type=Path, dir_okay=False)
 @click.option("--crop-size", type=int, help="Side of the windows; without, the network sees whole images.")
 @click.option("--boundary", is_flag=True, help="Also boundary F1 (0.75 % of the diagonal).")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:1.")
-@click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True)
+@click.option("--dtype", type=click.Choice(list(DTYPES)), help=DTYPE_HELP)
 @click.option("--accelerate", "accelerated", is_flag=True, help="Judges the accelerated model.")
 @click.option("--batch", default=1, show_default=True, type=click.IntRange(min=1),
               help="Images of one size that the network sees at once, with --protocol single.")  # fmt: skip
@@ -252,8 +255,9 @@ def evaluate(
 ) -> None:
     """Measures accuracy on a data set: IoU of every class, mIoU, pixel accuracy, boundary F1.
 
-    WEIGHTS is a shipped name or a weights file. Images that cannot be read are named and skipped; the exit
-    status is then 1. Under torchrun each process takes a share of the images.
+    WEIGHTS is a shipped name, a weights file, or a file of an accelerated network. Images that cannot be
+    read are named and skipped; the exit status is then 1. Under torchrun each process takes a share of the
+    images.
     """
     changes = dict(scales=scales, mirror=mirror, base_size=base_size, crop_size=crop_size)
     protocol = protocol_of(name, boundary=boundary, **changes)

@@ -13,11 +13,13 @@ from torch import nn
 
 from .. import checkpoints
 from .. import nn as models
-from ..engine import accelerate
+from ..engine import FastShelfNet, accelerate, load
+from ..engine.saved import is_saved
 from ..nn import ShelfNet, shipped_weights
 
 MODELS = ("shelfnet18_lw", "shelfnet34_lw", "shelfnet50", "shelfnet101")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPE_HELP = "Of the arithmetic: float32 by default, or that of the accelerated network."
 BACKENDS = ("auto", "native", "library", "eager")
 
 
@@ -62,6 +64,26 @@ def open_model(weights: str, model: str | None) -> ShelfNet:
         network.load_state_dict(state)
         return network.eval()
     except (OSError, RuntimeError, ValueError, TypeError) as error:
+        raise click.ClickException(str(error)) from error
+
+
+def open_saved(path: str, device: str, backend: str = "auto", **given: str | None) -> FastShelfNet | None:
+    """The accelerated network in a file of `FastShelfNet.save`, or None where it is not such a file.
+
+    Args:
+        given: options, None where they are not, that such a network has its own of.
+
+    Raises:
+        click.ClickException: it cannot be read or run so, or one is given; one sentence.
+    """
+    if not is_saved(path):
+        return None
+    for name, value in given.items():
+        if value is not None:
+            raise click.ClickException(f"{name} is {value}, {path} is an accelerated network with its own")
+    try:
+        return load(path, device, backend)
+    except (OSError, RuntimeError, ValueError) as error:
         raise click.ClickException(str(error)) from error
 
 

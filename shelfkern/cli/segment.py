@@ -16,10 +16,11 @@ import torch
 from PIL import Image
 
 from .. import visualise
+from ..engine import FastShelfNet
 from ..files import replacing
 from ..nn import ShelfNet
 from . import inputs
-from .options import BACKENDS, DTYPES, MODELS, Predictor, Size, make_fast, open_model
+from .options import BACKENDS, DTYPE_HELP, DTYPES, MODELS, Predictor, Size, make_fast, open_model, open_saved
 from .progress import progress_bar
 
 SMALLEST = 32
@@ -37,16 +38,26 @@ SKIPPED = (
 
 
 class Segmenter:
-    """A network, and how its labels are named and painted."""
+    """A network, and how its labels are named and painted.
+
+    Raises:
+        click.ClickException: it has more classes than label images.
+    """
 
     def __init__(
-        self, model: ShelfNet, fast: Predictor, size: tuple[int, ...] | None, device: str = "cpu"
+        self,
+        model: ShelfNet | FastShelfNet,
+        fast: Predictor,
+        size: tuple[int, ...] | None,
+        device: str = "cpu",
     ) -> None:
+        count = model.plan.num_classes if isinstance(model, FastShelfNet) else model.config.num_classes
+        if count > 256:
+            raise click.ClickException(f"weights has {count} classes, label images may have 1 to 256")
         self.fast = fast
         self.size = size
         self.device = device
         self.normalisation = model.normalisation
-        count = model.config.num_classes
         self.classes = list(model.classes or (f"class {index}" for index in range(count)))
         self.palette = list(model.palette or visualise.default_palette(count))
 
@@ -178,16 +189,36 @@ def _tracked(jobs: list[tuple[Path, Path]], done: list[int]) -> Iterator[tuple[P
             progress.update(task, advance=1, rate=f"{rate:.1f} images/s")
 
 
+def _segmenter(
+    weights: str,
+    model: str | None,
+    size: tuple[int, ...] | None,
+    device: str,
+    dtype: str | None,
+    backend: str,
+) -> Segmenter:
+    saved = open_saved(weights, device, backend, model=model, dtype=dtype)
+    if saved is not None:
+        return Segmenter(saved, saved, size, device)
+    network = open_model(weights, model)
+    return Segmenter(network, make_fast(network, dtype or "float32", device, backend), size, device)
+
+
 @click.command()
 @click.argument("paths", nargs=-1, required=True)
 @click.option("-o", "--output", default="shelfkern_out", type=click.Path(path_type=Path), show_default=True)
-@click.option("--weights", default="camvid", show_default=True, help="A shipped name, or a weights file.")
+@click.option(
+    "--weights",
+    default="camvid",
+    show_default=True,
+    help="A shipped name, a weights file, or a network that was saved accelerated.",
+)
 @click.option("--model", type=click.Choice(MODELS), help="For a state dict that does not say what it is of.")
 @click.option(
     "--size", type=Size(), help="HEIGHTxWIDTH or longer side that the network sees; own by default."
 )
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:1.")
-@click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True)
+@click.option("--dtype", type=click.Choice(list(DTYPES)), help=DTYPE_HELP)
 @click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True)
 @click.option("--save-scores", is_flag=True, help="Also writes class scores as .npy (classes, h, w).")
 def segment(
@@ -197,7 +228,7 @@ def segment(
     model: str | None,
     size: tuple[int, ...] | None,
     device: str,
-    dtype: str,
+    dtype: str | None,
     backend: str,
     save_scores: bool,
 ) -> None:
@@ -207,12 +238,7 @@ def segment(
     class indices; for every video NAME_overlay.mp4. Images below 32 pixels a side are enlarged for the
     network. Files that cannot be read are named and skipped; the exit status is then 1.
     """
-    network = open_model(weights, model)
-    if network.config.num_classes > 256:
-        raise click.ClickException(
-            f"weights has {network.config.num_classes} classes, label images may have 1 to 256"
-        )
-    segmenter = Segmenter(network, make_fast(network, dtype, device, backend), size, device)
+    segmenter = _segmenter(weights, model, size, device, dtype, backend)
     jobs = list(inputs.expand(paths))
     try:
         output.mkdir(parents=True, exist_ok=True)

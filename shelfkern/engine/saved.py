@@ -103,6 +103,15 @@ class Saved:
                 self.file.forget(weight)
 
 
+def is_saved(path: str | os.PathLike[str]) -> bool:
+    """Whether a file holds an accelerated network, of this version or another."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return KEY in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
+
+
 def read_saved(path: str | os.PathLike[str]) -> Saved:
     """The network in a file of `Saved.write`, its weights mapped: the file may be replaced, not overwritten.
 

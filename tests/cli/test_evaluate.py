@@ -17,6 +17,7 @@ from numpy.testing import assert_array_equal
 from PIL import Image
 from torch import nn
 
+from shelfkern import accelerate
 from shelfkern.cli import commands
 from shelfkern.cli import evaluate as command
 from shelfkern.data import camvid, open_dataset
@@ -127,6 +128,16 @@ def test_protocols(options: str, protocol: Protocol, run, model, root, tmp_path)
     assert found.summary() in result.stdout
     assert all(name in result.stdout for name in camvid.CLASSES)
     assert ("boundary" in result.stdout) == protocol.boundary
+
+
+def test_an_accelerated_network(run, model, root, tmp_path) -> None:
+    fast = accelerate(model, torch.bfloat16)
+    fast.save(tmp_path / "saved.safetensors")
+    assert run("--json", tmp_path / "found.json", weights=tmp_path / "saved.safetensors").exit_code == 0
+    found = Evaluation.from_json((tmp_path / "found.json").read_text())
+    assert_array_equal(found.matrix.counts, expected(fast, root).matrix.counts)
+    result = run("--dtype", "bfloat16", weights=tmp_path / "saved.safetensors")
+    assert result.exit_code == 1 and "dtype is bfloat16, " in complaints(result)[-1]
 
 
 def test_the_published_protocol_by_name(run, monkeypatch) -> None:

@@ -18,7 +18,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 from torch import nn
 
-from shelfkern import cli, native, visualise
+from shelfkern import accelerate, cli, load, native, visualise
 from shelfkern.cli import commands, inputs
 from shelfkern.cli import segment as command
 from shelfkern.nn import ShelfNet, ShelfNetConfig, from_weights, save_weights, shipped_weights
@@ -535,6 +535,50 @@ def test_wrong_weights_are_one_sentence(weights, run, tmp_path) -> None:
         assert result.exit_code == 1 and line.startswith("Error: ") and result.stdout == ""
         assert ("weights has 300 classes" if name == "many.safetensors" else str(path)) in line
         assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def saved(model, tmp_path) -> Path:
+    """A file of the tiny model, accelerated in 8 bits."""
+    images = torch.from_numpy(np.stack([np.array(picture(seed=seed)) for seed in range(4)]))
+    path = tmp_path / "saved.safetensors"
+    accelerate(model, torch.int8, calibration=images).save(path)
+    return path
+
+
+def test_an_accelerated_network(saved, run, tmp_path) -> None:
+    image, out = picture(), tmp_path / "out"
+    image.save(tmp_path / "a.png")
+    assert run(tmp_path / "a.png", "--weights", saved, "--save-scores").exit_code == 0
+    labels, fast = Image.open(out / "a_labels.png"), load(saved)
+    x = torch.from_numpy(np.array(image))[None]
+    assert np.array_equal(np.asarray(labels), fast.predict(x)[0])
+    assert labels.getpalette()[:15] == [value for colour in PALETTE for value in colour]
+    scores = torch.from_numpy(np.load(out / "a_scores.npy"))
+    assert (scores.argmax(0) == torch.from_numpy(np.array(labels))).float().mean() > 0.98
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        (["--dtype", "float32"], "dtype is float32, {} is an accelerated network with its own"),
+        (["--model", "shelfnet50"], "model is shelfnet50, {} is an accelerated network with its own"),
+        (["--backend", "eager"], "backend is 'eager', it may be one of"),
+        (["--device", "cuda"], "device is 'cuda'"),
+    ],
+)
+def test_what_an_accelerated_network_cannot(options: list, sentence: str, saved, run, tmp_path) -> None:
+    picture().save(tmp_path / "a.png")
+    result = run(tmp_path / "a.png", "--weights", saved, *options)
+    assert result.exit_code == 1 and sentence.format(saved) in complaints(result)[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_accelerated_network_that_is_cut_short(saved, run, tmp_path) -> None:
+    picture().save(tmp_path / "a.png")
+    saved.write_bytes(saved.read_bytes()[:-1])
+    (line,) = complaints(run(tmp_path / "a.png", "--weights", saved))
+    assert line.startswith("Error: ") and str(saved) in line
 
 
 @pytest.mark.skipif(not shipped_weights(), reason="this tree ships no weights")
