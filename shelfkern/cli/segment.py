@@ -211,7 +211,7 @@ def _segmenter(
     "--weights",
     default="camvid",
     show_default=True,
-    help="A shipped name, a weights file, or a network that was saved accelerated.",
+    help="A shipped name, a weights file, or a file of an accelerated network.",
 )
 @click.option("--model", type=click.Choice(MODELS), help="For a state dict that does not say what it is of.")
 @click.option(
