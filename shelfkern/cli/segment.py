@@ -37,12 +37,12 @@ SKIPPED = (
 )
 
 
-class Segmenter:
-    """A network, and how its labels are named and painted.
+def _count_classes(model: ShelfNet | FastShelfNet) -> int:
+    return model.plan.num_classes if isinstance(model, FastShelfNet) else model.config.num_classes
 
-    Raises:
-        click.ClickException: it has more classes than label images.
-    """
+
+class Segmenter:
+    """A network, and how its labels are named and painted."""
 
     def __init__(
         self,
@@ -51,9 +51,7 @@ class Segmenter:
         size: tuple[int, ...] | None,
         device: str = "cpu",
     ) -> None:
-        count = model.plan.num_classes if isinstance(model, FastShelfNet) else model.config.num_classes
-        if count > 256:
-            raise click.ClickException(f"weights has {count} classes, label images may have 1 to 256")
+        count = _count_classes(model)
         self.fast = fast
         self.size = size
         self.device = device
@@ -198,9 +196,12 @@ def _segmenter(
     backend: str,
 ) -> Segmenter:
     saved = open_saved(weights, device, backend, model=model, dtype=dtype)
-    if saved is not None:
-        return Segmenter(saved, saved, size, device)
-    network = open_model(weights, model)
+    network = open_model(weights, model) if saved is None else saved
+    count = _count_classes(network)
+    if count > 256:
+        raise click.ClickException(f"weights has {count} classes, label images may have 1 to 256")
+    if isinstance(network, FastShelfNet):
+        return Segmenter(network, network, size, device)
     return Segmenter(network, make_fast(network, dtype or "float32", device, backend), size, device)
 
 
@@ -224,13 +225,8 @@ def _segmenter(
 def segment(
     paths: tuple[str, ...],
     output: Path,
-    weights: str,
-    model: str | None,
-    size: tuple[int, ...] | None,
-    device: str,
-    dtype: str | None,
-    backend: str,
     save_scores: bool,
+    **network: Any,
 ) -> None:
     """Segments images, folders, globs and videos.
 
@@ -238,7 +234,7 @@ def segment(
     class indices; for every video NAME_overlay.mp4. Images below 32 pixels a side are enlarged for the
     network. Files that cannot be read are named and skipped; the exit status is then 1.
     """
-    segmenter = _segmenter(weights, model, size, device, dtype, backend)
+    segmenter = _segmenter(**network)
     jobs = list(inputs.expand(paths))
     try:
         output.mkdir(parents=True, exist_ok=True)
