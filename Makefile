@@ -37,6 +37,7 @@ bench-cpu: .venv/.bench
 bench-ops: .venv/.bench
 	$(BIN)/python -m pytest benchmarks/ops -m quick --benchmark-quiet $(ARGS)
 	$(BIN)/python benchmarks/ops/plot.py benchmarks/results/ops_*.jsonl
+	$(BIN)/python benchmarks/ops/page.py
 
 bench-training: .venv/.bench
 	$(BIN)/python benchmarks/training.py --memory $(ARGS)

@@ -2,43 +2,18 @@
 
 from __future__ import annotations
 
-import collections
 import json
-import statistics
 import sys
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
 matplotlib.use("svg")
 
 from matplotlib import pyplot as plt
+from pairs import Pairs, pairs_by_dtype, speed_up
 
-Row = dict[str, Any]
-# Of one op: the best of ours and the fastest of the others, a pair for each problem.
-Pairs = dict[str, list[tuple[Row, Row]]]
 OURS, PEER = "#1b6ca8", "#b8643c"
-
-
-def pairs(rows: list[Row]) -> Pairs:
-    """Rows by op, of problems that both have. Cold times where there are some."""
-    cache = "cold" if any(row["cache"] == "cold" for row in rows) else "warm"
-    problems: dict[tuple[str, str], list[Row]] = collections.defaultdict(list)
-    for row in rows:
-        if row["cache"] == cache:
-            problems[row["op"], row["shape"]].append(row)
-    found: Pairs = collections.defaultdict(list)
-    for (op, _), variants in sorted(problems.items()):
-        ours, peers = ([row for row in variants if row["ours"] is mine] for mine in (True, False))
-        if ours and peers:
-            found[op].append(tuple(min(group, key=lambda row: row["median_us"]) for group in (ours, peers)))
-    return found
-
-
-def speed_up(of_one_op: list[tuple[Row, Row]]) -> float:
-    """How many times faster ours is than the fastest peer: the geometric mean over problems."""
-    return statistics.geometric_mean(ours["to_fastest_peer"] for ours, _ in of_one_op)
 
 
 def draw(axis: plt.Axes, dtype: str, found: Pairs) -> None:
@@ -66,8 +41,7 @@ def main() -> None:
     """Writes an SVG beside each file of results that is named."""
     for path in map(Path, sys.argv[1:]):
         rows = [json.loads(line) for line in path.read_text().splitlines() if line]
-        by_dtype = {dtype: pairs([r for r in rows if r["dtype"] == dtype]) for dtype in _dtypes(rows)}
-        by_dtype = {dtype: found for dtype, found in by_dtype.items() if found}
+        by_dtype = pairs_by_dtype(rows)
         if not by_dtype:
             sys.exit(f"{path} holds no problem that ours and a peer were timed on")
         figure, axes = plt.subplots(
@@ -82,10 +56,6 @@ def main() -> None:
         # Without a date and with fixed ids, so that equal results give equal files.
         plt.rcParams["svg.hashsalt"] = "shelfkern"
         figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-
-
-def _dtypes(rows: list[Row]) -> list[str]:
-    return list(dict.fromkeys(row["dtype"] for row in rows))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import page
 import pytest
 import table
 
@@ -245,6 +246,34 @@ def test_plots(gpu):
     drawn = several.with_suffix(".svg").read_text()
     assert "threads 2" in drawn and "threads 1" in drawn
     assert "layers 7 us, whole 9 us" in steps and "triton 64x64" in steps
+
+
+def op_row(shape, variant, microseconds, ratio=None, dtype="float32"):
+    found = {
+        "op": "stem", "shape": shape, "dtype": dtype, "variant": variant, "ours": variant == "native",
+        "cache": "warm", "median_us": microseconds, "to_fastest_peer": ratio,
+    }  # fmt: skip
+    return found | ABOUT
+
+
+def test_the_table_of_ops(monkeypatch, tmp_path):
+    rows = [
+        op_row("8x8", "native", 1.0, 2.0), op_row("8x8", "eager", 2.0),
+        op_row("9x9", "native", 1.0, 0.5), op_row("9x9", "eager", 0.5), op_row("9x9", "oneDNN", 0.7),
+        op_row("8x8", "native", 1.0, 3.0, "bfloat16"), op_row("8x8", "eager", 3.0, dtype="bfloat16"),
+        op_row("7x7", "native", 1.0),  # without a peer
+    ]  # fmt: skip
+    write(tmp_path / "ops_cpu.jsonl", rows)
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- ops: begin -->\nold\n<!-- ops: end -->\nafter\n")
+    monkeypatch.setattr(page, "RESULTS", tmp_path)
+    monkeypatch.setattr(page, "README", readme)
+    page.main()
+    before, titles, _, line, _, footer, *after = readme.read_text().splitlines()[1:]
+    assert before == "<!-- ops: begin -->" and after == ["<!-- ops: end -->", "after"]
+    assert cells(titles) == ["op", "float32", "bfloat16"]
+    assert cells(line) == ["`stem`", "**1.00x** (0.50 to 2.00)", "**3.00x**"]
+    assert footer.startswith("`python benchmarks/models.py`; A CPU, avx512, 2 threads; torch 2.0")
 
 
 def test_a_file_without_times_gives_no_plot(tmp_path):

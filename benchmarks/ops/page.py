@@ -1,0 +1,53 @@
+"""Makes the README's table of ops from benchmarks/results, between its markers."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from pairs import Pair, Row, pairs_by_dtype, speed_up
+
+sys.path.append(str(Path(__file__).parents[1]))
+from table import RESULTS, ROOT, read, replaced
+
+from shelfkern.files import replacing
+
+FILE, README, MARK = "ops_cpu.jsonl", ROOT / "README.md", "ops"
+
+
+def table(rows: list[Row]) -> list[str]:
+    """A line an op: in each dtype how many times faster ours is than the fastest peer."""
+    by_dtype = pairs_by_dtype(rows)
+    ops = sorted({op for found in by_dtype.values() for op in found})
+    lines = [_line("op", *by_dtype), "|" + " --- |" * (1 + len(by_dtype))]
+    for op in ops:
+        lines.append(_line(f"`{op}`", *(_cell(found.get(op, [])) for found in by_dtype.values())))
+    commands = ", ".join(f"`{command}`" for command in dict.fromkeys(row["command"] for row in rows))
+    last = rows[-1]
+    machine = f"{last['cpu']}, {last['isa']}, {last['threads']} threads"
+    versions = f"torch {last['torch']}, shelfkern {last['shelfkern']} at {last['commit']}"
+    return [*lines, "", f"{commands}; {machine}; {versions}; {last['time'][:10]}."]
+
+
+def _cell(of_one_op: list[Pair]) -> str:
+    """The mean, and where there are several problems the least and the greatest."""
+    if not of_one_op:
+        return ""
+    ratios = sorted(ours["to_fastest_peer"] for ours, _ in of_one_op)
+    mean = f"**{speed_up(of_one_op):.2f}x**"
+    return mean if len(ratios) == 1 else f"{mean} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+
+
+def _line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    """Rewrites what is between the markers."""
+    page = replaced(README.read_text(), "\n".join(table(read(RESULTS / FILE))), MARK)
+    with replacing(README) as temporary:
+        temporary.write_text(page)
+
+
+if __name__ == "__main__":
+    main()
