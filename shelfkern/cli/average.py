@@ -65,7 +65,8 @@ def average(
     are, all of one size; of a single file that alone is done.
     """
     _check(weights, out, dataset, data, device)
-    extra = {"mean_of": ", ".join(weights)}
+    # A stage and its file: the folders above are this machine's.
+    extra = {"mean_of": ", ".join("/".join(Path(name).parts[-2:]) for name in weights)}
     try:
         model = mean_of(weights)
         if dataset is not None and data is not None:
