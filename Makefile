@@ -2,7 +2,7 @@
 # make test   everything that this machine can test
 # make bench  a few networks beside their peers, in minutes; prints them and leaves them in build/bench
 # make bench-cpu  all networks on a CPU; writes benchmarks/results, the README's table and docs/cpu.md
-# make bench-ops  ops beside their peers, at a few of the networks' shapes; ARGS='-m ""' takes all
+# make bench-ops  ops beside their peers, at a few of the networks' shapes, and the README's table; ARGS='-m ""' takes all
 # make bench-training  training steps beside torch's; writes benchmarks/results, docs/training_speed.md and README
 # make lint   ruff, mypy, clang-format
 #

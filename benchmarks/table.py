@@ -78,14 +78,14 @@ def is_ours(variant: str) -> bool:
 def on_cpu(rows: list[Row]) -> list[str]:
     """A table with one line a case on the most threads: ours beside the fastest other."""
     most = max(row["threads"] for row in rows)
-    lines = _header(*CASE_COLUMNS, "fastest other", "shelfkern", "to it")
+    lines = titled(*CASE_COLUMNS, "fastest other", "shelfkern", "to it")
     for case, by_variant in cases(rows).items():
         other = _fastest_other(by_variant)
         if case.threads == most:
             beside = f"{other['variant']} {_milliseconds(other)}" if other else ""
             mine = _milliseconds(by_variant.get("shelfkern"))
-            lines.append(_line(*case.cells(), beside, mine, _ratio(by_variant)))
-    return [*lines, "", f"Medians, batch 1; {_run(rows, _cpu(rows))}"]
+            lines.append(line(*case.cells(), beside, mine, _ratio(by_variant)))
+    return [*lines, "", f"Medians, batch 1; {measured_by(rows, _cpu(rows))}"]
 
 
 def _cpu(rows: list[Row]) -> str:
@@ -97,17 +97,17 @@ def times_of_all(rows: list[Row], layers: list[Row]) -> list[str]:
     found = cases(rows)
     variants = list(dict.fromkeys(variant for case in found.values() for variant in case))
     variants.sort(key=is_ours)
-    lines = _header(*CASE_COLUMNS, *variants, "to the fastest other")
+    lines = titled(*CASE_COLUMNS, *variants, "to the fastest other")
     for case, by_variant in found.items():
         times = [_milliseconds(by_variant.get(variant)) for variant in variants]
-        lines.append(_line(*case.cells(), *times, _ratio(by_variant)))
-    return [*lines, "", f"Medians, batch 1; {_run(rows, _cpu(rows))}"]
+        lines.append(line(*case.cells(), *times, _ratio(by_variant)))
+    return [*lines, "", f"Medians, batch 1; {measured_by(rows, _cpu(rows))}"]
 
 
 def targets(rows: list[Row], layers: list[Row]) -> list[str]:
     """One line a case: how far ahead it is, is to be, and by its floor could be."""
     floors = {case_of(row): row["floor_us"] / 1e3 for row in layers if row["layer"] is None}
-    lines = _header(*CASE_COLUMNS, "to the fastest other", "target", "", "floor", "at the floor")
+    lines = titled(*CASE_COLUMNS, "to the fastest other", "target", "", "floor", "at the floor")
     for case, by_variant in cases(rows).items():
         other, ratio = _fastest_other(by_variant), _least_ratio(by_variant)
         if other is None or ratio is None:
@@ -119,14 +119,14 @@ def targets(rows: list[Row], layers: list[Row]) -> list[str]:
         if possible is not None and possible < case.target:
             verdict = "out of reach of these algorithms"
         cells = ("", "") if floor is None else (f"{floor:.1f} ms", f"{possible:.2f}x")
-        lines.append(_line(*case.cells(), f"**{ratio:.2f}x**", f"{case.target:.1f}x", verdict, *cells))
+        lines.append(line(*case.cells(), f"**{ratio:.2f}x**", f"{case.target:.1f}x", verdict, *cells))
     return lines
 
 
 def arithmetic(rows: list[Row], layers: list[Row]) -> list[str]:
     """One line a case: GFLOP/s of ours and of the fastest other, counted both ways, and of the peak."""
     ours = ("effective", "actual", "of the peak")
-    lines = _header(*CASE_COLUMNS, "peak GFLOP/s", *(f"shelfkern, {name}" for name in ours), "fastest other")
+    lines = titled(*CASE_COLUMNS, "peak GFLOP/s", *(f"shelfkern, {name}" for name in ours), "fastest other")
     for case, by_variant in cases(rows).items():
         mine, other = by_variant.get("shelfkern"), _fastest_other(by_variant)
         if mine and "of_peak" in mine:
@@ -136,7 +136,7 @@ def arithmetic(rows: list[Row], layers: list[Row]) -> list[str]:
             beside = (
                 f"{other['variant']}: {other['gflop_per_s']:.0f}, {other['of_peak']:.0%}" if other else ""
             )
-            lines.append(_line(*case.cells(), *figures, f"{mine['of_peak']:.0%}", beside))
+            lines.append(line(*case.cells(), *figures, f"{mine['of_peak']:.0%}", beside))
     return lines
 
 
@@ -147,13 +147,13 @@ def memory(rows: list[Row], layers: list[Row]) -> list[str]:
         dict.fromkeys(variant for by_variant in found.values() for variant in _measured(by_variant))
     )
     variants.sort(key=is_ours)
-    lines = _header(*CASE_COLUMNS, *variants, "shelfkern, with its model")
+    lines = titled(*CASE_COLUMNS, *variants, "shelfkern, with its model")
     for case, by_variant in found.items():
         cells = [_mebibytes(by_variant.get(variant)) for variant in variants]
         beside = [
             row["memory_with_model_mib"] for row in by_variant.values() if "memory_with_model_mib" in row
         ]
-        lines.append(_line(*case.cells(), *cells, f"{beside[0]:.0f}" if beside else ""))
+        lines.append(line(*case.cells(), *cells, f"{beside[0]:.0f}" if beside else ""))
     return lines
 
 
@@ -174,31 +174,31 @@ def slowest_layers(rows: list[Row], layers: list[Row]) -> list[str]:
         if row["layer"] is not None and row["threads"] == most:
             kinds = found.setdefault(case_of(row), {})
             kinds.setdefault((row["op"], row["algorithm"]), []).append(row)
-    lines = _header(*CASE_COLUMNS, "op", "algorithm", "layers", "time", "share", "floor", "of it")
+    lines = titled(*CASE_COLUMNS, "op", "algorithm", "layers", "time", "share", "floor", "of it")
     for case, kinds in found.items():
         total = sum(row["median_us"] for of_kind in kinds.values() for row in of_kind)
         sums = [(sum(row["median_us"] for row in of_kind), kind) for kind, of_kind in kinds.items()]
         for time, kind in sorted(sums, reverse=True):
             floor = sum(row["floor_us"] for row in kinds[kind])
             cells = (*kind, str(len(kinds[kind])), f"{time / 1e3:.2f} ms", f"{time / total:.0%}")
-            lines.append(_line(*case.cells(), *cells, f"{floor / 1e3:.2f} ms", f"{floor / time:.0%}"))
+            lines.append(line(*case.cells(), *cells, f"{floor / 1e3:.2f} ms", f"{floor / time:.0%}"))
     return lines
 
 
 def on_gpu(rows: list[Row]) -> list[str]:
     """A table with one line a case: ours, bound too, beside the fastest other."""
     header = ("model", "size", "batch", "dtype", "output", "shelfkern", "bound to its input")
-    lines = _header(*header, "fastest other", "to it", "of the limit", "MiB, other's")
+    lines = titled(*header, "fastest other", "to it", "of the limit", "MiB, other's")
     for case, by_variant in cases(rows).items():
         ours, bound = by_variant.get("shelfkern"), by_variant.get("shelfkern bound")
         other = _fastest_other(by_variant)
         cells = [_time(ours), _time(bound), f"{other['variant']} {_time(other)}" if other else ""]
         fraction = f"{ours['fraction']:.0%}" if ours else ""
-        lines.append(_line(*map(str, case[:5]), *cells, _ratio(by_variant), fraction, _memory(ours, other)))
+        lines.append(line(*map(str, case[:5]), *cells, _ratio(by_variant), fraction, _memory(ours, other)))
     about = rows[0]
     machine = f"{about['gpu']}; CUDA {about['cuda']}, cuDNN {about['cudnn']}, Triton {about['triton']}"
     how = "Medians between events around a call"
-    return [*lines, "", f"{how}; {_run(rows, machine)}", *_paper(rows)]
+    return [*lines, "", f"{how}; {measured_by(rows, machine)}", *_paper(rows)]
 
 
 def _paper(rows: list[Row]) -> list[str]:
@@ -208,10 +208,10 @@ def _paper(rows: list[Row]) -> list[str]:
         ours = by_variant.get("shelfkern")
         if ours and model in PAPER and (size, batch, output) == ("512x512", 1, "scores"):
             speed = f"{ours['wall_images_per_s']:.0f}"
-            found.append(_line(model, dtype, speed, f"{PAPER[model]} (float32, GTX 1080 Ti)"))
+            found.append(line(model, dtype, speed, f"{PAPER[model]} (float32, GTX 1080 Ti)"))
     if not found:
         return []
-    header = _header("as the paper measures: 512x512, batch 1", "dtype", "images/s here", "in the paper")
+    header = titled("as the paper measures: 512x512, batch 1", "dtype", "images/s here", "in the paper")
     return ["", *header, *found]
 
 
@@ -247,7 +247,7 @@ def _memory(ours: Row | None, other: Row | None) -> str:
     return "" if mine is None or theirs is None else f"{mine:.0f}, {theirs:.0f}"
 
 
-def _run(rows: list[Row], machine: str) -> str:
+def measured_by(rows: list[Row], machine: str) -> str:
     """The commands that gave the rows, and what they ran on."""
     commands = ", ".join(f"`{command}`" for command in dict.fromkeys(row["command"] for row in rows))
     commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
@@ -255,11 +255,13 @@ def _run(rows: list[Row], machine: str) -> str:
     return f"{commands}; {machine}; {versions}; {rows[-1]['time'][:10]}."
 
 
-def _header(*titles: str) -> list[str]:
-    return [_line(*titles), "|" + " --- |" * len(titles)]
+def titled(*titles: str) -> list[str]:
+    """The first two lines of a table."""
+    return [line(*titles), "|" + " --- |" * len(titles)]
 
 
-def _line(*cells: str) -> str:
+def line(*cells: str) -> str:
+    """Of a table."""
     return f"| {' | '.join(cells)} |"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from table import RESULTS, ROOT, read, replaced
+from table import RESULTS, ROOT, line, read, replaced, titled
 
 from shelfkern.files import replacing
 
@@ -22,24 +22,24 @@ Row = dict[str, Any]
 
 def table(rows: list[Row]) -> list[str]:
     """One line a variant; ours say how they are to the fastest of torch's."""
-    lines = _header(*COLUMNS)
+    lines = titled(*COLUMNS)
     for row in rows:
         ratio = _ratio(_others(row, rows)) if row["variant"] == "shelfkern" else ""
-        lines.append(_line(*_case(row), row["variant"], _time(row), ratio, _mebibytes([row])))
+        lines.append(line(*_case(row), row["variant"], _time(row), ratio, _mebibytes([row])))
     commands = ", ".join(f"`{command}`" for command in dict.fromkeys(row["command"] for row in rows))
     return [*lines, "", f"Medians; {commands}; {_machine(rows)}"]
 
 
 def beside(rows: list[Row]) -> list[str]:
     """One line a case: ours beside the fastest of torch's, and the memory beside the thriftiest's."""
-    lines = _header(*BESIDE_COLUMNS)
+    lines = titled(*BESIDE_COLUMNS)
     for row in rows:
         others = _others(row, rows)
         if row["variant"] != "shelfkern" or not others:
             continue
         fastest = min(others, key=lambda other: other["median_ms"])
         times = (f"{fastest['variant']} {_time(fastest)}", _time(row), _ratio(others))
-        lines.append(_line(*_case(row), *times, _mebibytes([row]), _mebibytes(others)))
+        lines.append(line(*_case(row), *times, _mebibytes([row]), _mebibytes(others)))
     return [*lines, "", f"Medians; `python benchmarks/training.py`; {_machine(rows)}"]
 
 
@@ -73,14 +73,6 @@ def _machine(rows: list[Row]) -> str:
     machine = last.get("gpu") or f"{last['cpu']}, {last['isa']}, {last['threads']} threads"
     versions = f"torch {last['torch']}, shelfkern {last['shelfkern']} at {last['commit']}"
     return f"{machine}; {versions}; {last['time'][:10]}."
-
-
-def _header(*titles: str) -> list[str]:
-    return [_line(*titles), "|" + " --- |" * len(titles)]
-
-
-def _line(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def page_of(page: str, results: Path) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from pairs import Pair, Row, pairs_by_dtype, speed_up
 
 sys.path.append(str(Path(__file__).parents[1]))
-from table import RESULTS, ROOT, read, replaced
+from table import RESULTS, ROOT, line, measured_by, read, replaced, titled
 
 from shelfkern.files import replacing
 
@@ -19,14 +19,11 @@ def table(rows: list[Row]) -> list[str]:
     """A line an op: in each dtype how many times faster ours is than the fastest peer."""
     by_dtype = pairs_by_dtype(rows)
     ops = sorted({op for found in by_dtype.values() for op in found})
-    lines = [_line("op", *by_dtype), "|" + " --- |" * (1 + len(by_dtype))]
+    lines = titled("op", *by_dtype)
     for op in ops:
-        lines.append(_line(f"`{op}`", *(_cell(found.get(op, [])) for found in by_dtype.values())))
-    commands = ", ".join(f"`{command}`" for command in dict.fromkeys(row["command"] for row in rows))
-    last = rows[-1]
-    machine = f"{last['cpu']}, {last['isa']}, {last['threads']} threads"
-    versions = f"torch {last['torch']}, shelfkern {last['shelfkern']} at {last['commit']}"
-    return [*lines, "", f"{commands}; {machine}; {versions}; {last['time'][:10]}."]
+        lines.append(line(f"`{op}`", *(_cell(found.get(op, [])) for found in by_dtype.values())))
+    machine = f"{rows[-1]['cpu']}, {rows[-1]['isa']}, {rows[-1]['threads']} threads"
+    return [*lines, "", measured_by(rows, machine)]
 
 
 def _cell(of_one_op: list[Pair]) -> str:
@@ -36,10 +33,6 @@ def _cell(of_one_op: list[Pair]) -> str:
     ratios = sorted(ours["to_fastest_peer"] for ours, _ in of_one_op)
     mean = f"**{speed_up(of_one_op):.2f}x**"
     return mean if len(ratios) == 1 else f"{mean} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-
-
-def _line(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
