@@ -34,7 +34,7 @@ from peers.cpu_runtimes import OnnxRuntime, OpenVino
 from peers.ours import Shelfkern
 from peers.quantised import RangeImages
 from results import about
-from table import replaced
+from table import replaced, titled
 
 import shelfkern.nn
 from shelfkern.data import Dataset, Sample, camvid
@@ -159,7 +159,8 @@ def digest(model: ShelfNet) -> str:
 
 def table(rows: list[Row]) -> str:
     """The page's table, and where its figures come from."""
-    lines = ["| | mIoU | to float32 | pixels right | labels unlike float32's |", "| --- " * 5 + "|"]
+    titles = ("variant", "mIoU", "change from float32", "pixel accuracy", "labels differing from float32")
+    lines = titled(*titles)
     first = rows[0]
     for one in rows:
         if "reason" in one:
@@ -170,7 +171,7 @@ def table(rows: list[Row]) -> str:
         differs = "" if one is first else f"{100 * one['differs']:.2f} %"
         lines.append(f"| {one['variant']} | {' | '.join(cells)} | {differs} |")
     size = f"{first['frames']} validation frames, calibrated on {first['calibration']} training frames"
-    machine = first.get("gpu") or f"{first['cpu']}, products by torch"
+    machine = first.get("gpu") or f"{first['cpu']}, the GPU's int8 and fp8 products computed by torch"
     versions = f"torch {first['torch']}, shelfkern {first['shelfkern']} at {first['commit']}"
     weights = f"weights `{first['weights']}` ({first['digest']})"
     run = f"`{first['command']}`; {machine}; {versions}; {first['time'][:10]}."

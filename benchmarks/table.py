@@ -1,4 +1,4 @@
-"""Makes the tables of README.md and docs/cpu.md from benchmarks/results, between their markers."""
+"""Generates the tables of README.md and docs/cpu.md from benchmarks/results, between their markers."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ CPU_LAYERS = "models_cpu_layers.jsonl"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 # Images a second on a GTX 1080 Ti, 512x512, batch 1, float32 (arXiv 1811.11254).
 PAPER = {"shelfnet50": 59, "shelfnet101": 42}
-# How many times faster than the fastest other a CPU's results are to be: scores by dtype, and labels.
+# Speed-ups over the fastest peer that a CPU's results are to reach: scores by dtype, and labels.
 TARGETS = {"float32": 1.5, "bfloat16": 1.3, "int8": 1.0}
 LABELS_TARGET = 2.0
+# How models.py begins the reason of a result that failed the accuracy check, and what tables say of it.
+REFUSED, FAILED, UNTIMED = "wrong, not timed", "failed the accuracy check", "not timed"
+SPEED_UP = "speed-up over the fastest peer"
 
 Row = dict[str, Any]
 
@@ -33,7 +36,7 @@ class Case(NamedTuple):
 
     @property
     def target(self) -> float:
-        """How many times faster than the fastest other it is to be; in 8 bits ahead, whatever the output."""
+        """The speed-up over the fastest peer to reach; in int8 any, whatever the output."""
         return LABELS_TARGET if self.output == "labels" and self.dtype != "int8" else TARGETS[self.dtype]
 
     def cells(self) -> tuple[str, ...]:
@@ -44,10 +47,15 @@ class Case(NamedTuple):
 CASE_COLUMNS = ("model", "size", "dtype", "output", "threads")
 
 
-def read(path: Path) -> list[Row]:
-    """Rows of a JSON lines file, those that were timed."""
+def read(path: Path, refused: bool = False) -> list[Row]:
+    """Rows of a JSON lines file that were timed; if `refused`, those that failed the accuracy check too."""
     rows = [json.loads(line) for line in path.read_text().splitlines() if line]
-    return [row for row in rows if row.get("reason") is None]
+    return [row for row in rows if row.get("reason") is None or (refused and has_failed(row))]
+
+
+def has_failed(row: Row) -> bool:
+    """Whether a row was not timed because its result failed the accuracy check."""
+    return (row.get("reason") or "").startswith(REFUSED)
 
 
 def cases(rows: list[Row]) -> dict[Case, dict[str, Row]]:
@@ -76,16 +84,17 @@ def is_ours(variant: str) -> bool:
 
 
 def on_cpu(rows: list[Row]) -> list[str]:
-    """A table with one line a case on the most threads: ours beside the fastest other."""
+    """A table with one line a case on the most threads: ours beside the fastest peer."""
     most = max(row["threads"] for row in rows)
-    lines = titled(*CASE_COLUMNS, "fastest other", "shelfkern", "to it")
+    lines = titled(*CASE_COLUMNS, "fastest peer", "shelfkern", SPEED_UP)
     for case, by_variant in cases(rows).items():
-        other = _fastest_other(by_variant)
+        peer = _fastest_peer(by_variant)
         if case.threads == most:
-            beside = f"{other['variant']} {_milliseconds(other)}" if other else ""
+            beside = f"{peer['variant']} {_milliseconds(peer)}" if peer else ""
             mine = _milliseconds(by_variant.get("shelfkern"))
             lines.append(line(*case.cells(), beside, mine, _ratio(by_variant)))
-    return [*lines, "", f"Medians, batch 1; {measured_by(rows, _cpu(rows))}"]
+    each = f"each row's command, machine and versions are in `benchmarks/results/{FILES[1]}`"
+    return [*lines, "", f"Medians, batch 1; `make bench-cpu`; {_cpu(rows)}; {_versions(rows)}; {each}."]
 
 
 def _cpu(rows: list[Row]) -> str:
@@ -97,7 +106,7 @@ def times_of_all(rows: list[Row], layers: list[Row]) -> list[str]:
     found = cases(rows)
     variants = list(dict.fromkeys(variant for case in found.values() for variant in case))
     variants.sort(key=is_ours)
-    lines = titled(*CASE_COLUMNS, *variants, "to the fastest other")
+    lines = titled(*CASE_COLUMNS, *variants, SPEED_UP)
     for case, by_variant in found.items():
         times = [_milliseconds(by_variant.get(variant)) for variant in variants]
         lines.append(line(*case.cells(), *times, _ratio(by_variant)))
@@ -105,38 +114,40 @@ def times_of_all(rows: list[Row], layers: list[Row]) -> list[str]:
 
 
 def targets(rows: list[Row], layers: list[Row]) -> list[str]:
-    """One line a case: how far ahead it is, is to be, and by its floor could be."""
+    """One line a case: the speed-up reached, the target, and the speed-up at the floor."""
     floors = {case_of(row): row["floor_us"] / 1e3 for row in layers if row["layer"] is None}
-    lines = titled(*CASE_COLUMNS, "to the fastest other", "target", "", "floor", "at the floor")
+    lines = titled(*CASE_COLUMNS, SPEED_UP, "target", "outcome", "floor", "speed-up at the floor")
     for case, by_variant in cases(rows).items():
-        other, ratio = _fastest_other(by_variant), _least_ratio(by_variant)
-        if other is None or ratio is None:
+        peer, mine = _fastest_peer(by_variant), by_variant.get("shelfkern")
+        if peer is None or mine is None:
             continue
+        ratio = _least_ratio(by_variant)
         # Labels take the layers of scores, and less beyond them.
         floor = floors.get(case._replace(output="scores"))
-        possible = other["median_ms"] / floor if floor else None
-        verdict = "met" if ratio >= case.target else "missed"
+        possible = peer["median_ms"] / floor if floor else None
+        verdict = "met" if ratio is not None and ratio >= case.target else "missed"
         if possible is not None and possible < case.target:
             verdict = "out of reach of these algorithms"
         cells = ("", "") if floor is None else (f"{floor:.1f} ms", f"{possible:.2f}x")
-        lines.append(line(*case.cells(), f"**{ratio:.2f}x**", f"{case.target:.1f}x", verdict, *cells))
+        reached = FAILED if has_failed(mine) else _ratio(by_variant)
+        lines.append(line(*case.cells(), reached, f"{case.target:.1f}x", verdict, *cells))
     return lines
 
 
 def arithmetic(rows: list[Row], layers: list[Row]) -> list[str]:
-    """One line a case: GFLOP/s of ours and of the fastest other, counted both ways, and of the peak."""
-    ours = ("effective", "actual", "of the peak")
-    lines = titled(*CASE_COLUMNS, "peak GFLOP/s", *(f"shelfkern, {name}" for name in ours), "fastest other")
+    """One line a case: GFLOP/s of ours, effective and actual, and of the fastest peer."""
+    ours = ("effective", "actual", "% of peak")
+    lines = titled(*CASE_COLUMNS, "peak GFLOP/s", *(f"shelfkern, {name}" for name in ours), "fastest peer")
     for case, by_variant in cases(rows).items():
-        mine, other = by_variant.get("shelfkern"), _fastest_other(by_variant)
-        if mine and "of_peak" in mine:
-            figures = [
-                f"{mine[key]:.0f}" for key in ("peak_gflop_per_s", "gflop_per_s", "actual_gflop_per_s")
-            ]
-            beside = (
-                f"{other['variant']}: {other['gflop_per_s']:.0f}, {other['of_peak']:.0%}" if other else ""
-            )
-            lines.append(line(*case.cells(), *figures, f"{mine['of_peak']:.0%}", beside))
+        mine, peer = by_variant.get("shelfkern"), _fastest_peer(by_variant)
+        if mine is None or not (has_failed(mine) or "of_peak" in mine):
+            continue
+        figures = ["", FAILED, "", ""]
+        if not has_failed(mine):
+            rates = ("peak_gflop_per_s", "gflop_per_s", "actual_gflop_per_s")
+            figures = [*(f"{mine[key]:.0f}" for key in rates), f"{mine['of_peak']:.0%}"]
+        beside = f"{peer['variant']}: {peer['gflop_per_s']:.0f}, {peer['of_peak']:.0%}" if peer else ""
+        lines.append(line(*case.cells(), *figures, beside))
     return lines
 
 
@@ -147,7 +158,7 @@ def memory(rows: list[Row], layers: list[Row]) -> list[str]:
         dict.fromkeys(variant for by_variant in found.values() for variant in _measured(by_variant))
     )
     variants.sort(key=is_ours)
-    lines = titled(*CASE_COLUMNS, *variants, "shelfkern, with its model")
+    lines = titled(*CASE_COLUMNS, *variants, "shelfkern, model kept")
     for case, by_variant in found.items():
         cells = [_mebibytes(by_variant.get(variant)) for variant in variants]
         beside = [
@@ -162,6 +173,8 @@ def _measured(by_variant: dict[str, Row]) -> list[str]:
 
 
 def _mebibytes(row: Row | None) -> str:
+    if row and has_failed(row):
+        return FAILED
     measured = row is not None and "memory_mib" in row
     return f"{row['memory_net_mib']:.0f} ({row['memory_mib']:.0f})" if row and measured else ""
 
@@ -174,7 +187,7 @@ def slowest_layers(rows: list[Row], layers: list[Row]) -> list[str]:
         if row["layer"] is not None and row["threads"] == most:
             kinds = found.setdefault(case_of(row), {})
             kinds.setdefault((row["op"], row["algorithm"]), []).append(row)
-    lines = titled(*CASE_COLUMNS, "op", "algorithm", "layers", "time", "share", "floor", "of it")
+    lines = titled(*CASE_COLUMNS, "op", "algorithm", "layers", "time", "share", "floor", "floor / time")
     for case, kinds in found.items():
         total = sum(row["median_us"] for of_kind in kinds.values() for row in of_kind)
         sums = [(sum(row["median_us"] for row in of_kind), kind) for kind, of_kind in kinds.items()]
@@ -186,15 +199,15 @@ def slowest_layers(rows: list[Row], layers: list[Row]) -> list[str]:
 
 
 def on_gpu(rows: list[Row]) -> list[str]:
-    """A table with one line a case: ours, bound too, beside the fastest other."""
-    header = ("model", "size", "batch", "dtype", "output", "shelfkern", "bound to its input")
-    lines = titled(*header, "fastest other", "to it", "of the limit", "MiB, other's")
+    """A table with one line a case: ours, bound too, beside the fastest peer."""
+    header = ("model", "size", "batch", "dtype", "output", "shelfkern", "shelfkern bound to its input")
+    lines = titled(*header, "fastest peer", SPEED_UP, "% of the limit", "MiB, peer's MiB")
     for case, by_variant in cases(rows).items():
         ours, bound = by_variant.get("shelfkern"), by_variant.get("shelfkern bound")
-        other = _fastest_other(by_variant)
-        cells = [_time(ours), _time(bound), f"{other['variant']} {_time(other)}" if other else ""]
-        fraction = f"{ours['fraction']:.0%}" if ours else ""
-        lines.append(line(*map(str, case[:5]), *cells, _ratio(by_variant), fraction, _memory(ours, other)))
+        peer = _fastest_peer(by_variant)
+        cells = [_time(ours), _time(bound), f"{peer['variant']} {_time(peer)}" if peer else ""]
+        fraction = f"{ours['fraction']:.0%}" if ours and not has_failed(ours) else ""
+        lines.append(line(*map(str, case[:5]), *cells, _ratio(by_variant), fraction, _memory(ours, peer)))
     about = rows[0]
     machine = f"{about['gpu']}; CUDA {about['cuda']}, cuDNN {about['cudnn']}, Triton {about['triton']}"
     how = "Medians between events around a call"
@@ -204,9 +217,15 @@ def on_gpu(rows: list[Row]) -> list[str]:
 def _paper(rows: list[Row]) -> list[str]:
     """The paper's own measurement: a synchronised call on a float image, with full-size scores."""
     found = []
-    for (model, size, batch, dtype, output, _), by_variant in cases(rows).items():
+    timed = [row for row in rows if not has_failed(row)]
+    for (model, size, batch, dtype, output, _), by_variant in cases(timed).items():
         ours = by_variant.get("shelfkern")
-        if ours and model in PAPER and (size, batch, output) == ("512x512", 1, "scores"):
+        if (
+            ours
+            and not has_failed(ours)
+            and model in PAPER
+            and (size, batch, output) == ("512x512", 1, "scores")
+        ):
             speed = f"{ours['wall_images_per_s']:.0f}"
             found.append(line(model, dtype, speed, f"{PAPER[model]} (float32, GTX 1080 Ti)"))
     if not found:
@@ -215,29 +234,35 @@ def _paper(rows: list[Row]) -> list[str]:
     return ["", *header, *found]
 
 
-def _fastest_other(by_variant: dict[str, Row]) -> Row | None:
-    others = [row for variant, row in by_variant.items() if not is_ours(variant)]
-    return min(others, key=lambda row: row["median_ms"], default=None)
+def _fastest_peer(by_variant: dict[str, Row]) -> Row | None:
+    """Of those that were timed."""
+    peers = [row for variant, row in by_variant.items() if not is_ours(variant) and not has_failed(row)]
+    return min(peers, key=lambda row: row["median_ms"], default=None)
 
 
 def _milliseconds(row: Row | None) -> str:
-    return f"{row['median_ms']:.1f} ms" if row else ""
+    if row is None:
+        return ""
+    return FAILED if has_failed(row) else f"{row['median_ms']:.1f} ms"
 
 
 def _ratio(by_variant: dict[str, Row]) -> str:
-    ratio = _least_ratio(by_variant)
-    return "" if ratio is None else f"**{ratio:.2f}x**"
+    """The speed-up over the fastest peer."""
+    ratio, ours = _least_ratio(by_variant), by_variant.get("shelfkern")
+    if ratio is None:
+        return UNTIMED if ours and has_failed(ours) else ""
+    return f"**{ratio:.2f}x**"
 
 
 def _least_ratio(by_variant: dict[str, Row]) -> float | None:
-    """How many times faster ours is than the fastest other: the least of the medians over rounds."""
-    ratios = [row["ours_times_faster"] for variant, row in by_variant.items() if not is_ours(variant)]
+    """The speed-up over the fastest peer: the least of the medians over rounds."""
+    ratios = [row.get("ours_times_faster") for variant, row in by_variant.items() if not is_ours(variant)]
     return min((ratio for ratio in ratios if ratio is not None), default=None)
 
 
 def _time(row: Row | None) -> str:
-    if row is None:
-        return ""
+    if row is None or has_failed(row):
+        return _milliseconds(row)
     milliseconds = row["median_ms"]
     return f"{milliseconds:.1f} ms" if milliseconds >= 10 else f"{1e3 * milliseconds:.0f} us"
 
@@ -250,9 +275,14 @@ def _memory(ours: Row | None, other: Row | None) -> str:
 def measured_by(rows: list[Row], machine: str) -> str:
     """The commands that gave the rows, and what they ran on."""
     commands = ", ".join(f"`{command}`" for command in dict.fromkeys(row["command"] for row in rows))
+    return f"{commands}; {machine}; {_versions(rows)}."
+
+
+def _versions(rows: list[Row]) -> str:
+    """With the commits and the date."""
     commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
     versions = f"torch {rows[0]['torch']}, shelfkern {rows[0]['shelfkern']} at {commits}"
-    return f"{commands}; {machine}; {versions}; {rows[-1]['time'][:10]}."
+    return f"{versions}; {rows[-1]['time'][:10]}"
 
 
 def titled(*titles: str) -> list[str]:
@@ -269,7 +299,7 @@ def markdown(folder: Path) -> str:
     """Tables of all result files in a folder."""
     parts = []
     for name in FILES:
-        rows = read(folder / name) if (folder / name).exists() else []
+        rows = read(folder / name, refused=True) if (folder / name).exists() else []
         if rows:
             parts.append("\n".join(on_gpu(rows) if "gpu" in rows[0] else on_cpu(rows)))
     return "\n\n".join(parts)
@@ -286,7 +316,7 @@ PARTS: dict[str, Callable[[list[Row], list[Row]], list[str]]] = {
 
 
 def cpu_page(page: str, rows: list[Row], layers: list[Row]) -> str:
-    """docs/cpu.md with its tables made anew."""
+    """docs/cpu.md with its tables regenerated."""
     for name, make in PARTS.items():
         page = replaced(page, "\n".join(make(rows, layers)), name)
     return page
@@ -306,7 +336,7 @@ def main() -> None:
     results, layers = RESULTS / FILES[1], RESULTS / CPU_LAYERS
     if results.exists():
         rows = read(layers) if layers.exists() else []
-        page.write_text(cpu_page(page.read_text(), read(results), rows))
+        page.write_text(cpu_page(page.read_text(), read(results, refused=True), rows))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Makes the tables of docs/training_speed.md and of README.md's training, between their markers."""
+"""Generates the tables of docs/training_speed.md and of README.md's training, between their markers."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from table import RESULTS, ROOT, line, read, replaced, titled
+from table import RESULTS, ROOT, SPEED_UP, line, read, replaced, titled
 
 from shelfkern.files import replacing
 
@@ -13,45 +13,45 @@ PAGE, README = ROOT / "docs" / "training_speed.md", ROOT / "README.md"
 # By the name in the page's markers; the README shows the CPU's.
 FILES = {"cpu": "training_cpu.jsonl", "gpu": "training_gpu.jsonl"}
 README_MARK = "training"
-CASE_COLUMNS = ("", "batch", "size", "dtype")
-COLUMNS = (*CASE_COLUMNS, "variant", "time", "to the fastest other", "MiB")
-BESIDE_COLUMNS = (*CASE_COLUMNS, "fastest other", "shelfkern", "to it", "MiB", "least of the others")
+CASE_COLUMNS = ("model", "batch", "size", "dtype")
+COLUMNS = (*CASE_COLUMNS, "variant", "time", SPEED_UP, "MiB")
+BESIDE_COLUMNS = (*CASE_COLUMNS, "fastest peer", "shelfkern", SPEED_UP, "MiB", "lowest peer MiB")
 
 Row = dict[str, Any]
 
 
 def table(rows: list[Row]) -> list[str]:
-    """One line a variant; ours say how they are to the fastest of torch's."""
+    """One line a variant; ours has its speed-up over the fastest of torch's."""
     lines = titled(*COLUMNS)
     for row in rows:
-        ratio = _ratio(_others(row, rows)) if row["variant"] == "shelfkern" else ""
+        ratio = _ratio(_peers(row, rows)) if row["variant"] == "shelfkern" else ""
         lines.append(line(*_case(row), row["variant"], _time(row), ratio, _mebibytes([row])))
     commands = ", ".join(f"`{command}`" for command in dict.fromkeys(row["command"] for row in rows))
     return [*lines, "", f"Medians; {commands}; {_machine(rows)}"]
 
 
 def beside(rows: list[Row]) -> list[str]:
-    """One line a case: ours beside the fastest of torch's, and the memory beside the thriftiest's."""
+    """One line a case: ours beside the fastest of torch's, and our memory beside the lowest of theirs."""
     lines = titled(*BESIDE_COLUMNS)
     for row in rows:
-        others = _others(row, rows)
-        if row["variant"] != "shelfkern" or not others:
+        peers = _peers(row, rows)
+        if row["variant"] != "shelfkern" or not peers:
             continue
-        fastest = min(others, key=lambda other: other["median_ms"])
-        times = (f"{fastest['variant']} {_time(fastest)}", _time(row), _ratio(others))
-        lines.append(line(*_case(row), *times, _mebibytes([row]), _mebibytes(others)))
+        fastest = min(peers, key=lambda peer: peer["median_ms"])
+        times = (f"{fastest['variant']} {_time(fastest)}", _time(row), _ratio(peers))
+        lines.append(line(*_case(row), *times, _mebibytes([row]), _mebibytes(peers)))
     return [*lines, "", f"Medians; `python benchmarks/training.py`; {_machine(rows)}"]
 
 
-def _others(row: Row, rows: list[Row]) -> list[Row]:
+def _peers(row: Row, rows: list[Row]) -> list[Row]:
     """What is not this library's, of the row's case."""
     case = ("model", "size", "batch", "dtype")
-    return [other for other in rows if not other["ours"] and all(other[key] == row[key] for key in case)]
+    return [peer for peer in rows if not peer["ours"] and all(peer[key] == row[key] for key in case)]
 
 
-def _ratio(others: list[Row]) -> str:
-    """How many times faster ours is than the fastest other: the least of the ratios by rounds."""
-    return f"**{min(other['ours_times_faster'] for other in others):.2f}x**" if others else ""
+def _ratio(peers: list[Row]) -> str:
+    """The speed-up over the fastest peer: the least of the ratios by rounds."""
+    return f"**{min(peer['ours_times_faster'] for peer in peers):.2f}x**" if peers else ""
 
 
 def _case(row: Row) -> tuple[str, ...]:
@@ -76,14 +76,14 @@ def _machine(rows: list[Row]) -> str:
 
 
 def page_of(page: str, results: Path) -> str:
-    """docs/training_speed.md with the tables of the result files that are there made anew."""
+    """docs/training_speed.md with the tables of the result files that exist regenerated."""
     for name, rows in _results(results).items():
         page = replaced(page, "\n".join(table(rows)), name)
     return page
 
 
 def readme_of(readme: str, results: Path) -> str:
-    """README.md with its table of training on a CPU made anew."""
+    """README.md with its table of training on a CPU regenerated."""
     rows = _results(results).get("cpu")
     return replaced(readme, "\n".join(beside(rows)), README_MARK) if rows else readme
 

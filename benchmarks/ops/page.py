@@ -1,4 +1,4 @@
-"""Makes the README's table of ops from benchmarks/results, between its markers."""
+"""Generates the README's table of ops from benchmarks/results, between its markers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FILE, README, MARK = "ops_cpu.jsonl", ROOT / "README.md", "ops"
 
 
 def table(rows: list[Row]) -> list[str]:
-    """A line an op: in each dtype how many times faster ours is than the fastest peer."""
+    """A line an op: the speed-up over the fastest peer in each dtype."""
     by_dtype = pairs_by_dtype(rows)
     ops = sorted({op for found in by_dtype.values() for op in found})
     lines = titled("op", *by_dtype)

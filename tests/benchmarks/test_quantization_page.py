@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -76,6 +77,12 @@ def test_what_cannot_run_is_a_row_with_its_reason(frames, monkeypatch):
     lines = quantization.table([row | about for row in found]).splitlines()
     assert lines[2].startswith("| it runs | ") and lines[3] == "| it fails | dtype is torch.int8 | | | |"
     assert "2 validation frames, calibrated on 2 training frames" in lines[-1]
+
+
+def test_the_page_shows_the_results():
+    rows = [json.loads(line) for line in quantization.RESULTS.read_text().splitlines()]
+    text = quantization.PAGE.read_text()
+    assert quantization.replaced(text, quantization.table(rows)) == text
 
 
 def test_all_that_is_deployed_takes_the_frames_for_its_ranges():

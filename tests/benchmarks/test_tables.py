@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import page
+import page as op_page
 import pytest
 import table
 
@@ -78,8 +78,8 @@ def test_the_cpus_table_takes_rows_of_earlier_runs(tmp_path):
             del found[key]
     write(tmp_path / "models_cpu.jsonl", [found | {"dtype": "float32"} for found in old])
     header, _, line, _, about = table.markdown(tmp_path).splitlines()
-    names = ["model", "size", "dtype", "output", "threads", "fastest other", "shelfkern", "to it"]
-    assert cells(header) == names
+    names = ["model", "size", "dtype", "output", "threads", "fastest peer", "shelfkern"]
+    assert cells(header) == [*names, "speed-up over the fastest peer"]
     expected = [
         "shelfnet50",
         "512x512",
@@ -95,7 +95,7 @@ def test_the_cpus_table_takes_rows_of_earlier_runs(tmp_path):
 
 
 def cpu_rows():
-    """One case on two threads and on one; OpenVINO is the fastest other."""
+    """One case on two threads and on one; OpenVINO is the fastest peer."""
     actual = {"peak_gflop_per_s": 200.0, "gflop_per_s": 300.0, "actual_gflop_per_s": 120.0, "of_peak": 0.6}
     memory = {"memory_mib": 150.4, "memory_net_mib": 50.6}
     found = []
@@ -130,7 +130,7 @@ def test_only_the_most_threads_are_in_the_readme(tmp_path):
 
 def test_every_thread_count_is_in_the_pages_table():
     header, _, two, one, _, _ = table.times_of_all(cpu_rows(), [])
-    assert cells(header)[5:] == ["eager", "OpenVINO", "shelfkern", "to the fastest other"]
+    assert cells(header)[5:] == ["eager", "OpenVINO", "shelfkern", "speed-up over the fastest peer"]
     assert cells(two)[4:] == ["2", "200.0 ms", "90.0 ms", "50.0 ms", "**1.80x**"]
     assert cells(one)[4:] == ["1", "400.0 ms", "180.0 ms", "100.0 ms", "**1.80x**"]
 
@@ -148,6 +148,32 @@ def test_targets_are_held_against_floors():
     assert cells(table.targets(codes, [])[2])[5:8] == ["**1.80x**", "1.0x", "met"]
 
 
+def refused_rows():
+    """As `cpu_rows` on two threads; ours and OpenVINO failed the accuracy check, and one peer cannot run."""
+    timed = [found | {"ours_times_faster": None} for found in cpu_rows()[:3]]
+    refused = {"reason": "wrong, not timed: the largest error is 2.7, at most 1.6 is allowed"}
+    for found in (timed[0], timed[2]):
+        for key in [key for key in found if key.endswith(("_ms", "_mib", "_s")) or key == "of_peak"]:
+            del found[key]
+        found |= refused
+    return [*timed, {**timed[0], "variant": "ONNX Runtime", "reason": "failed: ValueError: no int8"}]
+
+
+def test_a_result_that_failed_the_accuracy_check_says_so(tmp_path):
+    path = write(tmp_path / "models_cpu.jsonl", refused_rows())
+    assert [found["variant"] for found in table.read(path)] == ["eager"]
+    rows = table.read(path, refused=True)
+    assert [found["variant"] for found in rows] == ["shelfkern", "eager", "OpenVINO"]
+    failed = "failed the accuracy check"
+    assert cells(table.markdown(tmp_path).splitlines()[2])[5:] == ["eager 200.0 ms", failed, "not timed"]
+    assert cells(table.times_of_all(rows, [])[2])[5:] == ["200.0 ms", failed, failed, "not timed"]
+    assert cells(table.targets(rows, cpu_layers())[2])[5:] == [failed, "1.5x", "missed", "30.0 ms", "6.67x"]
+    assert cells(table.arithmetic(rows, [])[2])[5:] == ["", failed, "", "", "eager: 300, 60%"]
+    assert cells(table.memory(rows, [])[2])[5:] == ["51 (150)", ""]
+    on_gpu = [found | GPU for found in rows]
+    assert cells(table.on_gpu(on_gpu)[2])[5:] == [failed, "", "eager 200.0 ms", "not timed", "", ""]
+
+
 def test_arithmetic_is_counted_both_ways():
     line = table.arithmetic(cpu_rows(), [])[2]
     assert cells(line)[5:] == ["200", "300", "120", "60%", "OpenVINO: 300, 60%"]
@@ -156,7 +182,7 @@ def test_arithmetic_is_counted_both_ways():
 def test_memory_is_of_the_cases_that_have_it():
     rows = cpu_rows()
     header, _, line = table.memory(rows, [])
-    assert cells(header)[5:] == ["eager", "OpenVINO", "shelfkern", "shelfkern, with its model"]
+    assert cells(header)[5:] == ["eager", "OpenVINO", "shelfkern", "shelfkern, model kept"]
     assert cells(line)[4:] == ["2", "51 (150)", "51 (150)", "51 (150)", ""]
     rows[0]["memory_with_model_mib"] = 70.4
     assert cells(table.memory(rows, [])[2])[-1] == "70"
@@ -185,13 +211,28 @@ def test_the_page_has_a_place_for_each_table():
         assert f"<!-- {name}: begin -->\n| model" in made
 
 
+def test_the_pages_show_the_results():
+    readme, page = (ROOT / name for name in ("README.md", "docs/cpu.md"))
+    results, layers = (table.RESULTS / name for name in (table.FILES[1], table.CPU_LAYERS))
+    text = readme.read_text()
+    assert table.replaced(text, table.markdown(table.RESULTS)) == text
+    ops = op_page.table(table.read(table.RESULTS / op_page.FILE))
+    assert table.replaced(text, "\n".join(ops), op_page.MARK) == text
+    text = page.read_text()
+    assert table.cpu_page(text, table.read(results, refused=True), table.read(layers)) == text
+
+
 def test_every_command_and_commit_is_named_once(tmp_path):
     rows = [row("eager", 200.0), row("shelfkern", 100.0), row("shelfkern", 90.0)]
     rows[2] |= {"dtype": "bfloat16", "command": "python benchmarks/models.py --resume", "commit": "def"}
     write(tmp_path / "models_cpu.jsonl", rows)
+    commands = "`python benchmarks/models.py`, `python benchmarks/models.py --resume`;"
+    about = table.times_of_all(rows, [])[-1]
+    assert commands in about and "at abc, def; 2026-01-02." in about
+    # The README leaves the commands to the page and to the rows themselves.
     about = table.markdown(tmp_path).splitlines()[-1]
-    assert "`python benchmarks/models.py`, `python benchmarks/models.py --resume`;" in about
-    assert "at abc, def;" in about
+    assert "`make bench-cpu`; A CPU, avx512; torch 2.0, shelfkern 0.1 at abc, def; 2026-01-02;" in about
+    assert "python benchmarks" not in about and "`benchmarks/results/models_cpu.jsonl`" in about
 
 
 def test_both_files_give_two_tables(gpu):
@@ -266,9 +307,9 @@ def test_the_table_of_ops(monkeypatch, tmp_path):
     write(tmp_path / "ops_cpu.jsonl", rows)
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- ops: begin -->\nold\n<!-- ops: end -->\nafter\n")
-    monkeypatch.setattr(page, "RESULTS", tmp_path)
-    monkeypatch.setattr(page, "README", readme)
-    page.main()
+    monkeypatch.setattr(op_page, "RESULTS", tmp_path)
+    monkeypatch.setattr(op_page, "README", readme)
+    op_page.main()
     before, titles, _, line, _, footer, *after = readme.read_text().splitlines()[1:]
     assert before == "<!-- ops: begin -->" and after == ["<!-- ops: end -->", "after"]
     assert cells(titles) == ["op", "float32", "bfloat16"]
