@@ -44,7 +44,7 @@ def beside(rows: list[Row]) -> list[str]:
 
 
 def _peers(row: Row, rows: list[Row]) -> list[Row]:
-    """What is not this library's, of the row's case."""
+    """Rows of the same case that are not this library's."""
     case = ("model", "size", "batch", "dtype")
     return [peer for peer in rows if not peer["ours"] and all(peer[key] == row[key] for key in case)]
 
