@@ -10,7 +10,7 @@ from library import fused_conv
 from shapes import Problem
 
 from shelfkern import ops
-from shelfkern.ops._conv_triton import pack_weight
+from shelfkern.ops._conv_triton import default_precision, pack_weight
 from shelfkern.ops.conv_bn_act import product_dtype
 
 
@@ -42,7 +42,7 @@ def native(case: Case, kernel: Kernel) -> Run:
 
 def triton(case: Case, kernel: Kernel) -> Run:
     x, w, *others = case.tensors.values()
-    weight, out = pack_weight(w, case.dtype), case.poisoned()
+    weight, out = pack_weight(w, case.dtype, default_precision(case.dtype)), case.poisoned()
     options = case.options
 
     def run():

@@ -8,6 +8,7 @@ from harness import Case, Inputs, Kernel, Op, Outcome, Run, Tensors, replayed
 from shapes import Problem
 
 from shelfkern import ops
+from shelfkern.ops._conv_triton import default_precision
 from shelfkern.ops.conv_bn_act import product_dtype
 from shelfkern.ops.deconv_add import pack_deconv_triton
 
@@ -40,7 +41,7 @@ def native(case: Case, kernel: Kernel) -> Run:
 
 def triton(case: Case, kernel: Kernel) -> Run:
     x, w, bias, skip = case.tensors.values()
-    weight, out = pack_deconv_triton(w, case.dtype), case.poisoned()
+    weight, out = pack_deconv_triton(w, case.dtype, default_precision(case.dtype)), case.poisoned()
 
     def run():
         kernel(x, weight, bias, skip, out)

@@ -10,7 +10,7 @@ from library import fused_conv
 from shapes import Problem
 
 from shelfkern import ops
-from shelfkern.ops._conv_triton import pack_weight
+from shelfkern.ops._conv_triton import default_precision, pack_weight
 from shelfkern.ops.conv_bn_act import product_dtype
 from shelfkern.ops.shared_block import pack_block
 
@@ -50,7 +50,11 @@ def cuda(case: Case, kernel: Kernel) -> Run:
 
 def triton(case: Case, kernel: Kernel) -> Run:
     x, w, *norms = case.tensors.values()
-    weight, hidden, out = pack_weight(w, case.dtype), case.poisoned(), case.poisoned()
+    weight, hidden, out = (
+        pack_weight(w, case.dtype, default_precision(case.dtype)),
+        case.poisoned(),
+        case.poisoned(),
+    )
 
     def run():
         kernel(x, weight, *norms, hidden, out, **case.options)

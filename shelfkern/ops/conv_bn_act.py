@@ -457,7 +457,8 @@ def _op(
     scale, shift = (None if t is None else common.float32(t) for t in (scale, shift))
     if backend == "triton":
         residual, skip = (None if t is None else common.channels_innermost(t) for t in (residual, skip))
-        weight, kernel = conv.pack_weight(w, x.dtype), (w.shape[2], w.shape[3])
+        precision = conv.default_precision(x.dtype)
+        weight, kernel = conv.pack_weight(w, x.dtype, precision), (w.shape[2], w.shape[3])
         after = (scale, shift, residual, skip, out)
         conv_bn_act_triton(common.channels_innermost(x), weight, *after, kernel, stride, padding, slope)
     else:

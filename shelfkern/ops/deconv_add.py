@@ -126,9 +126,9 @@ def _finish(acc, bias, skip, out, rows, columns, skip_rows, out_rows, pixels, ch
     tl.store(out + out_rows[:, None] + columns[None, :], rounded(acc, out), mask=mask)
 
 
-def pack_deconv_triton(w: Tensor, dtype: torch.dtype) -> Tensor:
-    """Packs weights (C, K, 3, 3) as (K, 9, C) of the kernel's dtype."""
-    return conv.pack_weight(w.transpose(0, 1), dtype)
+def pack_deconv_triton(w: Tensor, dtype: torch.dtype, precision: str = "ieee") -> Tensor:
+    """Packs weights (C, K, 3, 3) as (K, 9, C) of the kernel's dtype, as `pack_weight`."""
+    return conv.pack_weight(w.transpose(0, 1), dtype, precision)
 
 
 def deconv_add_triton(
@@ -175,7 +175,8 @@ def _op(x: Tensor, w: Tensor, bias: Tensor, skip: Tensor, backend: str) -> Tenso
     bias = common.float32(bias)
     if backend == "triton":
         x, skip = common.channels_innermost(x), common.channels_innermost(skip)
-        deconv_add_triton(x, pack_deconv_triton(w, x.dtype), bias, skip, out)
+        weight = pack_deconv_triton(w, x.dtype, conv.default_precision(x.dtype))
+        deconv_add_triton(x, weight, bias, skip, out)
     else:
         deconv_add_native(common.channels_last(x), pack_deconv(w), bias, common.channels_last(skip), out)
     return out

@@ -249,7 +249,8 @@ def _op(
     scale1, shift1, scale2, shift2 = map(common.float32, norms)
     rest = (scale1, shift1, scale2, shift2, hidden, out, slope, skip)
     if backend == "triton":
-        shared_block_triton(common.channels_innermost(x), conv.pack_weight(w, x.dtype), *rest)
+        weight = conv.pack_weight(w, x.dtype, conv.default_precision(x.dtype))
+        shared_block_triton(common.channels_innermost(x), weight, *rest)
     else:
         shared_block_native(common.channels_last(x), pack_conv(w, padding=1), *rest)
     return out

@@ -485,7 +485,8 @@ def run_triton(args, stride=1, padding=0, slope=0.25, config=None, **options):
     x, residual, skip = windows(args[0], *args[4:])
     weight, *affine = moved("triton", *args[1:4])
     scale, shift = (None if t is None else walled(t.float()) for t in affine)
-    packed, kernel = walled(conv.pack_weight(weight, x.dtype)), tuple(weight.shape[2:])
+    precision = conv.default_precision(x.dtype)
+    packed, kernel = walled(conv.pack_weight(weight, x.dtype, precision)), tuple(weight.shape[2:])
     with written(out_shape(x, weight, stride, padding), x.dtype) as out:
         after = (scale, shift, residual, skip, out)
         conv_bn_act_triton(x, packed, *after, kernel, stride, padding, slope, config, **options)

@@ -112,6 +112,37 @@ def test_pack_weight(dtype):
         assert packed[k, 4 * r + s, c] == w[k, c, r, s].to(dtype)
 
 
+def test_weights_of_tf32_are_rounded_where_tensor_cores_would_cut_them(monkeypatch):
+    w = torch.randn(300, 64, 3, 3)
+    assert torch.equal(conv.pack_weight(w, torch.float32, "tf32"), conv.pack_weight(w, torch.float32))
+    monkeypatch.setattr(conv, "INTERPRETED", False)
+    packed = conv.pack_weight(w, torch.float32, "tf32")
+    exact = conv.pack_weight(w, torch.float32, "ieee")
+    assert ((packed.view(torch.int32) & 0x1FFF) == 0).all()
+    # Half of the last of 10 bits at most, either way alike: to cut would be wrong by up to twice that.
+    error = (packed - exact) / exact
+    assert error.abs().max() <= 2**-11 and error.mean().abs() < 2**-16
+    half = torch.randn(3, 2, 1, 1).half()
+    assert torch.equal(conv.pack_weight(half, torch.float16, "tf32").flatten(), half.flatten())
+
+
+def test_rounding_to_tf32():
+    ulp = 2.0**-10
+    values = [
+        1 + ulp / 2,
+        1 + ulp / 2.001,
+        -1 - 1.5 * ulp,
+        2.0,
+        0.0,
+        float("inf"),
+        -float("inf"),
+        3.4028235e38,
+    ]
+    rounded = [1 + ulp, 1.0, -1 - 2 * ulp, 2.0, 0.0, float("inf"), -float("inf"), float("inf")]
+    assert conv.round_to_tf32(torch.tensor(values)).tolist() == rounded
+    assert conv.round_to_tf32(torch.tensor([float("nan")])).isnan().all()
+
+
 def test_workspace():
     like = torch.zeros(1, dtype=torch.float16)
     assert conv.workspace(conv.CONFIGS[0], 10, 3, like) is None

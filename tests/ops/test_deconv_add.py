@@ -280,7 +280,7 @@ def run_triton(args, config=None, **options):
     """The raw kernel on a reference's arguments."""
     x, skip = windows(args[0], args[3])
     weight, bias = moved("triton", *args[1:3])
-    packed = walled(pack_deconv_triton(weight, x.dtype))
+    packed = walled(pack_deconv_triton(weight, x.dtype, conv.default_precision(x.dtype)))
     with written(args[3].shape, x.dtype) as out:
         deconv_add_triton(x, packed, walled(bias.float()), skip, out, config, **options)
     return out.cpu()

@@ -491,7 +491,7 @@ def test_tiles_are_large_unless_that_leaves_multiprocessors_idle():
 def run_triton(args, slope=0.25, skip=True, config=None, **options):
     """The raw kernels on a reference's arguments."""
     x, (weight, *affine) = windows(args[0])[0], moved("triton", *args[1:])
-    packed = walled(conv.pack_weight(weight, x.dtype))
+    packed = walled(conv.pack_weight(weight, x.dtype, conv.default_precision(x.dtype)))
     affine = [walled(t.float()) for t in affine]
     with written(x.shape, x.dtype) as hidden, written(x.shape, x.dtype) as out:
         shared_block_triton(x, packed, *affine, hidden, out, slope, skip, config, **options)

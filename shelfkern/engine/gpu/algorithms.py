@@ -125,7 +125,7 @@ def _norm(step: p.Conv, context: Context) -> tuple[Tensor | None, Tensor | None]
 
 
 def _pack(weight: Tensor, context: Context) -> Tensor:
-    return conv.pack_weight(weight.to(context.device), context.dtype)
+    return conv.pack_weight(weight.to(context.device), context.dtype, context.precision)
 
 
 def _ours_shared_block(step: p.SharedBlockStep, size: Size, context: Context, packed: Packed) -> Found:
@@ -200,9 +200,9 @@ def _ours_deconv(step: p.DeconvAdd, size: Size, context: Context, packed: Packed
 
     def algorithm(config: conv.Config) -> Algorithm:
         def prepare() -> Run:
-            filters = step.weight
+            filters = step.weight.to(context.device)
             weight = packed.get(
-                "triton", lambda: pack_deconv_triton(filters.to(context.device), context.dtype)
+                "triton", lambda: pack_deconv_triton(filters, context.dtype, context.precision)
             )
             bias = packed.get("bias", lambda: context.vector(step.bias))
 
