@@ -125,7 +125,8 @@ def record(run: Run) -> torch.cuda.CUDAGraph:
         run()
         run()
     torch.cuda.current_stream().wait_stream(stream)
-    with torch.cuda.graph(graph):
+    # A capture that fails leaves its own stream the current one.
+    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
         run()
     return graph
 

@@ -133,7 +133,8 @@ def _capture(run: Callable[[], object]) -> torch.cuda.CUDAGraph | None:
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     try:
-        with torch.cuda.graph(graph):
+        # A capture that fails leaves its own stream the current one.
+        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
             for _ in range(GRAPH_CALLS):
                 run()
     except RuntimeError:

@@ -49,8 +49,10 @@ class _Slot:
         self.upload = runtime.pinned(shape)
         self.images = torch.empty(shape, dtype=torch.uint8, device=device)
         self.download = runtime.pinned(shape[:3])
-        # After the batch has been read from `images`, and after its labels are in `download`.
-        self.segmented: Any = None
+        # After the batch has been read from `images`, and at first after whoever had that memory before:
+        # the allocator gives it out as soon as its work on this stream is launched.
+        self.segmented = runtime.mark()
+        # After the labels are in `download`.
         self.downloaded: Any = None
 
 
@@ -80,9 +82,7 @@ class FrameStream:
         for target, frame in zip(slot.upload, frames, strict=True):
             target.copy_(frame)
         with runtime.on(self._upload):
-            # The batch that had this memory before has been read.
-            if slot.segmented is not None:
-                runtime.wait(slot.segmented)
+            runtime.wait(slot.segmented)
             slot.images.copy_(slot.upload, non_blocking=True)
             uploaded = runtime.mark()
         runtime.wait(uploaded)

@@ -100,7 +100,8 @@ def _limits(ohem: Ohem, target: Tensor) -> tuple[int, float]:
 
 def _select(losses: Tensor, least: int, threshold: float) -> _Hardest:
     """What is kept of losses, which are -1 where ignored. NaN is above everything."""
-    cutoff = losses.new_tensor(threshold)
+    # Filled on the device: a number copied to it would wait for all that runs there.
+    cutoff = losses.new_full((), threshold)
     if least > 0:
         last = losses.flatten().topk(least, sorted=False).values.min()
         cutoff = torch.where(last > cutoff, cutoff, last)

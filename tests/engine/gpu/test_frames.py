@@ -99,6 +99,15 @@ def test_memory_is_not_overwritten_before_it_was_read():
     assert {("segmented", index) for index in range(3)} <= runtime.ended[upload]
 
 
+def test_new_memory_is_not_written_before_its_last_user_has_ended():
+    # The allocator gives out memory whose work on the current stream is launched, but may not have ended.
+    runtime = Recording()
+    runtime.work("its last user")
+    list(FrameStream(Network(runtime), CPU, runtime, 2).run(batches([frame(0)], 1)))
+    (upload,) = {entry[1] for entry in runtime.log if entry[0] == "wait"} - {"main", *_downloads(runtime)}
+    assert "its last user" in runtime.ended[upload]
+
+
 def _downloads(runtime):
     return {stream for stream, _ in runtime.kept}
 
