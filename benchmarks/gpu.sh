@@ -1,12 +1,16 @@
 #!/usr/bin/env bash
-# All that needs a GPU, in one go of under eight minutes and without a network: build, self-test, tests,
+# All that needs a GPU, in one go of under ten minutes and without a network: build, self-test, tests,
 # compute-sanitizer, benchmarks of ops, models and training. Results go to ${OUT:-benchmarks/results}:
-# gpu.log, and rows, plots and the tuner's measurements, seven files, or nine with each layer's.
+# gpu.log, rows as they are measured, and the tuner's measurements, six files; benchmarks/plot.py and
+# benchmarks/ops/plot.py draw them, on any machine.
 #
 # GPU_STAGES names the stages to run, in their order, such as "build models". MODELS_SECONDS is the time for
 # benchmarks of models: from 200 on they take every case, tune, and time each layer. For the rest:
 #   GPU_STAGES="build models" MODELS_SECONDS=480 benchmarks/gpu.sh
+# The peers that compile take part from 200 seconds on, torch.compile's max-autotune and TensorRT, which
+# search for minutes, only where MODELS_PEERS names them: MODELS_PEERS="max-autotune tensorrt".
 # TRAINING_SECONDS is the time for training steps: from 200 on they are compiled too.
+# racecheck is not among the stages that run by default: it takes minutes.
 #
 # Needs python3 with torch, triton, pybind11, setuptools, pytest, pytest-benchmark, hypothesis, matplotlib,
 # click and rich (and uses pytest-xdist where it is), and cmake, ninja, a C++ compiler and nvcc. A stage that
@@ -16,10 +20,12 @@ set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 
 readonly ALL_STAGES="build doctor tests memcheck racecheck ops models training"
+readonly DEFAULT_STAGES="build doctor tests memcheck ops models training"
 readonly PYTHON=${PYTHON:-python3}
 OUT=${OUT:-benchmarks/results}
-GPU_STAGES=${GPU_STAGES:-$ALL_STAGES}
+GPU_STAGES=${GPU_STAGES:-$DEFAULT_STAGES}
 MODELS_SECONDS=${MODELS_SECONDS:-45}
+MODELS_PEERS=${MODELS_PEERS:-}
 TRAINING_SECONDS=${TRAINING_SECONDS:-40}
 # Kept from run to run, so that nothing is tuned twice.
 SHELFKERN_CACHE=${SHELFKERN_CACHE:-$PWD/build/cache}
@@ -66,17 +72,13 @@ build() {
     SHELFKERN_CUDA=1 SHELFKERN_EMULATION=0 "$PYTHON" setup.py -q build_ext --inplace
 }
 
-# Tests on the device, in several processes where pytest-xdist is there, for most of the time is Triton's
-# compiler's; status 5 of pytest is that there are none.
+# Tests on the device: first those of the clocks, which must have it to themselves, then the rest in several
+# processes where pytest-xdist is there, for most of the time is Triton's compiler's.
 device_tests() {
-    local processes=()
-    "$PYTHON" -c 'import xdist' 2>/dev/null && processes=(-n 8)
-    "$PYTHON" -m pytest -m gpu tests -q --tb=short -p no:cacheprovider "${processes[@]}"
-    local status=$?
-    if [ $status -eq 5 ]; then
-        echo "no tests are marked gpu"
-        return 77
-    fi
+    local processes=() options=(-m gpu -q --tb=short -p no:cacheprovider) status=0
+    "$PYTHON" -c 'import xdist' 2>/dev/null && processes=(-n 14)
+    "$PYTHON" -m pytest tests/engine/test_tuning.py "${options[@]}" || status=1
+    "$PYTHON" -m pytest tests --ignore tests/engine/test_tuning.py "${options[@]}" "${processes[@]}" || status=1
     return $status
 }
 
@@ -93,16 +95,18 @@ sys.exit(any(result.failed for result in results))'
         return 77
     fi
     local found status
+    found=$(mktemp)
     # Each tensor an allocation of its own, so that what is beyond one is beyond all.
-    found=$(PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 1 "$PYTHON" -c "$check" 2>&1)
-    status=$?
-    echo "$found"
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 1 "$PYTHON" -c "$check" 2>&1 |
+        tee "$found"
+    status=${PIPESTATUS[0]}
     # As under a virtualised kernel driver.
-    if grep -q "Device not supported" <<<"$found"; then
+    if grep -q "Device not supported" "$found"; then
         echo "compute-sanitizer does not support this device here"
-        return 77
+        status=77
     fi
-    return $status
+    rm -f "$found"
+    return "$status"
 }
 
 # Again after a kernel that broke the CUDA context, which is noted and then avoided.
@@ -117,30 +121,28 @@ ops() {
     do :; done
     [ ! -s "$broken" ] || status=1
     rm -f "$broken"
-    "$PYTHON" benchmarks/ops/plot.py "$OUT"/ops_*.jsonl || status=1
     return $status
 }
 
 # Again after a kernel that broke the CUDA context, whose row says so: the rest goes on without it.
 models() {
-    local out="$OUT/models_gpu.jsonl" options=(--device cuda) left status
+    local out="$OUT/models_gpu.jsonl" options=(--device cuda) peers="cudnn eager autocast" peer left status
     if [ "$MODELS_SECONDS" -ge 200 ]; then
         options+=(--breakdown)
+        peers+=" compile reduce-overhead"
     else
         options+=(--quick --no-tune --case-seconds 0.3)
     fi
+    for peer in $peers $MODELS_PEERS; do options+=(--peers "$peer"); done
     SECONDS=0
     while
-        # Kept back: for imports before its clock starts, and for drawing.
-        left=$((MODELS_SECONDS - SECONDS - 15))
+        # Kept back for imports, before its clock starts.
+        left=$((MODELS_SECONDS - SECONDS - 12))
         "$PYTHON" benchmarks/models.py "${options[@]}" --seconds "$left" --out "$out"
         status=$?
         options+=(--resume)
         [ $status -eq "$CONTEXT_LOST" ] && [ $left -gt 20 ]
     do :; done
-    for out in "$OUT"/models_gpu.jsonl "$OUT"/models_gpu_layers.jsonl; do
-        [ ! -s "$out" ] || "$PYTHON" benchmarks/plot.py "$out" || status=1
-    done
     return $status
 }
 
@@ -156,15 +158,17 @@ training() {
 # Of benchmarks/ops: the seconds after which it skips the rest, and its status after a broken context.
 OPS_BUDGET=115
 CONTEXT_LOST=70
-export PYTHON OUT OPS_BUDGET CONTEXT_LOST MODELS_SECONDS TRAINING_SECONDS SHELFKERN_CACHE
+export PYTHON OUT OPS_BUDGET CONTEXT_LOST MODELS_SECONDS MODELS_PEERS TRAINING_SECONDS SHELFKERN_CACHE
+# What was printed before a stage ran out of time is kept.
+export PYTHONUNBUFFERED=1
 export -f build device_tests sanitize ops models training
 
-# With 45 s for models and 40 s for training 475 seconds at most.
+# With 45 s for models and 40 s for training 580 seconds at most, racecheck not counted.
 stage build 80 bash -c build
-stage doctor 20 "$PYTHON" -m shelfkern doctor
-stage tests 70 bash -c device_tests
-stage memcheck 35 bash -c 'sanitize memcheck'
-stage racecheck 35 bash -c 'sanitize racecheck'
+stage doctor 45 "$PYTHON" -m shelfkern doctor
+stage tests 150 bash -c device_tests
+stage memcheck 70 bash -c 'sanitize memcheck'
+stage racecheck 120 bash -c 'sanitize racecheck'
 stage ops 150 bash -c ops
 stage models "$MODELS_SECONDS" bash -c models
 stage training "$TRAINING_SECONDS" bash -c training

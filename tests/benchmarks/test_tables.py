@@ -11,6 +11,7 @@ from pathlib import Path
 import page as op_page
 import pytest
 import table
+from peers import of_device
 
 ROOT = Path(__file__).parents[2]
 ABOUT = {
@@ -356,7 +357,7 @@ def test_gpu_sh_runs_chosen_stages_and_writes_one_log(seconds, tmp_path):
     cache.mkdir()
     (cache / "tuning-1.json").write_text("{}")
     environment = os.environ | {"PYTHON": str(python), "OUT": str(out), "SHELFKERN_CACHE": str(cache)}
-    environment |= {"GPU_STAGES": "models doctor", "MODELS_SECONDS": str(seconds)}
+    environment |= {"GPU_STAGES": "models doctor", "MODELS_SECONDS": str(seconds), "MODELS_PEERS": "tensorrt"}
     script = ROOT / "benchmarks" / "gpu.sh"
     run = subprocess.run([script], env=environment, capture_output=True, text=True, timeout=60)
     # One stage failed.
@@ -364,14 +365,24 @@ def test_gpu_sh_runs_chosen_stages_and_writes_one_log(seconds, tmp_path):
     first, *calls = log.read_text().splitlines()
     assert "torch.cuda.is_available" in first and calls[0] == "-m shelfkern doctor" and len(calls) == 3
     options = "--breakdown" if seconds == 300 else "--quick --no-tune --case-seconds 0.3"
+    peers = [
+        "cudnn",
+        "eager",
+        "autocast",
+        *(["compile", "reduce-overhead"] if seconds == 300 else []),
+        "tensorrt",
+    ]
+    chosen = " ".join(f"--peers {peer}" for peer in peers)
     wanted = (
-        f"benchmarks/models.py --device cuda {options} --seconds {seconds - 15} --out {out}/models_gpu.jsonl"
+        f"benchmarks/models.py --device cuda {options} {chosen} --seconds {seconds - 12} "
+        f"--out {out}/models_gpu.jsonl"
     )
+    assert set(peers) <= {peer.key for peer in of_device("cuda")}
     assert calls[1] == wanted
     # After the broken context the rest, without what has been measured; never more time than is left.
     again, left = calls[2].replace(" --resume", "", 1), int(calls[2].split("--seconds ")[1].split()[0])
-    assert again.replace(f"--seconds {left}", f"--seconds {seconds - 15}") == wanted
-    assert "--resume" in calls[2] and seconds - 20 < left <= seconds - 15
+    assert again.replace(f"--seconds {left}", f"--seconds {seconds - 12}") == wanted
+    assert "--resume" in calls[2] and seconds - 17 < left <= seconds - 12
     assert sorted(path.name for path in out.iterdir()) == ["gpu.log", "tuning-1.json"]
     lines = (out / "gpu.log").read_text().splitlines()
     assert lines[:2] == ["== doctor", "doctor ran"] and lines[2:5] == [
