@@ -14,25 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .files import replacing
-from .nn import (
-    ShelfNet,
-    from_weights,
-    published,
-    shelfnet18_lw,
-    shelfnet34_lw,
-    shelfnet50,
-    shelfnet101,
-    shipped_weights,
-)
+from .nn import ShelfNet, create_model, from_weights, published, shipped_weights
 from .nn.backbone import RESNET_STAGES, ResNet
+from .nn.shelfnet import PUBLISHED
 from .nn.weights import read_safetensors
-
-_PUBLISHED = {
-    "pretrained.resnet50": shelfnet50,
-    "pretrained.resnet101": shelfnet101,
-    "backbone.resnet18": shelfnet18_lw,
-    "backbone.resnet34": shelfnet34_lw,
-}
 
 PathOrState = str | os.PathLike[str] | Mapping[str, Any]
 
@@ -165,10 +150,12 @@ def from_published(path_or_state: PathOrState) -> ShelfNet:
     root = "pretrained." if "pretrained.conv1.weight" in state else "backbone."
     head = state.get("head.final.weight" if root == "pretrained." else "conv_out.conv_out.weight")
     backbone = _resnet_name({k.removeprefix(root): v for k, v in state.items() if k.startswith(root)})
-    build = _PUBLISHED.get(f"{root}{backbone}")
-    if build is None or not isinstance(head, Tensor) or head.dim() == 0:
+    kind = "linear" if root == "pretrained." else "conv"
+    made_of = {(config.head, config.backbone): name for name, config in PUBLISHED.items()}
+    name = made_of.get((kind, str(backbone)))
+    if name is None or not isinstance(head, Tensor) or head.dim() == 0:
         raise RuntimeError("state_dict is none of the four published models'")
     with torch.device("meta"):
-        model = build(num_classes=len(head))
+        model = create_model(name, len(head))
     model.load_state_dict(state, assign=True)
     return model.eval()

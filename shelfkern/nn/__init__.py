@@ -2,6 +2,7 @@
 
 from .fused import fuse_for_training
 from .paths import count_paths
+from .registry import create_model, list_models
 from .shelfnet import (
     ShelfNet,
     ShelfNetConfig,
@@ -18,8 +19,10 @@ __all__ = [
     "ShelfNetConfig",
     "ShelfNetOutput",
     "count_paths",
+    "create_model",
     "from_weights",
     "fuse_for_training",
+    "list_models",
     "save_weights",
     "shelfnet18_lw",
     "shelfnet34_lw",

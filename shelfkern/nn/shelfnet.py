@@ -283,30 +283,40 @@ _REAL_TIME = ShelfNetConfig(
     presence=False,
 )
 
+# The published models, by the names of the functions below.
+PUBLISHED = {
+    "shelfnet18_lw": _REAL_TIME,
+    "shelfnet34_lw": dataclasses.replace(
+        _REAL_TIME, backbone="resnet34", widths=(128, 256, 512), lateral=False, dropout=0.0, head_width=128
+    ),
+    "shelfnet50": ShelfNetConfig(),
+    "shelfnet101": ShelfNetConfig(backbone="resnet101"),
+}
+
 
 def shelfnet18_lw(num_classes: int = 19, *, fused: bool = False, **changes: Any) -> ShelfNet:
     """ShelfNet18-lw, the real-time model: 14.6 M parameters, 12.5 GMAC at 512x512.
 
     `changes` are other fields of `ShelfNetConfig`; fused is `ShelfNet`'s.
     """
-    return ShelfNet(dataclasses.replace(_REAL_TIME, num_classes=num_classes, **changes), fused=fused)
+    return build_published("shelfnet18_lw", fused, {"num_classes": num_classes, **changes})
 
 
 def shelfnet34_lw(num_classes: int = 19, *, fused: bool = False, **changes: Any) -> ShelfNet:
     """ShelfNet34-lw: 33.8 M parameters, 30.3 GMAC at 512x512; no lateral convolutions, no dropout."""
-    published_fields = dict(
-        backbone="resnet34", widths=(128, 256, 512), lateral=False, dropout=0.0, head_width=128
-    )
-    fields = {**published_fields, **changes}
-    return ShelfNet(dataclasses.replace(_REAL_TIME, num_classes=num_classes, **fields), fused=fused)
+    return build_published("shelfnet34_lw", fused, {"num_classes": num_classes, **changes})
 
 
 def shelfnet50(num_classes: int = 21, *, fused: bool = False, **changes: Any) -> ShelfNet:
     """ShelfNet50: 41.1 M parameters, 42.1 GMAC at 512x512."""
-    return ShelfNet(ShelfNetConfig(num_classes=num_classes, **changes), fused=fused)
+    return build_published("shelfnet50", fused, {"num_classes": num_classes, **changes})
 
 
 def shelfnet101(num_classes: int = 21, *, fused: bool = False, **changes: Any) -> ShelfNet:
     """ShelfNet101: 60.1 M parameters, 61.5 GMAC at 512x512."""
-    fields = {"num_classes": num_classes, "backbone": "resnet101", **changes}
-    return ShelfNet(ShelfNetConfig(**fields), fused=fused)
+    return build_published("shelfnet101", fused, {"num_classes": num_classes, **changes})
+
+
+def build_published(name: str, fused: bool, changes: dict[str, Any]) -> ShelfNet:
+    """The published model of a name, with `changes` in the fields of its config."""
+    return ShelfNet(dataclasses.replace(PUBLISHED[name], **changes), fused=fused)
