@@ -15,6 +15,7 @@ from .. import native
 from ..nn.shelfnet import ShelfNet, check_image_size
 from ..normalisation import Normalisation
 from ..ops._backends import MIN_CAPABILITY
+from ..ops.upsample_argmax import MAX_CLASSES
 from .calibration import Images, batches_of, check_calibration
 from .cpu.program import Program
 from .cpu.timing import Tuners
@@ -156,6 +157,15 @@ def _takes_gpu_program(dtype: torch.dtype, device: torch.device, backend: str) -
 def _check_output(output: str) -> None:
     if output not in OUTPUTS:
         raise ValueError(f"output is {output!r}, it may be one of {', '.join(OUTPUTS)}")
+
+
+def _check_label_classes(plan: Plan) -> None:
+    """Raises ValueError where uint8 labels cannot name every class."""
+    if plan.scores.channels > MAX_CLASSES:
+        raise ValueError(
+            f"num_classes is {plan.scores.channels}, labels are uint8 and take at most {MAX_CLASSES}: "
+            "use the argmax of the scores"
+        )
 
 
 def _device_of(model: ShelfNet) -> torch.device:
@@ -309,7 +319,9 @@ class FastShelfNet(nn.Module):
         Args:
             images: normalised float (N, 3, H, W), or raw uint8 RGB (N, H, W, 3).
 
-        Raises: as `forward`.
+        Raises:
+            ValueError: the network has more than 256 classes; or as `forward`.
+            TypeError, RuntimeError: as `forward`.
         """
         return self._run(images, "labels")
 
@@ -323,22 +335,29 @@ class FastShelfNet(nn.Module):
         return self._run(x, "coarse_scores")
 
     def warmup(
-        self, sizes: Iterable[Sequence[int]], batch: int = 1, outputs: Sequence[str] = OUTPUTS
+        self, sizes: Iterable[Sequence[int]], batch: int = 1, outputs: Sequence[str] | None = None
     ) -> None:
         """Does now what the first calls would do: compiling, tuning, and recording graphs.
 
         Args:
             sizes: (height, width) of images to come.
             batch: images in a call.
-            outputs: "scores" of float images, "labels" of raw ones, or both.
+            outputs: "scores" of float images, "labels" of raw ones, or both; by default both, or the scores
+                alone where there are more than 256 classes.
 
         Raises:
-            ValueError: a size is no pair of at least 32 x 32, batch is less than 1, or an output is unknown.
+            ValueError: a size is no pair of at least 32 x 32, batch is less than 1, an output is unknown, or
+                "labels" is asked of more than 256 classes.
         """
         if batch < 1:
             raise ValueError(f"batch is {batch}, it must be at least 1")
+        plan = self.plan
+        if outputs is None:
+            outputs = OUTPUTS if plan.scores.channels <= MAX_CLASSES else ("scores",)
         for output in outputs:
             _check_output(output)
+        if "labels" in outputs:
+            _check_label_classes(plan)
         for size in sizes:
             if not isinstance(size, Sequence) or len(size) != 2:
                 raise ValueError(f"sizes holds {size!r}, it must hold pairs of height and width")
@@ -361,10 +380,12 @@ class FastShelfNet(nn.Module):
             batch: frames of one call; the last may have fewer, and those before a change of size.
 
         Raises:
-            ValueError: batch is less than 1; and while frames are drawn, as `predict` for each.
+            ValueError: batch is less than 1, or the network has more than 256 classes; and while frames are
+                drawn, as `predict` for each.
         """
         if batch < 1:
             raise ValueError(f"batch is {batch}, it must be at least 1")
+        _check_label_classes(self.plan)
         grouped = batches(frames, batch)
         if not self._on_gpu:
             return (labels for some in grouped for labels in self.predict(torch.stack(some)))
@@ -378,7 +399,7 @@ class FastShelfNet(nn.Module):
             output: "scores" or "labels".
 
         Raises:
-            ValueError: output is neither; or as `forward`.
+            ValueError: output is neither, or "labels" of more than 256 classes; or as `forward`.
             RuntimeError: the module runs on the CPU's kernels, where there is nothing to bind.
         """
         _check_output(output)
@@ -407,12 +428,12 @@ class FastShelfNet(nn.Module):
     def _run(self, images: Tensor, want: str) -> Tensor:
         self._check(images)
         if self.device.type == "cpu":
-            return getattr(self._program(), want)(images)
+            return _made(self._program(), want, images)
         # The GPU works while the host looks whether the weights are still the same.
         program = self._current[1]
-        out = getattr(program, want)(images)
+        out = _made(program, want, images)
         present = self._program()
-        return out if present is program else getattr(present, want)(images)
+        return out if present is program else _made(present, want, images)
 
     def _check(self, images: Tensor) -> None:
         if self.training:
@@ -441,6 +462,13 @@ class FastShelfNet(nn.Module):
         return _again, (self._origin, *options)
 
 
+def _made(program: Program | GpuProgram, want: str, images: Tensor) -> Tensor:
+    if want == "labels":
+        _check_label_classes(program.plan)
+    made: Tensor = getattr(program, want)(images)
+    return made
+
+
 def _again(
     origin: Origin, dtype: torch.dtype, device: str, backend: str, tune: bool | float, graphs: bool
 ) -> FastShelfNet:
@@ -466,6 +494,8 @@ class BoundImages:
     @torch.no_grad()
     def _bind(self, program: Program | GpuProgram) -> None:
         assert isinstance(program, GpuProgram)
+        if self._labels:
+            _check_label_classes(program.plan)
         self._program = program
         self.forward: Forward = program.bind(self.images, self._labels, self.out)
         self.out = self.forward.result

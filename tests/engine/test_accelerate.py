@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import pickle
 import threading
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import shelfkern
 from shelfkern import native
 from shelfkern.engine.cpu import library
 from shelfkern.engine.workspace import WorkspacePool
+from shelfkern.nn import ShelfNetConfig
 from shelfkern.normalisation import Normalisation
 
 needs_native = pytest.mark.skipif(native.why_not is not None, reason=f"no native kernels: {native.why_not}")
@@ -347,6 +349,53 @@ def test_predict_refuses_other_raw_layouts():
         ValueError, match=r"images is uint8 \(1, 3, 64, 64\), raw images must be \(N, H, W, 3\)"
     ):
         fast.predict(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+
+
+TINY = ShelfNetConfig(
+    backbone="resnet18", backbone_width=4, widths=(4, 8), merge="attention", head="conv", head_width=4
+)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "emulated"])
+def test_labels_of_more_classes_than_uint8_holds_are_refused(backend):
+    fast = shelfkern.accelerate(build(dataclasses.replace(TINY, num_classes=257)), backend=backend)
+    x, raw = images(1, 32, 32), torch.zeros(1, 32, 32, 3, dtype=torch.uint8)
+    asks = [
+        lambda: fast.predict(x),
+        lambda: fast.predict(raw),
+        lambda: fast.predict_frames([]),
+        lambda: fast.warmup([], outputs=["labels"]),
+    ]
+    if backend == "emulated":
+        asks.append(lambda: fast.bind(raw, "labels"))
+    for ask in asks:
+        with pytest.raises(ValueError, match=r"^num_classes is 257, labels are uint8 and take at most 256: "):
+            ask()
+
+
+@torch.no_grad()
+def test_more_classes_than_labels_hold_have_scores():
+    model = build(dataclasses.replace(TINY, num_classes=300))
+    fast = shelfkern.accelerate(model)
+    assert_as_exact_as_eager(fast, model, [images(2, 40, 64)], torch.float32)
+    assert fast.coarse_scores(images(1, 32, 32)).shape[1] == 300
+    fast.warmup([(32, 32)])
+
+
+@torch.no_grad()
+def test_256_classes_have_labels():
+    model = build(dataclasses.replace(TINY, num_classes=256))
+    x = images(2, 40, 64)
+    assert (shelfkern.accelerate(model).predict(x) == model(x).argmax(1)).float().mean() >= 0.999
+
+
+def test_labels_are_refused_once_the_model_has_too_many_classes():
+    model = build(dataclasses.replace(TINY, num_classes=5))
+    fast = shelfkern.accelerate(model)
+    assert fast.predict(images(1, 32, 32)).max() < 5
+    model.head = build(dataclasses.replace(TINY, num_classes=300)).head
+    with pytest.raises(ValueError, match="num_classes is 300"):
+        fast.predict(images(1, 32, 32))
 
 
 def test_train_mode_raises():
