@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -201,6 +201,9 @@ class FastShelfNet(nn.Module):
     Calls may come from several threads at once, in several CUDA streams, and with changing sizes. It
     holds the model that it was made from, folded copies of its weights, and a few idle arenas with their
     graphs; none of these are in its state dict.
+
+    Its device and dtype are fixed: `to`, `cuda`, `cpu`, `half`, `float` and the like raise a RuntimeError
+    unless they ask for what it has.
     """
 
     def __init__(
@@ -455,6 +458,18 @@ class FastShelfNet(nn.Module):
 
     def _is_present(self, state: State, program: Program | GpuProgram) -> bool:
         return state.matches() and program.normalisation == self._origin.facts.normalisation
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FastShelfNet:
+        # Of `to`, `cuda`, `half` and the like. Weights are packed for one device and dtype, and nothing here
+        # is a parameter that torch could convert: what a request means shows in what it does to a tensor.
+        before = torch.empty(0, dtype=self.scores_dtype, device=self.device)
+        after = fn(before)
+        if (after.device, after.dtype) != (before.device, before.dtype):
+            raise RuntimeError(
+                f"an accelerated network stays on {self.device} in {self.dtype}, it cannot be converted to "
+                f"{after.device} and {after.dtype}: call accelerate or load with the device and dtype"
+            )
+        return self
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Programs hold native buffers and graphs: copies and pickles are made from the origin.

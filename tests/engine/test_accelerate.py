@@ -20,6 +20,9 @@ from shelfkern.normalisation import Normalisation
 needs_native = pytest.mark.skipif(native.why_not is not None, reason=f"no native kernels: {native.why_not}")
 BACKENDS = [pytest.param("native", marks=needs_native), "library"]
 SIZES = [(1, 64, 64), (3, 33, 70), (1, 95, 32), (2, 128, 65)]
+TINY = ShelfNetConfig(
+    backbone="resnet18", backbone_width=4, widths=(4, 8), merge="attention", head="conv", head_width=4
+)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -286,6 +289,52 @@ def test_copies(copier):
     assert torch.equal(copier(fast)(x), fast(x))
 
 
+@pytest.mark.parametrize(
+    "convert, what",
+    [
+        (lambda m: m.half(), "cpu and torch.float16"),
+        (lambda m: m.double(), "cpu and torch.float64"),
+        (lambda m: m.to(torch.bfloat16), "cpu and torch.bfloat16"),
+        (lambda m: m.type(torch.float64), "cpu and torch.float64"),
+        (lambda m: m.to("meta"), "meta and torch.float32"),
+        (lambda m: m.to_empty(device="meta"), "meta and torch.float32"),
+        (lambda m: torch.nn.Sequential(m).half(), "cpu and torch.float16"),
+    ],
+)
+def test_it_is_not_converted_to_another_device_or_dtype(convert, what):
+    fast = shelfkern.accelerate(build(TINY))
+    said = f"^an accelerated network stays on cpu in torch.float32, it cannot be converted to {what}: call"
+    with pytest.raises(RuntimeError, match=said):
+        convert(fast)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch's own refusal, without a GPU")
+def test_cuda_without_a_gpu_is_not_silent():
+    with pytest.raises((RuntimeError, AssertionError)):
+        shelfkern.accelerate(build(TINY)).cuda()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_conversions_to_what_it_is_are_taken(dtype):
+    fast = shelfkern.accelerate(build(TINY), dtype)
+    x = images(1, 32, 32)
+    before = fast(x)
+    for same in (
+        fast.to(fast.device),
+        fast.to(dtype),
+        fast.to(x.to(dtype)),
+        fast.cpu(),
+        fast.to(memory_format=torch.channels_last),
+        fast.float() if dtype is torch.float32 else fast.bfloat16(),
+        fast.share_memory(),
+        fast.eval(),
+        fast.requires_grad_(False),
+        torch.nn.Sequential(fast).to("cpu")[0],
+    ):
+        assert same is fast and torch.equal(same(x), before)
+
+
 @torch.no_grad()
 def test_without_onednn_calls(monkeypatch):
     monkeypatch.setattr(library, "onednn_reason", lambda: "switched off")
@@ -349,11 +398,6 @@ def test_predict_refuses_other_raw_layouts():
         ValueError, match=r"images is uint8 \(1, 3, 64, 64\), raw images must be \(N, H, W, 3\)"
     ):
         fast.predict(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
-
-
-TINY = ShelfNetConfig(
-    backbone="resnet18", backbone_width=4, widths=(4, 8), merge="attention", head="conv", head_width=4
-)
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "emulated"])
