@@ -12,7 +12,7 @@ from .shelfnet import (
     shelfnet50,
     shelfnet101,
 )
-from .weights import from_weights, save_weights, shipped_weights
+from .weights import from_weights, save_weights, shipped_weights, transfer_weights
 
 __all__ = [
     "ShelfNet",
@@ -29,4 +29,5 @@ __all__ = [
     "shelfnet50",
     "shelfnet101",
     "shipped_weights",
+    "transfer_weights",
 ]

@@ -6,10 +6,11 @@ and, where known, `classes` (JSON list of names) and `palette` (JSON list of [r,
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,11 @@ from torch import Tensor
 
 from ..files import replacing
 from ..normalisation import Normalisation
+from .fused import fuse_for_training
 from .shelfnet import ShelfNet, ShelfNetConfig
 
+# Of heads that no result in eval mode depends on.
+_TRAINING_HEADS = ("aux_heads.", "presence_head.")
 _OWN_METADATA = ("config", "classes", "palette", "normalisation")
 
 
@@ -35,30 +39,109 @@ def shipped_weights() -> list[str]:
     return sorted(f.name.removesuffix(suffix) for f in folder.iterdir() if f.name.endswith(suffix))
 
 
-def from_weights(name_or_path: str | os.PathLike[str], device: torch.device | str | None = None) -> ShelfNet:
+def from_weights(
+    name_or_path: str | os.PathLike[str],
+    device: torch.device | str | None = None,
+    num_classes: int | None = None,
+    *,
+    fused: bool = False,
+    **config_changes: Any,
+) -> ShelfNet:
     """Builds the model that a weights file belongs to, in float32 and eval mode.
+
+    For fine-tuning on other classes give their number: the layers that produce class scores (of the main, the
+    auxiliary and the presence heads) are then randomly initialised, all others have the file's weights.
+
+        model = from_weights("camvid", num_classes=4).train()
 
     Args:
         name_or_path: a shipped name (see `shipped_weights`) or a file that `save_weights` wrote.
         device: where the model is put; the CPU by default.
+        num_classes: classes of the scores; those of the file by default.
+        fused: whether it trains with fused ops, as after `fuse_for_training`.
+        **config_changes: other fields of `ShelfNetConfig` in place of the file's, such as dropout,
+            input_scale, or aux=False; the file's weights must fit them.
 
     Returns:
-        The model; `classes`, `palette` and `normalisation` are set where the file knows them.
+        The model with the file's `normalisation`, and its `classes` and `palette` where the file has them
+        and `num_classes` is the file's; otherwise they are None.
 
     Raises:
         FileNotFoundError: neither a shipped name nor a file.
         RuntimeError: the file is cut short, not one of this library's, or does not fit its own config.
+        ValueError: num_classes or a field has an invalid value, or the weights do not fit the changed fields.
+        TypeError: config_changes has a name that is not a field of `ShelfNetConfig`.
     """
+    if num_classes is not None:
+        config_changes["num_classes"] = num_classes
+    with _located(name_or_path) as path:
+        model = _from_file(path)
+    config = dataclasses.replace(model.config, **config_changes)
+    if config != model.config:
+        model = _changed(model, config, f"weights {str(name_or_path)!r}")
+    if fused:
+        fuse_for_training(model)
+    return model.to(device) if device is not None else model
+
+
+@contextlib.contextmanager
+def _located(name_or_path: str | os.PathLike[str]) -> Iterator[Path]:
+    """The file of a shipped name or a path."""
     shipped = shipped_weights()
     if name_or_path in shipped:
         resource = resources.files("shelfkern").joinpath("weights").joinpath(f"{name_or_path}.safetensors")
         with resources.as_file(resource) as path:
-            return _from_file(path, device)
+            yield path
+        return
     path = Path(name_or_path)
     if not path.is_file():
         names = ", ".join(shipped) or "none"
         raise FileNotFoundError(f"weights {str(path)!r} is neither a file nor a shipped name ({names})")
-    return _from_file(path, device)
+    yield path
+
+
+def _changed(stored: ShelfNet, config: ShelfNetConfig, origin: str) -> ShelfNet:
+    """A model of another config with the weights of the stored one."""
+    model = ShelfNet(config)
+    transfer_weights(model, stored.state_dict(), origin)
+    model.normalisation = stored.normalisation
+    if config.num_classes == stored.config.num_classes:
+        model.classes, model.palette = stored.classes, stored.palette
+    return model.eval()
+
+
+def transfer_weights(
+    model: ShelfNet, state_dict: Mapping[str, Tensor], origin: str = "state_dict"
+) -> list[str]:
+    """Loads into a model the weights of another one with other classes.
+
+    The layers that produce class scores keep their present values where theirs are missing or of another
+    shape. Auxiliary and presence heads that the model does not have are ignored. All else must fit.
+
+    Args:
+        model: changed in place.
+        state_dict: of a ShelfNet, under this library's names.
+        origin: what error messages call it.
+
+    Returns:
+        The names of the tensors that kept their values.
+
+    Raises:
+        ValueError: a tensor is missing, unexpected or of another shape; the model is left as it was.
+    """
+    own = model.state_dict()
+    unknown = [name for name in state_dict if name not in own and not name.startswith(_TRAINING_HEADS)]
+    if unknown:
+        raise ValueError(f"{origin} has {unknown[0]}, which the model does not have")
+    kept = [name for name in own if name not in state_dict or state_dict[name].shape != own[name].shape]
+    other = [name for name in kept if ".classify." not in name]
+    if other:
+        name = other[0]
+        found = f"has {name} of {tuple(state_dict[name].shape)}" if name in state_dict else f"lacks {name}"
+        raise ValueError(f"{origin} {found}, the model needs it of {tuple(own[name].shape)}")
+    fitting = {name: value for name, value in state_dict.items() if name in own and name not in kept}
+    model.load_state_dict(fitting, strict=False)
+    return kept
 
 
 def save_weights(
@@ -138,14 +221,14 @@ def _stored(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     return stored
 
 
-def _from_file(path: Path, device: torch.device | str | None) -> ShelfNet:
+def _from_file(path: Path) -> ShelfNet:
     state, metadata = read_safetensors(path)
     if "config" not in metadata:
         raise RuntimeError(f"{path} has no model config in its metadata, save_weights writes one that has")
     try:
         config = ShelfNetConfig(**json.loads(metadata["config"]))
         known = {key: json.loads(metadata[key]) for key in _OWN_METADATA if key in metadata}
-        model = _build(config, state, device)
+        model = _build(config, state)
         model.normalisation = Normalisation(**known.get("normalisation", {}))
         if "classes" in known:
             model.classes = _checked_classes(known["classes"], config.num_classes)
@@ -156,13 +239,13 @@ def _from_file(path: Path, device: torch.device | str | None) -> ShelfNet:
     return model.eval()
 
 
-def _build(config: ShelfNetConfig, state: dict[str, Tensor], device: torch.device | str | None) -> ShelfNet:
+def _build(config: ShelfNetConfig, state: dict[str, Tensor]) -> ShelfNet:
     # Built without memory: the initial values would be thrown away and the random state disturbed.
     with torch.device("meta"):
         model = ShelfNet(config)
     full = {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
     model.load_state_dict(full, assign=True)
-    return model.to(device) if device is not None else model
+    return model
 
 
 def _checked_classes(classes: Sequence[str], num_classes: int) -> tuple[str, ...]:

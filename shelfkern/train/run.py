@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import checkpoints
-from .. import nn as models
 from ..data import class_frequencies
 from ..data.dataset import Dataset
 from ..files import replacing
-from ..nn import ShelfNet, fuse_for_training
+from ..nn import ShelfNet, create_model, fuse_for_training, transfer_weights
 from . import optimizer, schedule
 from .average import Average
 from .distributed import Processes, sync_norms
@@ -246,29 +245,18 @@ def build_model(recipe: Model, source: Dataset, start: dict[str, Tensor] | None 
         OSError, RuntimeError, ValueError: as `Run`.
     """
     try:
-        model: ShelfNet = getattr(models, recipe.name)(len(source.classes), **recipe.changes)
+        model = create_model(recipe.name, len(source.classes), **recipe.changes)
     except TypeError as error:
         raise ValueError(
             f"model.changes is {recipe.changes}, it may hold fields of ShelfNetConfig"
         ) from error
     model.classes, model.palette = tuple(source.classes), tuple(source.palette)
     if start is not None:
-        _take(start, model, "the stage before")
+        transfer_weights(model, start, "the stage before")
     elif recipe.start:
         first = checkpoints.open_model(recipe.start)
         model.normalisation = first.normalisation
-        _take(first.state_dict(), model, recipe.start)
+        transfer_weights(model, first.state_dict(), f"model.start {recipe.start}")
     elif recipe.backbone:
         checkpoints.load_resnet(model.backbone, recipe.backbone)
     return model
-
-
-def _take(state: dict[str, Tensor], model: ShelfNet, origin: str) -> None:
-    """Loads what fits; only the layers that name classes may not."""
-    own = model.state_dict()
-    strange = sorted(name for name in own if name not in state or state[name].shape != own[name].shape)
-    other = [name for name in strange if ".classify." not in name]
-    if other:
-        raise ValueError(f"model.start {origin} has no {other[0]} of {tuple(own[other[0]].shape)}")
-    fitting = {name: value for name, value in state.items() if name in own and name not in strange}
-    model.load_state_dict(fitting, strict=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import pickle
 import subprocess
@@ -14,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from shelfkern.nn import from_weights, save_weights, shipped_weights, weights
+from shelfkern.nn import from_weights, save_weights, shipped_weights, transfer_weights, weights
 from shelfkern.normalisation import Normalisation
 
 CLASSES = ("sky", "road", "tree", "car", "person")
@@ -149,6 +150,73 @@ def test_an_interrupted_write_leaves_the_old_file(model, path, monkeypatch) -> N
     with pytest.raises(KeyboardInterrupt):
         save_weights(model, path)
     assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", ["shelfnet18_lw", "shelfnet50"])
+def test_other_classes_get_new_heads(narrow, path, name: str) -> None:
+    first = narrow(name)
+    first.normalisation = Normalisation((0.5, 0.25, 0.125), (1, 2, 3))
+    save_weights(first, path, dtype=torch.float32, classes=CLASSES, palette=PALETTE)
+    model = from_weights(path, num_classes=3)
+    assert model.config == dataclasses.replace(first.config, num_classes=3) and not model.training
+    assert (model.classes, model.palette, model.normalisation) == (None, None, first.normalisation)
+    assert model(torch.randn(1, 3, 32, 32)).shape == (1, 3, 32, 32)
+    own, stored = model.state_dict(), first.state_dict()
+    new = {n for n in own if own[n].shape != stored[n].shape or not torch.equal(own[n], stored[n])}
+    assert new == {n for n in own if ".classify." in n}
+    assert all(own[n].std() > 0 for n in new if n.endswith("weight"))
+    out = model.train()(torch.randn(2, 3, 32, 32))
+    assert {scores.shape[1] for scores in (out.scores, *out.aux)} == {3}
+
+
+def test_the_same_number_of_classes_keeps_all(model, path) -> None:
+    save_weights(model, path, dtype=torch.float32, classes=CLASSES)
+    before = torch.random.get_rng_state()
+    again = from_weights(path, num_classes=5)
+    assert torch.equal(torch.random.get_rng_state(), before) and again.classes == CLASSES
+    assert all(torch.equal(v, again.state_dict()[n]) for n, v in model.state_dict().items())
+
+
+def test_other_settings_with_the_files_weights(model, path) -> None:
+    save_weights(model, path, dtype=torch.float32, classes=CLASSES)
+    again = from_weights(path, aux=False, dropout=0.0, input_scale=2.0, fused=True)
+    assert again.config == dataclasses.replace(model.config, aux=False, dropout=0.0, input_scale=2.0)
+    assert again.classes == CLASSES and not again.training
+    assert all(torch.equal(v, model.state_dict()[n]) for n, v in again.state_dict().items())
+    assert type(again.head).__name__ == "FusedConvHead"
+
+
+@pytest.mark.parametrize(
+    "changes, error, words",
+    [
+        ({"num_classes": 0}, ValueError, "^num_classes is 0, it may be any integer from 1"),
+        ({"depth": None}, TypeError, "depth"),
+        ({"widths": (8, 16, 32)}, ValueError, r"has .* of \(24.*\), the model needs it of \(32"),
+        ({"backbone": "resnet34"}, ValueError, r"lacks backbone\.layer1\.2.*, the model needs it of"),
+        ({"pairs": 1}, ValueError, r"has shelf\.columns\.1.*, which the model does not have"),
+        ({"head": "linear"}, ValueError, r"has head\.features.*, which the model does not have"),
+    ],
+)
+def test_changes_that_the_weights_do_not_fit(model, path, changes: dict, error: type, words: str) -> None:
+    save_weights(model, path)
+    with pytest.raises(error, match=words):
+        from_weights(path, **changes)
+
+
+def test_a_transfer_that_does_not_fit_changes_nothing(narrow, model) -> None:
+    other = narrow("shelfnet18_lw", 9, head_width=16)
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(
+        ValueError, match=r"^state_dict has head\.features\.conv\.weight of \(8, 8, 3, 3\), the model needs"
+    ):
+        transfer_weights(other, model.state_dict())
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+
+
+def test_a_transfer_names_what_kept_its_values(narrow, model) -> None:
+    kept = transfer_weights(narrow("shelfnet18_lw", 9), model.state_dict())
+    assert set(kept) == {f"{head}.classify.weight" for head in ("head", "aux_heads.0", "aux_heads.1")}
+    assert transfer_weights(narrow("shelfnet18_lw", 5), model.state_dict()) == []
 
 
 def corrupted(path, **changes: str | None) -> None:

@@ -285,7 +285,10 @@ def test_beginning_with_a_backbone(source, tmp_path) -> None:
     [
         (Model("shelfnet18_lw", {"depth": 3}), r"model.changes is {'depth': 3}, it may hold fields of"),
         (Model("shelfnet18_lw", start="nowhere"), "weights 'nowhere' is neither a file nor a shipped name"),
-        (Model("shelfnet18_lw", start="camvid"), r"model.start camvid has no .* of \("),
+        (
+            Model("shelfnet18_lw", start="camvid"),
+            r"model.start camvid has .* of \(48.*, the model needs it of \(64",
+        ),
     ],
 )
 def test_beginnings_that_do_not_fit(model: Model, words: str, source) -> None:
