@@ -8,11 +8,13 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .. import native
-from ..nn.shelfnet import ShelfNet, check_image_size
+from ..nn.images import as_batch, check_image_size, check_label_classes, image_size
+from ..nn.shelfnet import ShelfNet
 from ..normalisation import Normalisation
 from ..ops._backends import MIN_CAPABILITY
 from ..ops.upsample_argmax import MAX_CLASSES
@@ -24,7 +26,6 @@ from .gpu.device import runtime_of
 from .gpu.forward import BoundStep, Forward
 from .gpu.program import GpuProgram, Options
 from .gpu.timing import tuner_of
-from .image import image_size
 from .origin import FromFile, FromModel, Origin, State
 from .plan import Plan
 from .quantization import KINDS
@@ -157,15 +158,6 @@ def _takes_gpu_program(dtype: torch.dtype, device: torch.device, backend: str) -
 def _check_output(output: str) -> None:
     if output not in OUTPUTS:
         raise ValueError(f"output is {output!r}, it may be one of {', '.join(OUTPUTS)}")
-
-
-def _check_label_classes(plan: Plan) -> None:
-    """Raises ValueError where uint8 labels cannot name every class."""
-    if plan.scores.channels > MAX_CLASSES:
-        raise ValueError(
-            f"num_classes is {plan.scores.channels}, labels are uint8 and take at most {MAX_CLASSES}: "
-            "use the argmax of the scores"
-        )
 
 
 def _device_of(model: ShelfNet) -> torch.device:
@@ -316,17 +308,26 @@ class FastShelfNet(nn.Module):
             raise TypeError("x is uint8, it must be floating (N, 3, H, W): predict takes raw images")
         return self._run(x, "scores")
 
-    def predict(self, images: Tensor) -> Tensor:
+    def predict(self, images: Tensor | np.ndarray) -> Tensor:
         """Labels (N, H, W) uint8: the best class of every pixel. Full-size scores are never made.
 
         Args:
-            images: normalised float (N, 3, H, W), or raw uint8 RGB (N, H, W, 3).
+            images: raw uint8 RGB (N, H, W, 3), or normalised floating (N, 3, H, W): tensors on the module's
+                device, or numpy arrays, which are copied to it. A single raw image (H, W, 3) gives labels
+                (H, W).
+
+        Returns:
+            A tensor on the module's device.
 
         Raises:
-            ValueError: the network has more than 256 classes; or as `forward`.
-            TypeError, RuntimeError: as `forward`.
+            ValueError: images has another shape, is smaller than 32 x 32 pixels or on another device, or the
+                network has more than 256 classes.
+            TypeError: images is neither a tensor nor an array, or neither uint8 nor floating.
+            RuntimeError: the module is in train mode.
         """
-        return self._run(images, "labels")
+        batch, single = as_batch(images, self.device)
+        labels = self._run(batch, "labels")
+        return labels[0] if single else labels
 
     def coarse_scores(self, x: Tensor) -> Tensor:
         """Scores (N, classes, h, w), of low resolution, of normalised float images (N, 3, H, W).
@@ -360,7 +361,7 @@ class FastShelfNet(nn.Module):
         for output in outputs:
             _check_output(output)
         if "labels" in outputs:
-            _check_label_classes(plan)
+            check_label_classes(plan.scores.channels)
         for size in sizes:
             if not isinstance(size, Sequence) or len(size) != 2:
                 raise ValueError(f"sizes holds {size!r}, it must hold pairs of height and width")
@@ -388,7 +389,7 @@ class FastShelfNet(nn.Module):
         """
         if batch < 1:
             raise ValueError(f"batch is {batch}, it must be at least 1")
-        _check_label_classes(self.plan)
+        check_label_classes(self.plan.scores.channels)
         grouped = batches(frames, batch)
         if not self._on_gpu:
             return (labels for some in grouped for labels in self.predict(torch.stack(some)))
@@ -479,7 +480,7 @@ class FastShelfNet(nn.Module):
 
 def _made(program: Program | GpuProgram, want: str, images: Tensor) -> Tensor:
     if want == "labels":
-        _check_label_classes(program.plan)
+        check_label_classes(program.plan.scores.channels)
     made: Tensor = getattr(program, want)(images)
     return made
 
@@ -510,7 +511,7 @@ class BoundImages:
     def _bind(self, program: Program | GpuProgram) -> None:
         assert isinstance(program, GpuProgram)
         if self._labels:
-            _check_label_classes(program.plan)
+            check_label_classes(program.plan.scores.channels)
         self._program = program
         self.forward: Forward = program.bind(self.images, self._labels, self.out)
         self.out = self.forward.result

@@ -7,29 +7,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..nn.extents import Extents
-from ..nn.shelfnet import check_image_size
+from ..nn.images import image_size
 from ..normalisation import Normalisation
 
 Extent = tuple[int, int]
-
-
-def image_size(image: Tensor) -> tuple[int, int, int]:
-    """(N, H, W) of uint8 NHWC or float NCHW images.
-
-    Raises:
-        TypeError: neither uint8 nor floating.
-        ValueError: not NHWC or NCHW with three channels and at least 32 x 32 pixels.
-    """
-    if image.dtype is torch.uint8:
-        if image.ndim != 4 or image.shape[3] != 3:
-            raise ValueError(f"images is uint8 {tuple(image.shape)}, raw images must be (N, H, W, 3)")
-        n, h, w, c = image.shape
-        check_image_size((n, c, h, w))
-        return n, h, w
-    if not image.is_floating_point():
-        raise TypeError(f"images is {image.dtype}, it may be uint8 (N, H, W, 3) or floating (N, 3, H, W)")
-    check_image_size(tuple(image.shape))
-    return image.shape[0], image.shape[2], image.shape[3]
 
 
 def statistics(normalisation: Normalisation, device: torch.device | None = None) -> tuple[Tensor, Tensor]:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..normalisation import Normalisation
+from ..ops.upsample_argmax import upsample_argmax
 from . import published
 from .backbone import RESNET_STAGES, ResNet, init_weights
 from .blocks import BackboneHead, ConvHead, LinearHead, PresenceHead
-from .extents import STRIDE, Extents
+from .extents import Extents
 from .fused import fuse_for_training
+from .images import as_batch, check_image_size, check_label_classes, image_size, normalised
 from .shelf import MERGES, Shelf
 
 # Largest denominator of `input_scale`: images are padded to multiples of at most 32 times it.
@@ -190,6 +194,39 @@ class ShelfNet(nn.Module):
             return self.forward_heads(x)
         return self._resize(self.coarse_scores(x), x)
 
+    @torch.no_grad()
+    def predict(self, images: Tensor | np.ndarray) -> Tensor:
+        """Labels (N, H, W) uint8: the best class of every pixel, computed in eval mode without gradients.
+
+        `shelfkern.accelerate(model).predict` gives the same, faster; where scores of two classes are within
+        rounding of each other either may be chosen. The mode of every module is as before afterwards.
+
+        Args:
+            images: raw uint8 RGB (N, H, W, 3), which `normalisation` is applied to, or normalised floating
+                (N, 3, H, W): tensors on the model's device, or numpy arrays, which are copied to it. A
+                single raw image (H, W, 3) gives labels (H, W).
+
+        Returns:
+            A tensor on the model's device.
+
+        Raises:
+            ValueError: images has another shape, is smaller than 32 x 32 pixels or on another device, or the
+                model has more than 256 classes.
+            TypeError: images is neither a tensor nor an array, or neither uint8 nor floating.
+        """
+        weight = self.backbone.conv1.weight
+        batch, single = as_batch(images, weight.device)
+        if batch.device != weight.device:
+            raise ValueError(f"images is on {batch.device}, it must be on {weight.device}")
+        _, height, width = image_size(batch)
+        check_label_classes(self.config.num_classes)
+        raw = batch.dtype is torch.uint8
+        x = normalised(batch, self.normalisation, weight.dtype) if raw else batch.to(weight.dtype)
+        with _eval_mode(self):
+            scores = self.coarse_scores(x)
+        labels = upsample_argmax(scores, self.padded_size(x.shape), (height, width), self.align_corners)
+        return labels[0] if single else labels
+
     def coarse_scores(self, x: Tensor) -> Tensor:
         """The main head's scores (N, classes, h, w), of low resolution, in train and in eval mode.
 
@@ -256,20 +293,25 @@ class ShelfNet(nn.Module):
         return super().load_state_dict(state, strict=strict, assign=assign)
 
 
+@contextlib.contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode, and afterwards the mode that each module had: some may have been frozen."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def _crop(x: Tensor, height: int, width: int) -> Tensor:
     if not torch.compiler.is_exporting():
         return x[:, :, :height, :width]
     # Whether a slice is contiguous depends on whether it cuts; an exported program would be tied to that.
     rows, columns = (torch.arange(size, device=x.device) for size in (height, width))
     return x.index_select(2, rows).index_select(3, columns)
-
-
-def check_image_size(shape: tuple[int, ...]) -> None:
-    """Raises ValueError unless shape is (N, 3, H, W) with H, W >= 32."""
-    if len(shape) != 4 or shape[1] != 3:
-        raise ValueError(f"x is {tuple(shape)}, it must be (N, 3, H, W)")
-    if shape[2] < STRIDE or shape[3] < STRIDE:
-        raise ValueError(f"x is {shape[2]} x {shape[3]} pixels, height and width must be at least {STRIDE}")
 
 
 _REAL_TIME = ShelfNetConfig(

@@ -15,6 +15,7 @@ from ..data import class_frequencies
 from ..data.dataset import Dataset
 from ..files import replacing
 from ..nn import ShelfNet, create_model, fuse_for_training, transfer_weights
+from ..nn.images import normalised as normalised_by
 from . import optimizer, schedule
 from .average import Average
 from .distributed import Processes, sync_norms
@@ -233,9 +234,7 @@ def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def normalised(images: Tensor, model: ShelfNet) -> Tensor:
     """(N, 3, H, W) in channels_last and the model's dtype, of raw images (N, H, W, 3) uint8."""
-    dtype = model.backbone.conv1.weight.dtype
-    mean, std = (images.new_tensor(v, dtype=dtype) for v in dataclasses.astuple(model.normalisation))
-    return ((images.to(dtype) / 255 - mean) / std).permute(0, 3, 1, 2)
+    return normalised_by(images, model.normalisation, model.backbone.conv1.weight.dtype)
 
 
 def build_model(recipe: Model, source: Dataset, start: dict[str, Tensor] | None = None) -> ShelfNet:

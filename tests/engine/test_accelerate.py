@@ -2,6 +2,7 @@ import copy
 import dataclasses
 import pickle
 import threading
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -96,6 +97,25 @@ def test_raw_images_are_normalised_as_the_model_says(backend):
     check((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     model.normalisation = Normalisation((0.5, 0.1, 0.9), (0.2, 1.0, 0.5))
     check((0.5, 0.1, 0.9), (0.2, 1.0, 0.5))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@torch.no_grad()
+def test_predict_takes_arrays_and_single_images(backend):
+    fast = shelfkern.accelerate(build(TINY), backend=backend)
+    raw = torch.randint(0, 256, (2, 40, 51, 3), dtype=torch.uint8)
+    labels = fast.predict(raw)
+    array = raw.numpy()
+    read_only = array.copy()
+    read_only.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for given in (array, read_only, array[:, ::-1].copy()[:, ::-1]):
+            assert torch.equal(fast.predict(given), labels)
+            assert torch.equal(fast.predict(given[1]), labels[1])
+    assert torch.equal(fast.predict(raw[1]), labels[1])
+    x = images(1, 40, 51)
+    assert torch.equal(fast.predict(x.numpy()), fast.predict(x))
 
 
 class _LargestTensor(TorchDispatchMode):
@@ -398,6 +418,10 @@ def test_predict_refuses_other_raw_layouts():
         ValueError, match=r"images is uint8 \(1, 3, 64, 64\), raw images must be \(N, H, W, 3\)"
     ):
         fast.predict(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+    with pytest.raises(TypeError, match=r"^images is list, it must be a tensor or a numpy array$"):
+        fast.predict([images(1, 64, 64)])
+    with pytest.raises(ValueError, match="x is 31 x 64 pixels"):
+        fast.predict(torch.zeros(31, 64, 3, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "emulated"])
