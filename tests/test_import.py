@@ -17,6 +17,7 @@ import torch
 import shelfkern
 
 OPTIONAL = ("click", "rich", "av", "matplotlib", "PIL", *(() if torch.version.cuda else ("triton",)))
+LAZY = ("checkpoints", "data", "evaluate", "train", "visualise")
 
 # Runs in a process of its own: audit events of the import alone, torch's own excluded, then one use.
 PROBE = """
@@ -40,6 +41,7 @@ sys.addaudithook(watch)
 sys.meta_path.insert(0, Finder())
 import shelfkern
 facts = {"events": list(events), "wanted": list(wanted), "new": sorted(set(sys.modules) - before)}
+facts["listed"] = [name for name in dir(shelfkern) if f"shelfkern.{name}" not in sys.modules]
 facts["threads"] = [torch.get_num_threads(), torch.initial_seed()]
 config = shelfkern.nn.ShelfNetConfig(backbone="resnet18", backbone_width=4, widths=(4, 8, 12))
 model = shelfkern.nn.ShelfNet(config).eval()
@@ -75,7 +77,20 @@ def test_optional_packages_are_not_even_looked_for(probe) -> None:
 def test_the_command_line_and_training_are_not_imported(probe) -> None:
     ours = {name.split(".")[1] for name in probe["new"] if name.startswith("shelfkern.")}
     assert {"nn", "ops", "engine"} <= ours
-    assert not ours & {"cli", "train", "data", "evaluate", "visualise"}
+    assert not ours & {"cli", *LAZY}
+
+
+def test_submodules_are_there_when_asked_for(probe) -> None:
+    assert set(LAZY) <= set(probe["listed"])
+    found = "; ".join(f"print(shelfkern.{name}.__name__)" for name in LAZY)
+    command = [sys.executable, "-c", f"import shelfkern; {found}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.split() == [f"shelfkern.{name}" for name in LAZY], done.stderr
+
+
+def test_other_attributes_are_no_submodules() -> None:
+    with pytest.raises(AttributeError, match=r"^module 'shelfkern' has no attribute 'nosuch'$"):
+        shelfkern.nosuch  # noqa: B018
 
 
 def test_no_network_no_processes_no_files(probe) -> None:
