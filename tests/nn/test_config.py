@@ -30,6 +30,20 @@ def test_published_cost_at_512(name: str, gmac: float) -> None:
     assert counter.get_total_flops() / 2e9 == pytest.approx(gmac, abs=0.05)
 
 
+@pytest.mark.parametrize("name", shelfkern.nn.list_models())
+@torch.no_grad()
+def test_docstrings_state_parameters_and_cost(name: str) -> None:
+    with torch.device("meta"):
+        model, image = shelfkern.nn.create_model(name).eval(), torch.empty(1, 3, 512, 512)
+    with FlopCounterMode(display=False) as counter:
+        model(image)
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    used = sum(size for n, size in sizes.items() if not n.startswith(("aux_heads.", "presence_head.")))
+    parameters, cost = f"{sum(sizes.values()) / 1e6:.1f} M", counter.get_total_flops() / 2e9
+    stated = f"{parameters} parameters, {used / 1e6:.1f} M of them used in eval mode; {cost:.1f} GMAC."
+    assert stated in getattr(shelfkern.nn, name).__doc__
+
+
 @pytest.mark.parametrize("backbone", list(RESNET_STAGES))
 @torch.no_grad()
 def test_every_backbone(backbone: str) -> None:
