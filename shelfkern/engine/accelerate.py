@@ -76,7 +76,7 @@ def accelerate(
             (N, 3, H, W), or several such batches. They are kept, for when the weights change.
 
     Raises:
-        TypeError: model is not a ShelfNet of known blocks, or has hooks.
+        TypeError: model is not a ShelfNet of known blocks, or has hooks; or dtype is not a torch.dtype.
         ValueError: dtype, device or backend is none of the above; calibration is missing, or not wanted.
         RuntimeError: the device cannot run it, or backend="native" and the native kernels cannot run; the
             message says why.
@@ -138,6 +138,8 @@ def _check_options(dtype: torch.dtype, where: torch.device, backend: str, tune: 
 
 
 def _check_dtype(dtype: torch.dtype, device: torch.device, backend: str) -> None:
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype is {dtype!r}, it must be a torch.dtype such as torch.float16")
     on_gpu = device.type == "cuda" or backend == "emulated"
     # On a CPU torch's own calls compute with all codes: slowly, but their accuracy can be judged.
     codes = KINDS if backend == "library" else (torch.int8,)
@@ -305,7 +307,9 @@ class FastShelfNet(nn.Module):
             RuntimeError: the module is in train mode.
         """
         if isinstance(x, Tensor) and x.dtype is torch.uint8:
-            raise TypeError("x is uint8, it must be floating (N, 3, H, W): predict takes raw images")
+            raise TypeError(
+                "x is torch.uint8, it must be floating (N, 3, H, W): predict takes raw uint8 images"
+            )
         return self._run(x, "scores")
 
     def predict(self, images: Tensor | np.ndarray) -> Tensor:
@@ -339,15 +343,15 @@ class FastShelfNet(nn.Module):
         return self._run(x, "coarse_scores")
 
     def warmup(
-        self, sizes: Iterable[Sequence[int]], batch: int = 1, outputs: Sequence[str] | None = None
+        self, sizes: Iterable[Sequence[int]], batch: int = 1, outputs: str | Sequence[str] | None = None
     ) -> None:
         """Does now what the first calls would do: compiling, tuning, and recording graphs.
 
         Args:
             sizes: (height, width) of images to come.
             batch: images in a call.
-            outputs: "scores" of float images, "labels" of raw ones, or both; by default both, or the scores
-                alone where there are more than 256 classes.
+            outputs: "scores" of float images, "labels" of raw ones, or a sequence of both; by default both,
+                or the scores alone where there are more than 256 classes.
 
         Raises:
             ValueError: a size is no pair of at least 32 x 32, batch is less than 1, an output is unknown, or
@@ -358,6 +362,7 @@ class FastShelfNet(nn.Module):
         plan = self.plan
         if outputs is None:
             outputs = OUTPUTS if plan.scores.channels <= MAX_CLASSES else ("scores",)
+        outputs = (outputs,) if isinstance(outputs, str) else tuple(outputs)
         for output in outputs:
             _check_output(output)
         if "labels" in outputs:

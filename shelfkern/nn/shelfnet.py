@@ -78,15 +78,15 @@ class ShelfNetConfig:
             _check_positive(name, getattr(self, name))
         for width in self.widths:
             _check_positive("widths", width)
-        if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
+        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout!r}, it may be from 0 up to, not including, 1")
-        if not isinstance(self.negative_slope, (int, float)) or not self.negative_slope >= 0:
+        if not _is_number(self.negative_slope) or not self.negative_slope >= 0:
             raise ValueError(f"negative_slope is {self.negative_slope!r}, it may be any number from 0")
         self._check_input_scale()
 
     def _check_input_scale(self) -> None:
         scale = self.input_scale
-        fits = isinstance(scale, (int, float)) and 1 <= scale <= 4
+        fits = _is_number(scale) and 1 <= scale <= 4
         if not fits or float(self.extents.scale) != scale:
             may = f"a ratio of integers from 1 to 4 with a denominator up to {MOST_PARTS}"
             raise ValueError(f"input_scale is {scale!r}, it may be {may}")
@@ -108,8 +108,12 @@ def _check_choice(name: str, value: object, choices: Any) -> None:
 
 
 def _check_positive(name: str, value: int) -> None:
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} is {value!r}, it may be any integer from 1")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 class ShelfNetOutput(NamedTuple):
@@ -267,6 +271,10 @@ class ShelfNet(nn.Module):
 
     def _prepared(self, x: Tensor) -> Tensor:
         """Images as the backbone sees them."""
+        if not x.is_floating_point():
+            raise TypeError(
+                f"x is {x.dtype}, it must be floating (N, 3, H, W): predict takes raw uint8 images"
+            )
         height, width = self.padded_size(x.shape)
         padded = F.pad(x, (0, width - x.shape[3], 0, height - x.shape[2]))
         if not self.config.extents.enlarges:

@@ -382,6 +382,11 @@ def _eval_model():
     [
         (lambda: shelfkern.accelerate(torch.nn.ReLU()), TypeError, "model is a ReLU, it must be a"),
         (lambda: shelfkern.accelerate(_eval_model(), torch.float16), ValueError, "dtype is torch.float16"),
+        (
+            lambda: shelfkern.accelerate(_eval_model(), "float16"),
+            TypeError,
+            r"dtype is 'float16', it must be a torch\.dtype such as torch\.float16",
+        ),
         (lambda: shelfkern.accelerate(_eval_model(), device="xpu"), ValueError, "device is 'xpu', it may"),
         (
             lambda: shelfkern.accelerate(_eval_model(), device="no such"),
@@ -403,7 +408,7 @@ def test_bad_arguments(call, error, message):
         (torch.zeros(1, 4, 64, 64), ValueError, r"x is \(1, 4, 64, 64\), it must be \(N, 3, H, W\)"),
         (torch.zeros(3, 64, 64), ValueError, r"x is \(3, 64, 64\)"),
         (torch.zeros(1, 3, 64, 64, dtype=torch.int32), TypeError, "images is torch.int32"),
-        (torch.zeros(1, 64, 64, 3, dtype=torch.uint8), TypeError, "x is uint8"),
+        (torch.zeros(1, 64, 64, 3, dtype=torch.uint8), TypeError, r"x is torch\.uint8, it must be"),
     ],
 )
 def test_bad_inputs(bad, error, message):
@@ -448,6 +453,14 @@ def test_more_classes_than_labels_hold_have_scores():
     assert_as_exact_as_eager(fast, model, [images(2, 40, 64)], torch.float32)
     assert fast.coarse_scores(images(1, 32, 32)).shape[1] == 300
     fast.warmup([(32, 32)])
+
+
+@pytest.mark.parametrize("outputs", ["labels", ("labels", "scores")])
+def test_warmup_takes_one_output_or_several(outputs):
+    fast = shelfkern.accelerate(build(TINY))
+    fast.warmup([(32, 64), (40, 32)], batch=2, outputs=outputs)
+    with pytest.raises(ValueError, match=r"^output is 'label', it may be one of scores, labels$"):
+        fast.warmup([(32, 32)], outputs="label")
 
 
 @torch.no_grad()

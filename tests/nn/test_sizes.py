@@ -107,6 +107,16 @@ def test_other_inputs_are_refused(narrow, shape: tuple[int, ...], sentence: str)
         narrow("shelfnet18_lw")(torch.zeros(shape))
 
 
+@pytest.mark.parametrize("shape", [(1, 64, 64, 3), (1, 3, 64, 64)])
+@pytest.mark.parametrize("train", [False, True])
+def test_raw_images_are_for_predict(narrow, shape: tuple[int, ...], train: bool) -> None:
+    model = narrow("shelfnet18_lw").train(train)
+    with pytest.raises(
+        TypeError, match=r"^x is torch\.uint8, it must be floating \(N, 3, H, W\): predict takes"
+    ):
+        model(torch.zeros(shape, dtype=torch.uint8))
+
+
 @torch.no_grad()
 def test_empty_batch(narrow) -> None:
     assert narrow("shelfnet18_lw")(torch.zeros(0, 3, 40, 64)).shape == (0, 5, 40, 64)
