@@ -1,4 +1,4 @@
-"""From a model to its fast twin."""
+"""`accelerate` and `load`: inference modules that run a ShelfNet on fused kernels."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .plan import Plan
 from .quantization import KINDS
 from .saved import Saved
 
-# On a CPU "emulated" runs the GPU's kernels there, thread by thread: for those who work on them.
+# "emulated" runs the GPU kernels on a CPU, thread by thread, for developing and testing them.
 BACKENDS = ("auto", "native", "library", "emulated")
 CPU_DTYPES = (torch.float32, torch.bfloat16)
 GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, *KINDS)
@@ -51,34 +51,39 @@ def accelerate(
     graphs: bool = True,
     calibration: Images | None = None,
 ) -> FastShelfNet:
-    """An inference module with a ShelfNet's outputs, several times faster.
+    """An inference module with the same outputs as a ShelfNet, several times faster.
 
-    The model may be in any mode, of any floating dtype and on any device; it is left untouched. When its
-    weights change afterwards, the next call takes them up.
+    The model may be in train or eval mode, of any floating dtype and on any device; it is not changed. If its
+    weights change later, the next call uses the new ones.
 
     Args:
         model: a `shelfkern.nn.ShelfNet`.
-        dtype: of the activations and of the scores; sums are in float32. On a CPU float32, or bfloat16,
-            which halves the memory, and the time where the CPU has instructions for it; on a GPU float16
-            too, and float32 is TF32 where torch's own convolutions would be. torch.int8, and on GPUs
-            torch.float8_e4m3fn: on a CPU all activations but gates are codes of 8 bits, and scores
-            float32; on a GPU convolutions multiply codes, the rest and the scores are float16
-            (docs/quantization.md).
-        device: where it runs: the CPU or a CUDA device; by default where the model is.
-        backend: "native" is shelfkern's kernels, "library" PyTorch's, cuDNN's and cuBLASLt's with folded
-            batch norms, "auto" the faster for each layer. "emulated" runs the GPU's kernels on the CPU,
-            thousands of times slower, for tests of them.
-        tune: times the best few algorithms for each layer the first time that a size comes, on a CPU with
-            each number of threads, and keeps the results on disk (`shelfkern.engine.tuning`); for a minute
-            in all, or so many seconds as it is. Otherwise results of earlier runs and a cost model decide.
-        graphs: on a GPU, records forward passes as CUDA graphs.
-        calibration: for 8 bits, images such as those to come: uint8 (N, H, W, 3), normalised floating
-            (N, 3, H, W), or several such batches. They are kept, for when the weights change.
+        dtype: dtype of the activations and the scores; sums are accumulated in float32.
+            On a CPU: torch.float32, or torch.bfloat16, which halves the memory, and the time where the CPU
+            has bfloat16 instructions.
+            On a GPU: torch.float32 (TF32 where torch's own convolutions would use it), torch.bfloat16 or
+            torch.float16.
+            8 bits: torch.int8, and on GPUs torch.float8_e4m3fn. On a CPU all activations except gates are
+            stored in 8 bits, and the scores are float32; on a GPU convolutions have 8-bit inputs, everything
+            else and the scores are float16 (docs/quantization.md).
+        device: a CPU or CUDA device; by default the device of the model.
+        backend: "native" uses shelfkern's kernels; "library" uses PyTorch, cuDNN and cuBLASLt with folded
+            batch norms; "auto" uses the faster of them for each layer. "emulated" runs the GPU kernels on the
+            CPU, thousands of times slower, to test them.
+        tune: whether to benchmark the best candidate algorithms for each new input size, and on a CPU for
+            each new number of threads, and to cache the winners on disk (`shelfkern.engine.tuning`). True:
+            for at most 60 s in total. A number: for at most that many seconds in total, so 1 is one second.
+            False or 0: no benchmarks; cached winners and a cost model decide.
+        graphs: on a GPU, whether to record forward passes as CUDA graphs.
+        calibration: required for the 8-bit dtypes, and only allowed there: representative images, which the
+            ranges of the activations are measured on. uint8 (N, H, W, 3), normalised floating (N, 3, H, W),
+            or a sequence of such batches. A copy is kept and used again if the weights change.
 
     Raises:
         TypeError: model is not a ShelfNet of known blocks, or has hooks; or dtype is not a torch.dtype.
-        ValueError: dtype, device or backend is none of the above; calibration is missing, or not wanted.
-        RuntimeError: the device cannot run it, or backend="native" and the native kernels cannot run; the
+        ValueError: dtype, device, backend or tune has none of the values above; or calibration is missing for
+            an 8-bit dtype, or given for another.
+        RuntimeError: the device cannot run the model, or backend="native" and a native kernel cannot run; the
             message says why.
     """
     if not isinstance(model, ShelfNet):
@@ -98,21 +103,23 @@ def load(
     tune: bool | float = False,
     graphs: bool = True,
 ) -> FastShelfNet:
-    """The accelerated network in a file of `FastShelfNet.save`, without its model and calibration.
+    """Loads an accelerated network that `FastShelfNet.save` wrote.
 
-    It takes less memory than `accelerate`, which holds the model: the weights in the file are mapped, and
-    read while they are packed. So the file may be replaced while the network lives, and not overwritten.
+    It needs less memory than `accelerate`: there is no model, and the weights are memory-mapped and read only
+    while they are packed. The file may therefore be replaced by another one while the network is in use, but
+    not be overwritten in place.
 
     Args:
         path: the file.
-        device: where it runs: the CPU by default, or for a network of a GPU's 8 bits the GPU.
-        backend, tune, graphs: as of `accelerate`.
+        device: a CPU or CUDA device; by default the CPU, or the GPU for 8-bit networks made for GPU kernels.
+        backend, tune, graphs: as for `accelerate`.
 
     Raises:
         FileNotFoundError: there is no such file.
-        RuntimeError: the file is cut short, or of another kind or version; or as `accelerate`.
-        ValueError: the network's dtype cannot run there, or its 8 bits are another kind of device's; or as
-            `accelerate`.
+        RuntimeError: the file is truncated, is not an accelerated network, or has another format version; or
+            as for `accelerate`.
+        ValueError: the device cannot run the network's dtype, or its 8-bit values are for the kernels of the
+            other kind of device; or as for `accelerate`.
     """
     origin = FromFile(path)
     saved = origin.saved
@@ -122,7 +129,7 @@ def load(
     if saved.dtype in KINDS and saved.on_gpu != _takes_gpu_program(saved.dtype, where, backend):
         made, here = ("a GPU", "a CPU") if saved.on_gpu else ("a CPU", "a GPU")
         raise ValueError(
-            f"{path} has 8 bits for the kernels of {made}, and device and backend ask for {here}'s"
+            f"{path} is an 8-bit network for the kernels of {made}, device and backend select those of {here}"
         )
     return FastShelfNet(origin, saved.dtype, where, backend, tune, graphs)
 
@@ -141,7 +148,7 @@ def _check_dtype(dtype: torch.dtype, device: torch.device, backend: str) -> None
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype is {dtype!r}, it must be a torch.dtype such as torch.float16")
     on_gpu = device.type == "cuda" or backend == "emulated"
-    # On a CPU torch's own calls compute with all codes: slowly, but their accuracy can be judged.
+    # On a CPU torch's own calls emulate every 8-bit dtype: slowly, but its accuracy can be measured.
     codes = KINDS if backend == "library" else (torch.int8,)
     dtypes = GPU_DTYPES if on_gpu else (*CPU_DTYPES, *codes)
     if dtype not in dtypes:
@@ -150,7 +157,7 @@ def _check_dtype(dtype: torch.dtype, device: torch.device, backend: str) -> None
 
 
 def _takes_gpu_program(dtype: torch.dtype, device: torch.device, backend: str) -> bool:
-    """Whether GPU kernels run it, or torch's calls in their place."""
+    """Whether a `GpuProgram` runs it, with GPU kernels or torch's calls in their place."""
     if device.type == "cuda" or backend == "emulated":
         return True
     without_ours = backend == "auto" and native.reason("conv_bn_act") is not None
@@ -164,12 +171,12 @@ def _check_output(output: str) -> None:
 
 def _device_of(model: ShelfNet) -> torch.device:
     found = next((p.device for p in model.parameters()), torch.device("cpu"))
-    # A model without values runs nowhere: what is wrong with it shows when it is lowered.
+    # A model on the meta device has no values and is refused when it is lowered.
     return found if found.type != "meta" else torch.device("cpu")
 
 
 def _device(device: torch.device | str) -> torch.device:
-    """The device asked for, with its index."""
+    """The requested device, with its index."""
     try:
         found = torch.device(device)
     except RuntimeError:
@@ -190,14 +197,14 @@ def _device(device: torch.device | str) -> torch.device:
 
 
 class FastShelfNet(nn.Module):
-    """What `accelerate` and `load` give: a ShelfNet for inference.
+    """A ShelfNet for inference, made by `accelerate` or `load`.
 
-    Calls may come from several threads at once, in several CUDA streams, and with changing sizes. It
-    holds the model that it was made from, folded copies of its weights, and a few idle arenas with their
-    graphs; none of these are in its state dict.
+    It may be called from several threads and CUDA streams at once, and with changing image sizes. It holds
+    the original model, folded copies of its weights, and a few idle memory arenas with their CUDA graphs;
+    its state dict is empty.
 
-    Its device and dtype are fixed: `to`, `cuda`, `cpu`, `half`, `float` and the like raise a RuntimeError
-    unless they ask for what it has.
+    Its device and dtype are fixed: `to`, `cuda`, `cpu`, `half`, `float` and similar methods raise a
+    RuntimeError unless they request the device and dtype that it already has.
     """
 
     def __init__(
@@ -217,7 +224,7 @@ class FastShelfNet(nn.Module):
         self.tune = tune
         self.graphs = graphs
         self._on_gpu = _takes_gpu_program(dtype, device, backend)
-        # Of all programs, so that weights can change without another search.
+        # Shared by all programs, so that changed weights need no new search for algorithms.
         self._tuner = tuner_of(device, tune) if self._on_gpu else None
         self._tuners = Tuners(tune)
         self._refresh_lock = threading.Lock()
@@ -225,7 +232,7 @@ class FastShelfNet(nn.Module):
         self.eval()
 
     def refresh(self) -> None:
-        """Takes up the model's present weights. Calls do so themselves when they see a change."""
+        """Folds the model's current weights again. Calls do this by themselves when the weights changed."""
         state = self._origin.state()
         plan = self._origin.plan(self.dtype, self._on_gpu)
         program = self._gpu_program(plan) if self._on_gpu else self._cpu_program(plan)
@@ -245,10 +252,10 @@ class FastShelfNet(nn.Module):
         return GpuProgram(plan, options, facts.normalisation, facts.align_corners, self._tuner)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the network as it is now, folded and calibrated, to a file that `load` reads.
+        """Writes the network with its current weights, folded and calibrated, to a file that `load` reads.
 
-        The file holds the weights in float32, for every size, number of threads and CPU; and, but for 8 bits,
-        for CPUs and GPUs.
+        The weights are stored in float32, so the file does not depend on image size, number of threads or CPU
+        model. It works on CPUs and on GPUs, except for 8-bit networks, which are made for one of the two.
 
         Raises:
             OSError: the file cannot be written.
@@ -257,24 +264,24 @@ class FastShelfNet(nn.Module):
 
     @property
     def scores_dtype(self) -> torch.dtype:
-        """Of the scores, and of activations that are not codes of 8 bits."""
+        """dtype of the scores, and of activations that are not stored in 8 bits."""
         if self.dtype not in KINDS:
             return self.dtype
         return torch.float16 if self._on_gpu else torch.float32
 
     @property
     def source(self) -> ShelfNet | None:
-        """The model that was accelerated; None of a file."""
+        """The model that was accelerated; None after `load`."""
         return self._origin.model if isinstance(self._origin, FromModel) else None
 
     @property
     def normalisation(self) -> Normalisation:
-        """Of the raw images that the network was trained on."""
+        """Mean and standard deviation that raw images are normalised with."""
         return self._origin.facts.normalisation
 
     @property
     def align_corners(self) -> bool:
-        """Of the final resize."""
+        """Whether the final bilinear resize aligns corners."""
         return self._origin.facts.align_corners
 
     @property
@@ -289,7 +296,7 @@ class FastShelfNet(nn.Module):
 
     @property
     def plan(self) -> Plan:
-        """The fused ops, in order; `print` shows them, `plan.describe(n, h, w)` for a size of one's own."""
+        """The fused ops in order: print it, or `plan.describe(n, h, w)` for a given image size."""
         return self._program().plan
 
     def extra_repr(self) -> str:
@@ -299,10 +306,13 @@ class FastShelfNet(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scores (N, classes, H, W), contiguous, in `scores_dtype`, of normalised float images (N, 3, H, W).
+        """Scores (N, classes, H, W) of normalised images, contiguous, of dtype `scores_dtype`.
+
+        Args:
+            x: floating (N, 3, H, W), any memory format, on the module's device.
 
         Raises:
-            ValueError: x is not (N, 3, H, W) with H, W >= 32, or not on the module's device.
+            ValueError: x is not (N, 3, H, W) with H, W >= 32, or is not on the module's device.
             TypeError: x is not floating.
             RuntimeError: the module is in train mode.
         """
@@ -313,7 +323,9 @@ class FastShelfNet(nn.Module):
         return self._run(x, "scores")
 
     def predict(self, images: Tensor | np.ndarray) -> Tensor:
-        """Labels (N, H, W) uint8: the best class of every pixel. Full-size scores are never made.
+        """Labels (N, H, W) uint8: the class with the highest score at every pixel.
+
+        Faster than the argmax of `forward`, and with less memory: full-size scores are never computed.
 
         Args:
             images: raw uint8 RGB (N, H, W, 3), or normalised floating (N, 3, H, W): tensors on the module's
@@ -334,28 +346,32 @@ class FastShelfNet(nn.Module):
         return labels[0] if single else labels
 
     def coarse_scores(self, x: Tensor) -> Tensor:
-        """Scores (N, classes, h, w), of low resolution, of normalised float images (N, 3, H, W).
+        """Scores (N, classes, h, w) at the resolution of the network's head, before the final resize.
 
-        Resized to the next multiples of 32 of H and W, and cropped, they are those of `forward`.
+        Resized bilinearly (`align_corners`) to the padded image size (`ShelfNet.padded_size`) and cropped to
+        the image, they are the scores of `forward`.
 
-        Raises: as `forward`.
+        Args:
+            x: as for `forward`.
+
+        Raises: as for `forward`.
         """
         return self._run(x, "coarse_scores")
 
     def warmup(
         self, sizes: Iterable[Sequence[int]], batch: int = 1, outputs: str | Sequence[str] | None = None
     ) -> None:
-        """Does now what the first calls would do: compiling, tuning, and recording graphs.
+        """Compiles kernels, tunes and records CUDA graphs ahead of the first calls.
 
         Args:
-            sizes: (height, width) of images to come.
-            batch: images in a call.
-            outputs: "scores" of float images, "labels" of raw ones, or a sequence of both; by default both,
-                or the scores alone where there are more than 256 classes.
+            sizes: the (height, width) of the images, in pixels, for each size to prepare.
+            batch: number of images per call.
+            outputs: "scores" for calls with floating images, "labels" for `predict` with raw images, or a
+                sequence of these. By default both, or only the scores if there are more than 256 classes.
 
         Raises:
-            ValueError: a size is no pair of at least 32 x 32, batch is less than 1, an output is unknown, or
-                "labels" is asked of more than 256 classes.
+            ValueError: a size is not a (height, width) of at least 32 x 32, batch is less than 1, an output
+                is neither of the two, or is "labels" with more than 256 classes.
         """
         if batch < 1:
             raise ValueError(f"batch is {batch}, it must be at least 1")
@@ -369,7 +385,7 @@ class FastShelfNet(nn.Module):
             check_label_classes(plan.scores.channels)
         for size in sizes:
             if not isinstance(size, Sequence) or len(size) != 2:
-                raise ValueError(f"sizes holds {size!r}, it must hold pairs of height and width")
+                raise ValueError(f"sizes has {size!r}, it must be a sequence of (height, width) pairs")
             height, width = size
             check_image_size((batch, 3, height, width))
             if "scores" in outputs:
@@ -379,18 +395,19 @@ class FastShelfNet(nn.Module):
                 self.predict(raw)
 
     def predict_frames(self, frames: Iterable[Frame], batch: int = 1) -> Iterator[Tensor]:
-        """Labels of a stream of frames, such as a video's: uint8 (H, W) on the CPU, in their order.
+        """Yields the labels of each frame of a video, in order: uint8 (H, W) on the CPU.
 
-        On a GPU one batch is uploaded while another is segmented and the one before comes back, through
-        page-locked memory: a video runs at the speed of the network. It reads up to two batches ahead.
+        On a GPU, upload, inference and download of consecutive batches overlap, through pinned memory. Up to
+        two batches are read ahead.
 
         Args:
-            frames: raw uint8 RGB (H, W, 3), arrays or CPU tensors; their size may change.
-            batch: frames of one call; the last may have fewer, and those before a change of size.
+            frames: raw uint8 RGB (H, W, 3), numpy arrays or CPU tensors; their size may change.
+            batch: number of frames per call; smaller at the end and where the size changes.
 
         Raises:
-            ValueError: batch is less than 1, or the network has more than 256 classes; and while frames are
-                drawn, as `predict` for each.
+            ValueError: batch is less than 1, or the network has more than 256 classes; during iteration, a
+                frame is not uint8 (H, W, 3) of at least 32 x 32 pixels on the CPU.
+            TypeError: during iteration, a frame is neither an array nor a tensor.
         """
         if batch < 1:
             raise ValueError(f"batch is {batch}, it must be at least 1")
@@ -401,33 +418,43 @@ class FastShelfNet(nn.Module):
         return FrameStream(self.predict, self.device, runtime_of(self.device)).run(grouped)
 
     def bind(self, images: Tensor, output: str = "scores") -> BoundImages:
-        """A call bound to the memory of some images: the least latency, for whoever writes them in place.
+        """Binds an input buffer for the lowest latency: update it in place between calls.
+
+            bound = fast.bind(buffer, "labels")
+            buffer.copy_(frame)
+            labels = bound()
 
         Args:
-            images: as `forward` and `predict` take them, on the module's device; read at every call.
+            images: the buffer, on the module's device: uint8 (N, H, W, 3), for labels only, or normalised
+                (N, 3, H, W) of dtype `scores_dtype`.
             output: "scores" or "labels".
 
+        Returns:
+            A callable without arguments. Its result is a tensor that the next call overwrites.
+
         Raises:
-            ValueError: output is neither, or "labels" of more than 256 classes; or as `forward`.
-            RuntimeError: the module runs on the CPU's kernels, where there is nothing to bind.
+            ValueError: output is neither of the two, or is "labels" with more than 256 classes; or images has
+                the wrong shape or device.
+            TypeError: images has another dtype.
+            RuntimeError: the module runs on CPU kernels, which have no graphs to bind, or is in train mode.
         """
         _check_output(output)
         if not self._on_gpu:
-            raise RuntimeError("bind is for graphs of a GPU: on a CPU call the module itself")
+            raise RuntimeError("bind needs a GPU, for CUDA graphs: on a CPU call the module itself")
         self._check(images)
         if output == "scores" and images.dtype is torch.uint8:
-            raise TypeError("images is uint8, scores are made of floating (N, 3, H, W)")
+            raise TypeError("images is torch.uint8, for scores it must be floating (N, 3, H, W)")
         if images.dtype not in (torch.uint8, self.scores_dtype):
-            wanted = f"it must be uint8 or {self.scores_dtype}"
-            raise TypeError(f"images is {images.dtype}, to be read in place {wanted}")
+            wanted = f"it must be torch.uint8 or {self.scores_dtype}"
+            raise TypeError(f"images is {images.dtype}, to be bound {wanted}")
         image_size(images)
         return BoundImages(self, images, output == "labels")
 
     @torch.no_grad()
     def bound_steps(self, images: Tensor) -> list[BoundStep]:
-        """Every step on tensors of a real forward pass, to be timed one by one.
+        """Every step of a forward pass with its real tensors, for benchmarking steps one by one.
 
-        Raises: as `bind`.
+        Raises: as for `bind`.
         """
         forward = self.bind(images).forward
         forward.run()
@@ -438,7 +465,7 @@ class FastShelfNet(nn.Module):
         self._check(images)
         if self.device.type == "cpu":
             return _made(self._program(), want, images)
-        # The GPU works while the host looks whether the weights are still the same.
+        # Checked after the launch, so that the GPU works while the host looks for changed weights.
         program = self._current[1]
         out = _made(program, want, images)
         present = self._program()
@@ -466,19 +493,19 @@ class FastShelfNet(nn.Module):
         return state.matches() and program.normalisation == self._origin.facts.normalisation
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FastShelfNet:
-        # Of `to`, `cuda`, `half` and the like. Weights are packed for one device and dtype, and nothing here
-        # is a parameter that torch could convert: what a request means shows in what it does to a tensor.
+        # Called by `to`, `cuda`, `half` and so on. There are no parameters for torch to convert, so what the
+        # conversion asks for is found by applying it to a tensor.
         before = torch.empty(0, dtype=self.scores_dtype, device=self.device)
         after = fn(before)
         if (after.device, after.dtype) != (before.device, before.dtype):
             raise RuntimeError(
                 f"an accelerated network stays on {self.device} in {self.dtype}, it cannot be converted to "
-                f"{after.device} and {after.dtype}: call accelerate or load with the device and dtype"
+                f"{after.device} and {after.dtype}: call accelerate or load with another device or dtype"
             )
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Programs hold native buffers and graphs: copies and pickles are made from the origin.
+        # Programs hold native buffers and graphs, so copies and pickles are built again from the origin.
         options = self.dtype, str(self.device), self.backend, self.tune, self.graphs
         return _again, (self._origin, *options)
 
@@ -497,13 +524,13 @@ def _again(
 
 
 class BoundImages:
-    """What `FastShelfNet.bind` gives: calls that read images in place and write to one tensor.
+    """A forward pass with fixed input and output buffers, made by `FastShelfNet.bind`.
 
-    For one thread at a time. Changed weights are taken up as by the module itself.
+    Not thread-safe. Changed weights are used from the next call on, as by the module itself.
 
     Attributes:
-        images: read at every call.
-        out: the result: scores (N, classes, H, W), or labels (N, H, W) uint8.
+        images: the input buffer, read at every call.
+        out: the output buffer: scores (N, classes, H, W), or labels (N, H, W) uint8.
     """
 
     def __init__(self, module: FastShelfNet, images: Tensor, labels: bool) -> None:
@@ -523,9 +550,9 @@ class BoundImages:
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
-        """Runs on the current stream; gives `out`, which the next call overwrites."""
+        """Runs on the current stream and returns `out`, which the next call overwrites."""
         self._launch()
-        # The GPU works while the host looks whether the weights are still the same.
+        # Checked after the launch, so that the GPU works while the host looks for changed weights.
         present = self._module._program()
         if present is not self._program:
             self._bind(present)

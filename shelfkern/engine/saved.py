@@ -1,7 +1,4 @@
-"""Accelerated networks in files: a plan with its folded weights, and what its codes stand for.
-
-A file is a safetensors one: the weights in float32, and in its metadata the plan as JSON.
-"""
+"""Files of accelerated networks: safetensors with folded float32 weights and the plan as JSON metadata."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ from ..normalisation import Normalisation
 from ..ops.quantize import Quantum
 from . import plan as p
 
-# Of the form that `_encoded` gives: of another number a file is refused.
+# Version of the layout that `_encoded` writes; files of other versions are refused.
 FORMAT = 1
 KEY = "shelfkern_plan"
 
@@ -44,13 +41,13 @@ STEPS = (
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What is known of a network beside its plan.
+    """What a network has beside its plan.
 
     Attributes:
-        normalisation: of raw images.
-        align_corners: of the final resize.
-        classes: a name per class, where known.
-        palette: an (r, g, b) per class, where known.
+        normalisation: mean and standard deviation that raw images are normalised with.
+        align_corners: whether the final bilinear resize aligns corners.
+        classes: a name per class, or None.
+        palette: an (r, g, b) per class, or None.
     """
 
     normalisation: Normalisation
@@ -69,11 +66,11 @@ class Saved:
     """An accelerated network without its model.
 
     Attributes:
-        plan: its weights may lie in `file`.
-        dtype: as `accelerate` was asked for.
-        on_gpu: whether the plan is for a GPU's kernels, where it is of 8 bits.
+        plan: the fused ops; their weights may be mapped from `file`.
+        dtype: the dtype passed to `accelerate`.
+        on_gpu: whether the plan was made for GPU kernels; only 8-bit plans depend on it.
         facts: the model's.
-        file: what was read, mapped.
+        file: the memory-mapped file that the plan was read from, if any.
     """
 
     plan: p.Plan
@@ -97,14 +94,14 @@ class Saved:
             save_file(tensors, temporary, {KEY: json.dumps(about)})
 
     def forget(self, step: p.Step) -> None:
-        """Takes the pages of a step's weights out of memory: the next to read them has them from the file."""
+        """Drops the memory pages of a step's weights; later reads load them from the file again."""
         if self.file is not None:
             for weight in step.weights():
                 self.file.forget(weight)
 
 
 def is_saved(path: str | os.PathLike[str]) -> bool:
-    """Whether a file holds an accelerated network, of this version or another."""
+    """Whether a file holds an accelerated network, of any format version."""
     try:
         with safe_open(path, framework="pt") as file:
             return KEY in (file.metadata() or {})
@@ -113,20 +110,20 @@ def is_saved(path: str | os.PathLike[str]) -> bool:
 
 
 def read_saved(path: str | os.PathLike[str]) -> Saved:
-    """The network in a file of `Saved.write`, its weights mapped: the file may be replaced, not overwritten.
+    """Reads a file of `Saved.write`. Its weights are memory-mapped, so it must not be overwritten in place.
 
     Raises:
-        FileNotFoundError: there is none.
-        RuntimeError: the file is cut short, or none of this library's, or of another version of it.
+        FileNotFoundError: there is no such file.
+        RuntimeError: the file is truncated, is not an accelerated network, or has another format version.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} is no file, it must be one that FastShelfNet.save wrote")
+        raise FileNotFoundError(f"{path} is not a file, it must be one that FastShelfNet.save wrote")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
         about = json.loads(metadata.get(KEY, "null"))
     except (SafetensorError, ValueError) as error:
-        raise RuntimeError(f"{path} is cut short or no accelerated network ({error})") from error
+        raise RuntimeError(f"{path} is cut short or not an accelerated network ({error})") from error
     if about is None:
         raise RuntimeError(f"{path} has no plan in its metadata, FastShelfNet.save writes one that has")
     if not isinstance(about, dict) or about.get("format") != FORMAT:
@@ -139,13 +136,15 @@ def read_saved(path: str | os.PathLike[str]) -> Saved:
         plan = p.Plan(found["steps"], found["num_classes"], found["extents"])
         return Saved(plan, found["dtype"], found["on_gpu"], found["facts"], mapped)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise RuntimeError(f"{path} is no accelerated network that fits together ({error})") from error
+        raise RuntimeError(
+            f"{path} is an accelerated network whose parts do not fit together ({error})"
+        ) from error
 
 
 class _Mapped:
-    """The tensors of a safetensors file, in pages that are read when they are looked at.
+    """The tensors of a memory-mapped safetensors file.
 
-    The map is private and never written, so that pages can be dropped at any time.
+    The map is private and never written to, so its pages can be dropped at any time.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -167,7 +166,7 @@ class _Mapped:
         return torch.frombuffer(self._map, dtype=torch.float32, count=count, offset=start + begin).view(shape)
 
     def forget(self, tensor: Tensor) -> None:
-        """Drops the pages that hold nothing but this tensor."""
+        """Drops the pages that hold only this tensor."""
         begin = tensor.data_ptr() - self._begin
         first = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
         last = (begin + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
@@ -175,12 +174,12 @@ class _Mapped:
             self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
 
     def __reduce__(self) -> Any:
-        # Copies and pickles hold their weights themselves.
+        # Copies and pickles hold the weights as ordinary tensors.
         return type(None), ()
 
 
 def _encoded(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """A value as JSON has it; tensors go to `tensors`, those that several steps hold once."""
+    """A value in JSON types. Tensors go to `tensors`, each once even if several steps share it."""
     if isinstance(value, Tensor):
         return {"tensor": _name(value, tensors)}
     if isinstance(value, torch.dtype):
@@ -205,7 +204,7 @@ def _name(value: Tensor, tensors: dict[str, Tensor]) -> str:
 
 
 def _decoded(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """What `_encoded` encoded."""
+    """The inverse of `_encoded`."""
     if isinstance(value, list):
         return tuple(_decoded(part, tensors) for part in value)
     if not isinstance(value, dict):
@@ -221,7 +220,7 @@ def _decoded(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def _check(steps: tuple[Any, ...]) -> None:
-    """Raises ValueError unless weights and strides fit what is read and written: kernels rely on it."""
+    """Raises ValueError unless the weights and strides of all steps fit together: kernels rely on it."""
     known: set[p.Value] = set()
     for step in steps:
         if not isinstance(step, STEPS):
@@ -240,5 +239,5 @@ def _check(steps: tuple[Any, ...]) -> None:
 
 
 def _stride(step: p.Step) -> int:
-    """Of what a step reads."""
+    """Stride of the activation that a step reads."""
     return (step.inputs[0].stride or 0) if step.inputs else 1

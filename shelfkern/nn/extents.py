@@ -1,4 +1,4 @@
-"""From the height and width of images to those that the backbone sees."""
+"""Padding and enlargement: from the height and width of images to those of the backbone's input."""
 
 from __future__ import annotations
 
@@ -6,47 +6,47 @@ import dataclasses
 import math
 from fractions import Fraction
 
-# Of the backbone's coarsest features: it sees multiples of it.
+# Stride of the backbone's coarsest features: its input's height and width are multiples of it.
 STRIDE = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class Extents:
-    """Images are padded with zeros at the bottom and right, then enlarged.
+    """Sizes of images, which are padded with zeros at the bottom and right, then enlarged.
 
     Attributes:
-        scale: how many times they are enlarged.
+        scale: factor by which padded images are enlarged.
     """
 
     scale: Fraction = Fraction(1)
 
     @property
     def enlarges(self) -> bool:
-        """Whether the backbone sees more than what images are padded to."""
+        """Whether padded images are enlarged."""
         return self.scale != 1
 
     @property
     def multiple(self) -> int:
-        """What images are padded to multiples of: the least of which `scale` makes multiples of 32."""
+        """Images are padded to multiples of this: the smallest that `scale` turns into multiples of 32."""
         parts = STRIDE * self.scale.denominator
         return parts // math.gcd(parts, self.scale.numerator)
 
     def padded(self, height: int, width: int) -> tuple[int, int]:
-        """What images are padded to; scores are resized to it and cropped."""
+        """Height and width of padded images; scores are resized to them, then cropped."""
         rows, columns = self._counts(height, width)
         return self.multiple * rows, self.multiple * columns
 
     def seen(self, height: int, width: int) -> tuple[int, int]:
-        """What the backbone sees."""
+        """Height and width of the backbone's input, for images of this size."""
         rows, columns = self._counts(height, width)
         enlarged = int(self.multiple * self.scale)
         return enlarged * rows, enlarged * columns
 
     def given(self, height: int, width: int) -> tuple[int, int]:
-        """The padded images that the backbone sees so."""
+        """Height and width of the padded images for a backbone input of this size."""
         return int(height / self.scale), int(width / self.scale)
 
     def _counts(self, height: int, width: int) -> tuple[int, int]:
         unit = self.multiple
-        # Never skipped, so that torch.export sees one program with simple sizes.
+        # Without a branch for exact multiples, so that torch.export traces one program for all sizes.
         return (height + unit - 1) // unit, (width + unit - 1) // unit

@@ -23,7 +23,7 @@ from .fused import fuse_for_training
 from .images import as_batch, check_image_size, check_label_classes, image_size, normalised
 from .shelf import MERGES, Shelf
 
-# Largest denominator of `input_scale`: images are padded to multiples of at most 32 times it.
+# Largest denominator of `input_scale`: images are padded to multiples of at most 32 * MOST_PARTS.
 MOST_PARTS = 8
 
 
@@ -34,20 +34,22 @@ class ShelfNetConfig:
     Attributes:
         num_classes: classes of the scores.
         backbone: "resnet18", "resnet34", "resnet50", "resnet101" or "resnet152".
-        backbone_width: channels of the stem; stages have 1, 2, 4, 8 times as many (times 4 in bottlenecks).
+        backbone_width: channels of the stem; the stages have 1, 2, 4 and 8 times as many (bottleneck
+            stages 4, 8, 16 and 32 times).
         widths: channels of the shelf's levels, fine to coarse; 2 to 5 levels, the coarsest at stride 32.
         merge: "deconv" or "attention".
         pairs: encoder-decoder pairs (paper 3.1): 1 is a U-Net-like network, 2 the published shelf.
         lateral: whether column 1 has 1x1 convolutions.
         negative_slope: of the leaky ReLU; 0 is ReLU.
         dropout: probability of Dropout2d inside the shared blocks.
-        head: "linear" (1x1, align_corners, aux on the backbone) or "conv" (3x3, aux on the next two levels).
-        head_width: channels inside the main head, "conv" only.
+        head: "linear" (a 1x1 convolution; the auxiliary head is on the backbone) or "conv" (two 3x3
+            convolutions; the auxiliary heads are on the next two levels).
+        head_width: channels inside the main head, if head is "conv". Auxiliary heads have 64, as published.
         aux: whether there are auxiliary heads (used in training only).
         presence: whether there is an SE head (used in training only).
-        input_scale: how many times images are enlarged, bilinearly, before the backbone, for features of
-            smaller strides: for thin things in small images. 1, as published, up to 4, a ratio of integers
-            with a denominator up to 8, such as 1.6.
+        input_scale: factor by which images are enlarged, bilinearly, before the backbone, which keeps more
+            detail of thin objects in small images. From 1, as published, to 4; a fraction whose denominator
+            is at most 8, such as 1.6 = 8/5.
     """
 
     num_classes: int = 21
@@ -93,7 +95,7 @@ class ShelfNetConfig:
 
     @property
     def extents(self) -> Extents:
-        """What becomes of the height and width of images."""
+        """Padding and enlargement of images."""
         return Extents(Fraction(self.input_scale).limit_denominator(MOST_PARTS))
 
     @property
@@ -120,8 +122,8 @@ class ShelfNetOutput(NamedTuple):
     """All outputs of a ShelfNet.
 
     Attributes:
-        scores: (N, classes, H, W), at the input's size; of lower resolution from `forward_scores`.
-        aux: auxiliary scores, each as `scores`; fine to coarse.
+        scores: (N, classes, H, W) at the input's size; from `forward_scores`, at the head's resolution.
+        aux: scores of the auxiliary heads, fine to coarse, each like `scores`.
         presence: (N, classes) logits of the SE head, or None.
     """
 
@@ -138,17 +140,18 @@ class ShelfNet(nn.Module):
     ImageNet. Sizes that are not multiples of 32 (`config.extents.multiple` where `input_scale` is not 1) are
     padded with zeros at the bottom and right inside, and the outputs cropped.
 
-    `load_state_dict` takes this model's own keys or a checkpoint of the authors as it is.
+    `load_state_dict` takes this model's own keys or an authors' checkpoint unchanged.
 
     Args:
         config: ShelfNet50's by default.
-        fused: whether it trains by fused ops, as `fuse_for_training` makes any model do.
+        fused: whether it trains with fused ops, as after `fuse_for_training`.
 
     Attributes:
-        config: what the model is made of.
-        classes: a name per class, where known; `from_weights` sets it.
-        palette: an (r, g, b) per class, where known; `from_weights` sets it.
-        normalisation: of the raw images it was trained on; ImageNet's unless `from_weights` sets another.
+        config: the architecture.
+        classes: a name per class, or None; set by `from_weights`.
+        palette: an (r, g, b) per class, or None; set by `from_weights`.
+        normalisation: mean and standard deviation that raw images are normalised with; ImageNet's unless
+            `from_weights` sets others.
     """
 
     classes: tuple[str, ...] | None = None
@@ -190,7 +193,7 @@ class ShelfNet(nn.Module):
 
     @property
     def align_corners(self) -> bool:
-        """Of the final bilinear resize: both published heads align corners."""
+        """Whether the final bilinear resize aligns corners: True, as in both published heads."""
         return True
 
     def forward(self, x: Tensor) -> Tensor | ShelfNetOutput:
@@ -232,9 +235,9 @@ class ShelfNet(nn.Module):
         return labels[0] if single else labels
 
     def coarse_scores(self, x: Tensor) -> Tensor:
-        """The main head's scores (N, classes, h, w), of low resolution, in train and in eval mode.
+        """Scores (N, classes, h, w) of the main head before the final resize, in train and in eval mode.
 
-        Resized to `padded_size(x.shape)` and cropped to x's size they are those of `forward`.
+        Resized to `padded_size(x.shape)` and cropped to x's size they are the scores of `forward`.
         """
         levels = self.shelf(self.backbone(self._prepared(x))[-self.config.levels :])
         return self.head(levels[0])
@@ -246,10 +249,10 @@ class ShelfNet(nn.Module):
         return ShelfNetOutput(self._resize(low.scores, x), aux, low.presence)
 
     def forward_scores(self, x: Tensor) -> ShelfNetOutput:
-        """All outputs, in train and in eval mode, the scores as the heads give them, of low resolution.
+        """All outputs, in train and in eval mode, with the scores of all heads before the final resize.
 
-        Resized to `padded_size(x.shape)` and cropped to x's size they are those of `forward_heads`, which
-        a loss that resizes, `shelfkern.ops.upsample_cross_entropy`, never stores.
+        Resized to `padded_size(x.shape)` and cropped to x's size they are those of `forward_heads`.
+        `shelfkern.ops.upsample_cross_entropy` computes the loss from them without full-size scores.
         """
         features = self.backbone(self._prepared(x))
         levels = self.shelf(features[-self.config.levels :])
@@ -259,9 +262,10 @@ class ShelfNet(nn.Module):
         return ShelfNetOutput(self.head(levels[0]), aux, presence)
 
     def padded_size(self, shape: Sequence[int]) -> tuple[int, int]:
-        """The height and width to which images (N, 3, H, W) are padded, and scores resized before the crop.
+        """Height and width in pixels that images of a shape (N, 3, H, W) are padded to.
 
-        The next multiples of 32, or of `config.extents.multiple`.
+        The next multiples of `config.extents.multiple`, which is 32 unless `input_scale` is used. Scores are
+        resized to this size, then cropped to H x W.
 
         Raises:
             ValueError: shape is not (N, 3, H, W) with H, W >= 32.
@@ -270,7 +274,7 @@ class ShelfNet(nn.Module):
         return self.config.extents.padded(shape[2], shape[3])
 
     def _prepared(self, x: Tensor) -> Tensor:
-        """Images as the backbone sees them."""
+        """The backbone's input: padded, then enlarged images."""
         if not x.is_floating_point():
             raise TypeError(
                 f"x is {x.dtype}, it must be floating (N, 3, H, W): predict takes raw uint8 images"
@@ -317,7 +321,7 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 def _crop(x: Tensor, height: int, width: int) -> Tensor:
     if not torch.compiler.is_exporting():
         return x[:, :, :height, :width]
-    # Whether a slice is contiguous depends on whether it cuts; an exported program would be tied to that.
+    # A slice is contiguous only if nothing is cut off, which would specialise an exported program.
     rows, columns = (torch.arange(size, device=x.device) for size in (height, width))
     return x.index_select(2, rows).index_select(3, columns)
 

@@ -1,4 +1,4 @@
-"""Weights files of this library: safetensors that say which model they belong to.
+"""Weights files: safetensors with the config of the model that they belong to.
 
 The metadata holds `config` and `normalisation` (JSON of the fields of `ShelfNetConfig`, `Normalisation`)
 and, where known, `classes` (JSON list of names) and `palette` (JSON list of [r, g, b]).
@@ -25,13 +25,13 @@ from ..normalisation import Normalisation
 from .fused import fuse_for_training
 from .shelfnet import ShelfNet, ShelfNetConfig
 
-# Of heads that no result in eval mode depends on.
+# Names of heads that are used in training only.
 _TRAINING_HEADS = ("aux_heads.", "presence_head.")
 _OWN_METADATA = ("config", "classes", "palette", "normalisation")
 
 
 def shipped_weights() -> list[str]:
-    """Names that `from_weights` takes: the weights inside the package."""
+    """Names of the weights that come with the package, for `from_weights`."""
     folder = resources.files("shelfkern").joinpath("weights")
     if not folder.is_dir():
         return []
@@ -157,15 +157,16 @@ def save_weights(
 
     Args:
         model: any ShelfNet; its tensors may be on any device and in any memory format.
-        path: the file; replaced in one step.
-        dtype: of the convolutions' and linear layers' weights. Norms and biases are small and decide
-            more, so they are stored as float32.
+        path: the file; an existing one is replaced atomically.
+        dtype: dtype that the weights of convolutions and linear layers are stored in. Norms and biases are
+            small and sensitive to rounding, so they are stored as float32.
         classes: a name per class; `model.classes` by default.
-        palette: an (r, g, b) of 0 to 255 per class; `model.palette` by default.
+        palette: an (r, g, b) from 0 to 255 per class; `model.palette` by default.
         extra: further metadata, such as the training command or its result.
 
     Raises:
-        ValueError: `classes`, `palette` or `extra` do not fit, or a weight is too large for `dtype`.
+        ValueError: classes or palette has not one entry per class, extra has a key that is used by this
+            library, or a weight is too large for dtype.
     """
     classes, palette = classes or model.classes, palette or model.palette
     metadata = _metadata(model, classes, palette, extra or {})
@@ -178,12 +179,12 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
     """Tensors and metadata of a safetensors file, all in memory.
 
     Raises:
-        RuntimeError: the file is cut short or no safetensors file.
+        RuntimeError: the file is truncated or not a safetensors file.
     """
     try:
         with safe_open(path, framework="pt") as file:
             names = file.keys()
-            # Copies: the file may be rewritten while the tensors live, and mapped pages would follow it.
+            # Copied, because mapped tensors would change if the file were overwritten.
             return {name: file.get_tensor(name).clone() for name in names}, file.metadata() or {}
     except SafetensorError as error:
         raise RuntimeError(f"{path} is cut short or no safetensors file ({error})") from error
@@ -224,7 +225,9 @@ def _stored(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
 def _from_file(path: Path) -> ShelfNet:
     state, metadata = read_safetensors(path)
     if "config" not in metadata:
-        raise RuntimeError(f"{path} has no model config in its metadata, save_weights writes one that has")
+        raise RuntimeError(
+            f"{path} has no model config in its metadata, it must be a file that save_weights wrote"
+        )
     try:
         config = ShelfNetConfig(**json.loads(metadata["config"]))
         known = {key: json.loads(metadata[key]) for key in _OWN_METADATA if key in metadata}
@@ -240,7 +243,7 @@ def _from_file(path: Path) -> ShelfNet:
 
 
 def _build(config: ShelfNetConfig, state: dict[str, Tensor]) -> ShelfNet:
-    # Built without memory: the initial values would be thrown away and the random state disturbed.
+    # On the meta device: initial values would be thrown away, and drawing them would change the random state.
     with torch.device("meta"):
         model = ShelfNet(config)
     full = {name: value.float() if value.is_floating_point() else value for name, value in state.items()}

@@ -137,10 +137,10 @@ def test_networks_of_8_bits_are_of_one_kind_of_kernels(path, tmp_path):
     fast = accelerated(model, torch.int8, backend="emulated")
     fast.save(path)
     assert torch.equal(shelfkern.load(path, "cpu", "emulated")(x), fast(x))
-    with pytest.raises(ValueError, match=r"has 8 bits for the kernels of a GPU, and .* ask for a CPU's"):
+    with pytest.raises(ValueError, match=r"8-bit network for the kernels of a GPU, .* select those of a CPU"):
         shelfkern.load(path, "cpu")
     accelerated(model, torch.int8).save(path)
-    with pytest.raises(ValueError, match=r"has 8 bits for the kernels of a CPU, and .* ask for a GPU's"):
+    with pytest.raises(ValueError, match=r"8-bit network for the kernels of a CPU, .* select those of a GPU"):
         shelfkern.load(path, backend="emulated")
     # Others are of any.
     shelfkern.accelerate(model, torch.bfloat16).save(path)
@@ -160,22 +160,24 @@ def test_options_are_those_of_accelerate(path):
 
 
 def test_files_that_are_none(path, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"is no file, it must be one that FastShelfNet\.save wrote"):
+    with pytest.raises(
+        FileNotFoundError, match=r"is not a file, it must be one that FastShelfNet\.save wrote"
+    ):
         shelfkern.load(path)
     shelfkern.accelerate(build(CONFIGS["attention"])).save(path)
     whole = path.read_bytes()
     for length in (0, 4, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
-        with pytest.raises(RuntimeError, match="is cut short or no accelerated network"):
+        with pytest.raises(RuntimeError, match="is cut short or not an accelerated network"):
             shelfkern.load(path)
     for metadata in (None, {"config": "{}"}):
         save_file({"a": torch.zeros(3)}, path, metadata)
         with pytest.raises(RuntimeError, match=r"has no plan in its metadata, FastShelfNet\.save writes one"):
             shelfkern.load(path)
     save_file({"a": torch.zeros(3)}, path, {saved.KEY: "{"})
-    with pytest.raises(RuntimeError, match="is cut short or no accelerated network"):
+    with pytest.raises(RuntimeError, match="is cut short or not an accelerated network"):
         shelfkern.load(path)
-    with pytest.raises(FileNotFoundError, match="is no file"):
+    with pytest.raises(FileNotFoundError, match="is not a file"):
         shelfkern.load(tmp_path)
 
 
@@ -218,13 +220,16 @@ def _no_field(about, tensors):
     "change, message",
     [
         (_other_format, "has the format 2, this version reads 1: save it again"),
-        (_no_tensor, "is no accelerated network that fits together"),
-        (_other_shape, "is no accelerated network that fits together .*has weights of"),
-        (_other_dtype, "is no accelerated network that fits together .*a weight is F16"),
-        (_unknown_step, "is no accelerated network that fits together"),
-        (_too_early, "is no accelerated network that fits together .*reads what no step before it wrote"),
-        (_other_stride, "is no accelerated network that fits together .*writes at the stride"),
-        (_no_field, "is no accelerated network that fits together .*normalisation"),
+        (_no_tensor, "is an accelerated network whose parts do not fit together"),
+        (_other_shape, "is an accelerated network whose parts do not fit together .*has weights of"),
+        (_other_dtype, "is an accelerated network whose parts do not fit together .*a weight is F16"),
+        (_unknown_step, "is an accelerated network whose parts do not fit together"),
+        (
+            _too_early,
+            "is an accelerated network whose parts do not fit together .*reads what no step before it wrote",
+        ),
+        (_other_stride, "is an accelerated network whose parts do not fit together .*writes at the stride"),
+        (_no_field, "is an accelerated network whose parts do not fit together .*normalisation"),
     ],
 )
 def test_files_that_do_not_fit_together(change, message, path):
