@@ -23,14 +23,15 @@ PathOrState = str | os.PathLike[str] | Mapping[str, Any]
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads a state dict from a .safetensors file or one of torch.save, onto the CPU.
+    """Reads a state dict from a .safetensors file or a torch.save file, onto the CPU.
 
-    Files of torch.save are read with weights_only=True, so they cannot run code. A state dict under
-    `state_dict` is taken out, and `module.` prefixes are dropped.
+    torch.save files are read with weights_only=True, so they cannot run code. A state dict nested under
+    `state_dict` is unwrapped, and `module.` prefixes are removed.
 
     Raises:
         FileNotFoundError: there is no such file.
-        RuntimeError: the file is cut short, of another kind, holds no mapping or more than weights.
+        RuntimeError: the file is truncated or of another kind, has no state dict, or has objects other than
+            weights.
     """
     path = Path(path)
     if not path.is_file():
@@ -44,10 +45,10 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def load_torch(path: Path) -> Any:
-    """What torch.save wrote, onto the CPU, where it is tensors and plain values.
+    """Reads a torch.save file of tensors and plain values, onto the CPU.
 
     Raises:
-        RuntimeError: the file is cut short, of another kind, or holds more than that.
+        RuntimeError: the file is truncated or of another kind, or has other objects.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -59,14 +60,14 @@ def load_torch(path: Path) -> Any:
             ) from error
         raise RuntimeError(f"{path} is cut short, damaged or no PyTorch file") from error
     except (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError) as error:
-        # torch reports damage as whatever its readers of zip files and pickles trip over.
+        # For damaged files torch raises whatever its zip and pickle readers run into.
         raise RuntimeError(f"{path} is cut short, damaged or no PyTorch file") from error
 
 
 def save(model_or_state: nn.Module | Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Writes a state dict, as .safetensors or by torch.save according to the name, in one step.
+    """Writes a state dict atomically: as safetensors if the name ends in .safetensors, else by torch.save.
 
-    `shelfkern.nn.save_weights` writes a file that also says which model it belongs to.
+    `shelfkern.nn.save_weights` writes files that contain the model's config too.
 
     Raises:
         ValueError: the name ends in .safetensors and a value is not a tensor.
@@ -83,15 +84,16 @@ def _flat_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
     for name, value in state.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"state has {name} of type {type(value).__name__}, it must be a tensor")
-    # Cloned, since safetensors refuses tensors that share memory.
+    # Cloned, because safetensors refuses tensors that share memory.
     return {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
 
 
 def load_resnet(backbone: ResNet, path_or_state: PathOrState) -> None:
-    """Loads torchvision's ResNet weights, classifier or not, into a backbone.
+    """Loads torchvision's ResNet weights into a backbone; a classifier among them is ignored.
 
     Raises:
-        RuntimeError: another depth or width, or tensors are missing; the backbone is left as it was.
+        RuntimeError: the weights are of another depth or width, or tensors are missing; the backbone is not
+            changed.
     """
     state = published.unwrap(_state(path_or_state))
     state = {name: value for name, value in state.items() if not name.startswith("fc.")}
@@ -118,9 +120,13 @@ def _resnet_name(state: Mapping[str, Any]) -> str | None:
 
 
 def save_published(model: ShelfNet, path: str | os.PathLike[str]) -> None:
-    """Writes a model as the authors did: `published.to_published` says how and what it raises.
+    """Writes a model in the authors' format, as a torch.save file, which `from_published` reads.
 
-    ShelfNet50 and 101 go under the key `state_dict`, the real-time models as they are.
+    The state dicts of ShelfNet50 and 101 are nested under the key `state_dict`, as in the authors' files.
+
+    Raises:
+        ValueError: the authors have no such architecture, or a batch norm's |weight| is too small for their
+            format; as `published.to_published`.
     """
     state = published.to_published(model)
     wrapped = {"state_dict": state} if model.config.head == "linear" else state
@@ -129,10 +135,10 @@ def save_published(model: ShelfNet, path: str | os.PathLike[str]) -> None:
 
 
 def open_model(name_or_path: str) -> ShelfNet:
-    """The model of a shipped name, a file of ours, or an authors' checkpoint, in eval mode.
+    """The model of a shipped name, a `save_weights` file or an authors' checkpoint, in eval mode.
 
     Raises:
-        OSError, RuntimeError: as `from_weights` and `from_published`.
+        OSError, RuntimeError: as for `from_weights` and `from_published`.
     """
     path = Path(name_or_path)
     if name_or_path in shipped_weights() or path.suffix == ".safetensors" or not path.exists():
@@ -141,10 +147,10 @@ def open_model(name_or_path: str) -> ShelfNet:
 
 
 def from_published(path_or_state: PathOrState) -> ShelfNet:
-    """Builds the one of the four published models that an authors' checkpoint belongs to, in eval mode.
+    """Builds the published model that an authors' checkpoint belongs to, in eval mode.
 
     Raises:
-        RuntimeError: it is none of the four, or incomplete.
+        RuntimeError: the checkpoint belongs to none of the four published models, or is incomplete.
     """
     state = published.unwrap(_state(path_or_state))
     root = "pretrained." if "pretrained.conv1.weight" in state else "backbone."
@@ -154,7 +160,7 @@ def from_published(path_or_state: PathOrState) -> ShelfNet:
     made_of = {(config.head, config.backbone): name for name, config in PUBLISHED.items()}
     name = made_of.get((kind, str(backbone)))
     if name is None or not isinstance(head, Tensor) or head.dim() == 0:
-        raise RuntimeError("state_dict is none of the four published models'")
+        raise RuntimeError("state_dict belongs to none of the four published models")
     with torch.device("meta"):
         model = create_model(name, len(head))
     model.load_state_dict(state, assign=True)

@@ -1,6 +1,6 @@
-"""ResNet v1 backbones (He et al., arXiv 1512.03385), the column 0 of a ShelfNet.
+"""ResNet v1 backbones (He et al., arXiv 1512.03385), column 0 of a ShelfNet.
 
-Parameter names are torchvision's, so its weights load as they are. The real-time models of the paper
+Parameter names are torchvision's, so its weights load unchanged. The real-time models of the paper
 use leaky ReLU after the stem's and after each block's inner batch norms; `negative_slope` sets it.
 """
 
@@ -127,7 +127,7 @@ class ResNet(nn.Module):
 def init_weights(module: nn.Module) -> None:
     """He initialisation (fan out) of every convolution, ones and zeros for norms, zeros for biases."""
     for m in module.modules():
-        # On the meta device there is nothing to draw, and trying takes seconds of imports.
+        # On the meta device there is nothing to initialise, and trying to takes seconds of imports.
         if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)) and not m.weight.is_meta:
             nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
             if m.bias is not None:

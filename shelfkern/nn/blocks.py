@@ -1,6 +1,6 @@
 """The blocks of a ShelfNet (arXiv 1811.11254, section 3.3), plain torch.nn.
 
-Every block takes and gives (N, C, H, W) tensors of any floating dtype and memory format.
+Every block maps (N, C, H, W) tensors of any floating dtype and memory format to such tensors.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ def activation(negative_slope: float) -> nn.Module:
 
 
 class ConvBNAct(nn.Module):
-    """act(bn(conv(x))), the convolution without bias and padded to keep the size at stride 1."""
+    """act(bn(conv(x))): a convolution without bias, of stride 1, padded to keep the size."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, negative_slope: float) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class SharedBlock(nn.Module):
 
 
 class EntryBlock(SharedBlock):
-    """S(x) + x: what the finest level passes through on its way into a down column."""
+    """S(x) + x: the block through which the finest level enters a down column."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + x
@@ -146,7 +146,7 @@ class BackboneHead(nn.Module):
 
 
 class PresenceHead(nn.Module):
-    """SE head of ShelfNet50 and 101: which classes are in the picture, as logits (N, classes)."""
+    """SE head of ShelfNet50 and 101: logits (N, classes) of each class being in the image."""
 
     def __init__(self, in_channels: int, num_classes: int) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""The same blocks, trained by this library's fused ops: less is kept for the gradient, in fewer passes.
+"""The blocks trained with fused ops, which take fewer passes over memory and save less for the gradient.
 
-Each is its plain block by another class: same parameters, same names, and in eval mode the plain block's own
-forward. `fuse_for_training` changes the classes of a model's blocks in place.
+Each fused block is a subclass of its plain block, with the same parameters and names; in eval mode it runs
+the plain block's forward. `fuse_for_training` changes the classes of a model's blocks in place.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class _Fused(nn.Module):
-    """In train mode `fused`, otherwise the plain block's forward."""
+    """Runs `fused` in train mode, and the plain block's forward in eval mode."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fused(x) if self.training else super().forward(x)
@@ -90,7 +90,7 @@ class FusedResNet(ResNet):
         return max_pool_train(x, self.maxpool) if self.training else super().pool(x)
 
 
-# Of every plain block the one that trains fused. By exact type: a subclass may compute something else.
+# The fused class of each plain block. By exact type: a subclass may compute something else.
 FUSED: dict[type[nn.Module], type[nn.Module]] = {
     ConvBNAct: FusedConvBNAct,
     SharedBlock: FusedSharedBlock,
@@ -106,18 +106,20 @@ PLAIN = {fused: plain for plain, fused in FUSED.items()}
 
 
 def fuse_for_training(model: Model) -> Model:
-    """Makes a model's blocks train by fused ops, in place, and returns it.
+    """Makes a model's blocks train with fused ops, in place, and returns the model.
 
-    Parameters, state dict and all that eval mode gives stay as they are; in train mode results and gradients
-    are the same up to rounding, and one seed drops the same channels. What has no fused form is left as it
-    is: blocks of other types or with other activations, norms that are no BatchNorm2d, such as SyncBatchNorm,
-    or in eval mode, dtypes without a kernel. Hooks of modules inside blocks are not called in train mode.
+    Parameters, the state dict and all results in eval mode stay the same. In train mode outputs and gradients
+    are the same up to rounding, and dropout drops the same channels for the same seed. Anything without a
+    fused version is left unchanged: blocks of other types or with other activations, norms other than
+    BatchNorm2d (such as SyncBatchNorm) or frozen in eval mode, and dtypes without a kernel. Hooks on modules
+    inside fused blocks are not called in train mode.
 
     Args:
-        model: a ShelfNet, or any module that holds blocks of this package, before it is compiled.
+        model: a ShelfNet, or any module that contains blocks of this package; call this before
+            torch.compile.
 
     Raises:
-        TypeError: model is no module.
+        TypeError: model is not a torch.nn.Module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__}, it must be a torch.nn.Module")
@@ -137,7 +139,7 @@ def _has_known_parts(block: nn.Module) -> bool:
 
 
 def plain_type(module: nn.Module) -> type[nn.Module]:
-    """The module's exact type; of one that trains fused, the plain block's."""
+    """The module's exact type; for a fused block, the type of its plain block."""
     return PLAIN.get(type(module), type(module))
 
 

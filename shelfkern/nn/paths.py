@@ -20,7 +20,7 @@ _LEAVES = (SharedBlock, AttentionMerge, DeconvMerge, Downsample, ConvBNAct, nn.S
 
 
 class _BlockTracer(torch.fx.Tracer):
-    """Traces down to blocks, so that a block's own residual is not counted as a path."""
+    """Traces down to blocks but not into them, so that their own residuals are not counted as paths."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, _LEAVES) or super().is_leaf_module(m, module_qualified_name)

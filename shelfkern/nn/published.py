@@ -1,8 +1,8 @@
-"""Names and conventions of the authors' checkpoints, both ways.
+"""Conversion of the authors' checkpoints to this library's state dicts, and back.
 
-The authors' real-time models use in-place activated batch norms, which scale by |weight| + 1e-5 and
-count no batches; every other convention is a matter of names. Their files also hold tensors that no
-forward pass uses: a shared block `decoder.inconv` and the backbone's classifier.
+The authors' real-time models use in-place activated batch norms, which scale by |weight| + 1e-5 and have no
+`num_batches_tracked`; otherwise only names differ. Their files also contain tensors that no forward pass
+uses: a shared block `decoder.inconv` and the backbone's classifier.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _WRAPPERS = ("module.", "_orig_mod.")
 
 
 def prefixes(config: ShelfNetConfig) -> list[tuple[str, str]]:
-    """The table of names: (prefix here, prefix in the authors' files); empty for any other architecture.
+    """Pairs of (prefix here, prefix in the authors' files); empty for architectures the authors do not have.
 
-    The authors' files know two pairs of columns: a decoder (column 2) and a ladder (columns 3 and 4).
+    The authors' networks have two pairs of columns: a decoder (column 2) and a ladder (columns 3 and 4).
     """
     shape = (config.head, config.merge, config.levels, config.pairs)
     if shape == ("linear", "deconv", 4, 2):
@@ -102,12 +102,13 @@ def unused_prefixes(config: ShelfNetConfig) -> tuple[str, ...]:
 
 
 def adapt(state_dict: Mapping[str, Any], model: ShelfNet) -> dict[str, Any]:
-    """A state dict of the model's own names from its own or an authors' one, wrapped or not.
+    """Converts a state dict of this library's or the authors' names to this library's names.
 
-    The model is not touched, and names that are neither format's stay as they are.
+    It may be nested under `state_dict` and have prefixes such as `module.`. Unknown names are left unchanged,
+    and so is the model.
 
     Raises:
-        TypeError: state_dict is not a mapping of names.
+        TypeError: state_dict does not map names to tensors.
         RuntimeError: two of its names mean the same tensor.
     """
     state = unwrap(state_dict)
@@ -123,9 +124,9 @@ def adapt(state_dict: Mapping[str, Any], model: ShelfNet) -> dict[str, Any]:
 
 
 def count_no_batches(state: dict[str, Any], model: nn.Module) -> None:
-    """Adds `num_batches_tracked` = 0 where a batch norm's state has none.
+    """Adds `num_batches_tracked` = 0 to batch norms that lack it.
 
-    The authors' in-place norms have none, nor has any file older than torch 0.4.1.
+    The authors' in-place norms and all files older than torch 0.4.1 lack it.
     """
     for name in _norms(model):
         mean = state.get(f"{name}.running_mean")
@@ -135,10 +136,10 @@ def count_no_batches(state: dict[str, Any], model: nn.Module) -> None:
 
 
 def unwrap(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of the state dict under `state_dict`, or of the mapping itself, without wrappers' prefixes.
+    """A copy of a state dict, or of the one nested under `state_dict`, without the prefixes of wrappers.
 
     Raises:
-        TypeError: it is not a mapping of names.
+        TypeError: it does not map names to tensors.
     """
     inner = state_dict
     if isinstance(state_dict, Mapping):
@@ -183,7 +184,7 @@ def _norms(model: nn.Module) -> list[str]:
 
 
 def _inplace_norms(model: ShelfNet) -> list[str]:
-    """The batch norms that are in-place ones in the authors' real-time models: all but S's second."""
+    """Names of batch norms that are in-place in the authors' real-time models: all but shared blocks' bn2."""
     if model.config.merge != "attention":
         return []
     plain = {f"{name}.bn2" for name, module in model.named_modules() if isinstance(module, SharedBlock)}
@@ -191,15 +192,15 @@ def _inplace_norms(model: ShelfNet) -> list[str]:
 
 
 def check(state: Mapping[str, Any], model: ShelfNet, strict: bool = True) -> None:
-    """Checks that torch can load a state dict of own names without stopping halfway.
+    """Checks that torch can load a state dict completely.
 
     Args:
-        state: what `adapt` gave.
-        model: the model; not touched.
+        state: a result of `adapt`.
+        model: the model; not changed.
         strict: whether missing and unexpected tensors are errors too.
 
     Raises:
-        RuntimeError: one sentence that says what does not fit.
+        RuntimeError: something does not fit; the message is one sentence.
     """
     expected = model.state_dict()
     if strict:
@@ -217,13 +218,13 @@ def check_names(state: Mapping[str, Any], expected: Mapping[str, Tensor]) -> Non
     if missing:
         faults.append(f"lacks {_count(missing)} of the model ({_some(missing)})")
     if unexpected:
-        faults.append(f"has {_count(unexpected)} that the model has not ({_some(unexpected)})")
+        faults.append(f"has {_count(unexpected)} that the model does not have ({_some(unexpected)})")
     if faults:
         raise RuntimeError(f"state_dict {' and '.join(faults)}")
 
 
 def check_values(state: Mapping[str, Any], expected: Mapping[str, Tensor]) -> None:
-    """Raises RuntimeError unless the values of the names that both have are tensors that can be copied."""
+    """Raises RuntimeError unless all values under common names are tensors that can be copied."""
     for name in (name for name in expected if name in state):
         value = state[name]
         if not isinstance(value, Tensor):
@@ -235,7 +236,7 @@ def check_values(state: Mapping[str, Any], expected: Mapping[str, Tensor]) -> No
 
 
 def check_shapes(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Raises RuntimeError unless the shapes of the names that both have are the same."""
+    """Raises RuntimeError unless tensors under common names have the same shapes."""
     wrong = _misshapen(state, expected)
     if wrong:
         shapes = [f"{n} is {tuple(state[n].shape)} and must be {tuple(expected[n].shape)}" for n in wrong]
@@ -243,7 +244,7 @@ def check_shapes(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) ->
 
 
 def _check_classes(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], num_classes: int) -> None:
-    """Raises RuntimeError where another number of classes explains every wrong shape."""
+    """Raises RuntimeError if another number of classes explains every wrong shape."""
     wrong = _misshapen(state, expected)
     if "head.classify.weight" not in wrong or state["head.classify.weight"].dim() != 4:
         return
@@ -271,20 +272,20 @@ def _some(items: list[str], most: int = 3) -> str:
 
 @torch.no_grad()
 def to_published(model: ShelfNet) -> dict[str, Tensor]:
-    """A state dict in the authors' format that gives the same function in eval mode.
+    """A state dict in the authors' format, for a network with the same outputs in eval mode.
 
-    The tensors that no forward pass uses are there in a neutral state: zeros for weights and biases,
-    identity for batch norms. In the real-time models a negative scale of a batch norm, which that
-    format cannot hold, becomes a positive one behind a convolution of the opposite sign.
+    Tensors that no forward pass uses are neutral: zeros for weights and biases, the identity for batch norms.
+    In the real-time models that format cannot store a negative scale of a batch norm: its sign is moved into
+    the convolution before it.
 
     Raises:
-        ValueError: the authors have no such architecture, or a batch norm's |weight| is below 1e-5
-            where their format adds that much.
+        ValueError: the authors have no such architecture, or a batch norm's |weight| is below 1e-5, which
+            their format adds to it.
     """
     table = prefixes(model.config)
     if not table:
         raise ValueError(
-            "model is none of the authors' architectures: deconv merges, a linear head and 4 levels, "
+            "model is not one of the authors' architectures: deconv merges, a linear head and 4 levels, "
             "or attention merges, conv heads and 3 levels, both with 2 pairs"
         )
     state = {name: value.clone() for name, value in model.state_dict().items()}
@@ -309,7 +310,7 @@ def _make_positive(state: dict[str, Tensor], norm: str) -> None:
 
 
 def _make_shared_positive(state: dict[str, Tensor], block: str) -> None:
-    """As `_make_positive`; the second use of the convolution changes sign too, and bn2 undoes it."""
+    """Like `_make_positive`. The second use of the convolution changes sign too, which bn2 undoes."""
     sign = _sign(state[f"{block}.bn1.weight"])
     state[f"{block}.conv.weight"] *= sign[:, None, None, None]
     for name in ("conv.bias", "bn1.running_mean", "bn1.weight", "bn2.running_mean", "bn2.weight"):

@@ -188,7 +188,7 @@ def test_missing_and_unexpected(filled) -> None:
     lacks = "lacks 1 tensor of the model (backbone.layer1.0.conv1.weight)"
     assert refused(model, lacking) == f"state_dict {lacks}"
     extra = {f"extra.{i}": torch.zeros(1) for i in range(5)}
-    has = "has 5 tensors that the model has not (extra.0, extra.1, extra.2, ...)"
+    has = "has 5 tensors that the model does not have (extra.0, extra.1, extra.2, ...)"
     assert refused(model, {**state, **extra}) == f"state_dict {has}"
     assert refused(model, {**lacking, **extra}) == f"state_dict {lacks} and {has}"
     assert "lacks" in refused(model, {})
@@ -208,7 +208,7 @@ def test_wrong_shapes(narrow, strict: bool) -> None:
 @pytest.mark.parametrize("a, b", [("shelfnet18_lw", "shelfnet34_lw"), ("shelfnet50", "shelfnet101"),
                                   ("shelfnet50", "shelfnet18_lw")])  # fmt: skip
 def test_another_models_checkpoint(narrow, a: str, b: str) -> None:
-    assert "has not" in refused(narrow(a), published.to_published(narrow(b)))
+    assert "does not have" in refused(narrow(a), published.to_published(narrow(b)))
     assert "lacks" in refused(narrow(b), published.to_published(narrow(a)))
 
 
