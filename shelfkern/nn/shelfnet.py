@@ -187,6 +187,7 @@ class ShelfNet(nn.Module):
             aux = [BackboneHead(self.backbone.channels[-2], config.num_classes)] if config.aux else []
             return LinearHead(config.widths[0], config.num_classes), nn.ModuleList(aux)
         widths = config.widths[1:3] if config.aux else ()
+        # As published: `head_width`, 128 in ShelfNet34-lw, is of its main head alone.
         aux = [ConvHead(w, 64, config.num_classes, config.negative_slope) for w in widths]
         head = ConvHead(config.widths[0], config.head_width, config.num_classes, config.negative_slope)
         return head, nn.ModuleList(aux)
@@ -239,7 +240,7 @@ class ShelfNet(nn.Module):
 
         Resized to `padded_size(x.shape)` and cropped to x's size they are the scores of `forward`.
         """
-        levels = self.shelf(self.backbone(self._prepared(x))[-self.config.levels :])
+        _, levels = self._trunk(x)
         return self.head(levels[0])
 
     def forward_heads(self, x: Tensor) -> ShelfNetOutput:
@@ -254,12 +255,16 @@ class ShelfNet(nn.Module):
         Resized to `padded_size(x.shape)` and cropped to x's size they are those of `forward_heads`.
         `shelfkern.ops.upsample_cross_entropy` computes the loss from them without full-size scores.
         """
-        features = self.backbone(self._prepared(x))
-        levels = self.shelf(features[-self.config.levels :])
+        features, levels = self._trunk(x)
         sources = features[-2:-1] if self.config.head == "linear" else levels[1:3]
         aux = tuple(head(source) for head, source in zip(self.aux_heads, sources, strict=False))
         presence = None if self.presence_head is None else self.presence_head(levels[-1])
         return ShelfNetOutput(self.head(levels[0]), aux, presence)
+
+    def _trunk(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """The backbone's features and the shelf's levels, both fine to coarse."""
+        features = self.backbone(self._prepared(x))
+        return features, self.shelf(features[-self.config.levels :])
 
     def padded_size(self, shape: Sequence[int]) -> tuple[int, int]:
         """Height and width in pixels that images of a shape (N, 3, H, W) are padded to.
