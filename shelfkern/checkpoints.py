@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -19,14 +20,21 @@ from .nn.backbone import RESNET_STAGES, ResNet
 from .nn.shelfnet import PUBLISHED
 from .nn.weights import read_safetensors
 
+# The keys under which training scripts nest a state dict, beside an optimizer's and other state.
+_KEYS = ("state_dict", "model_state_dict", "model")
+
 PathOrState = str | os.PathLike[str] | Mapping[str, Any]
+
+
+class UnknownModelError(RuntimeError):
+    """A state dict does not tell which model it belongs to."""
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads a state dict from a .safetensors file or a torch.save file, onto the CPU.
 
     torch.save files are read with weights_only=True, so they cannot run code. A state dict nested under
-    `state_dict` is unwrapped, and `module.` prefixes are removed.
+    `state_dict`, `model_state_dict` or `model` is unwrapped, and `module.` prefixes are removed.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -39,9 +47,20 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     if path.suffix == ".safetensors":
         return dict(read_safetensors(path)[0])
     try:
-        return published.unwrap(load_torch(path))
+        return _unwrapped(load_torch(path))
     except TypeError as error:
         raise RuntimeError(f"{path} holds no state dict: {error}") from error
+
+
+def _unwrapped(found: Any) -> dict[str, Any]:
+    """The state dict in what was saved.
+
+    Raises:
+        TypeError: it is not a mapping of names.
+    """
+    if isinstance(found, Mapping):
+        found = next((found[key] for key in _KEYS if isinstance(found.get(key), Mapping)), found)
+    return published.unwrap(found)
 
 
 def load_torch(path: Path) -> Any:
@@ -95,7 +114,7 @@ def load_resnet(backbone: ResNet, path_or_state: PathOrState) -> None:
         RuntimeError: the weights are of another depth or width, or tensors are missing; the backbone is not
             changed.
     """
-    state = published.unwrap(_state(path_or_state))
+    state = _unwrapped(_state(path_or_state))
     state = {name: value for name, value in state.items() if not name.startswith("fc.")}
     published.count_no_batches(state, backbone)
     expected = backbone.state_dict()
@@ -140,19 +159,40 @@ def open_model(name_or_path: str) -> ShelfNet:
     Raises:
         OSError, RuntimeError: as for `from_weights` and `from_published`.
     """
-    path = Path(name_or_path)
-    if name_or_path in shipped_weights() or path.suffix == ".safetensors" or not path.exists():
+    if names_its_model(name_or_path) or not Path(name_or_path).exists():
         return from_weights(name_or_path)
-    return from_published(path)
+    return from_published(name_or_path)
+
+
+def names_its_model(name_or_path: str) -> bool:
+    """Whether weights say which model they belong to: a shipped name, or a file of `save_weights`.
+
+    Raises:
+        RuntimeError: a .safetensors file is cut short or of another kind.
+    """
+    path = Path(name_or_path)
+    if name_or_path in shipped_weights():
+        return True
+    return path.suffix == ".safetensors" and path.is_file() and "config" in _metadata(path)
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    """A safetensors file's, its tensors left where they are."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except SafetensorError as error:
+        raise RuntimeError(f"{path} is cut short or no safetensors file ({error})") from error
 
 
 def from_published(path_or_state: PathOrState) -> ShelfNet:
     """Builds the published model that an authors' checkpoint belongs to, in eval mode.
 
     Raises:
-        RuntimeError: the checkpoint belongs to none of the four published models, or is incomplete.
+        UnknownModelError: the checkpoint belongs to none of the four published models.
+        RuntimeError: it is incomplete.
     """
-    state = published.unwrap(_state(path_or_state))
+    state = _unwrapped(_state(path_or_state))
     root = "pretrained." if "pretrained.conv1.weight" in state else "backbone."
     head = state.get("head.final.weight" if root == "pretrained." else "conv_out.conv_out.weight")
     backbone = _resnet_name({k.removeprefix(root): v for k, v in state.items() if k.startswith(root)})
@@ -160,7 +200,11 @@ def from_published(path_or_state: PathOrState) -> ShelfNet:
     made_of = {(config.head, config.backbone): name for name, config in PUBLISHED.items()}
     name = made_of.get((kind, str(backbone)))
     if name is None or not isinstance(head, Tensor) or head.dim() == 0:
-        raise RuntimeError("state_dict belongs to none of the four published models")
+        whose = "state_dict" if isinstance(path_or_state, Mapping) else f"{path_or_state}: state_dict"
+        raise UnknownModelError(
+            f"{whose} is none of the authors' four published models' and does not tell which model it "
+            "belongs to: load it into one with load_state_dict, or save it with shelfkern.nn.save_weights"
+        )
     with torch.device("meta"):
         model = create_model(name, len(head))
     model.load_state_dict(state, assign=True)

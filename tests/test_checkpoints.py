@@ -10,7 +10,7 @@ import torch
 from torch.testing import assert_close
 
 from shelfkern import checkpoints
-from shelfkern.nn import shelfnet18_lw, shelfnet50
+from shelfkern.nn import save_weights, shelfnet18_lw, shelfnet50, shipped_weights
 from shelfkern.nn.backbone import ResNet
 
 NARROW_LW = dict(backbone_width=4, widths=(4, 8, 12), head_width=4)
@@ -44,6 +44,21 @@ def test_tensors_that_share_memory(path) -> None:
 def test_wrappers_are_taken_off(tmp_path) -> None:
     torch.save({"state_dict": {"module.a": torch.ones(2)}, "epoch": 3}, tmp_path / "a.pth.tar")
     assert_same(checkpoints.load(tmp_path / "a.pth.tar"), {"a": torch.ones(2)})
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model"])
+def test_checkpoints_of_training_scripts(key: str, tmp_path) -> None:
+    model, path = shelfnet18_lw(5, **NARROW_LW), tmp_path / "a.pth"
+    torch.save({"epoch": 3, "optimizer": {"lr": 0.1}, key: model.state_dict()}, path)
+    assert_same(checkpoints.load(path), model.state_dict())
+    narrow = ResNet("resnet18", 4)
+    checkpoints.load_resnet(narrow, {key: torchvision_state("resnet18")})
+    assert narrow.bn1.weight[0] == 2
+
+
+def test_a_tensor_of_such_a_name_is_no_state_dict(tmp_path) -> None:
+    torch.save({"model": torch.ones(2)}, tmp_path / "a.pth")
+    assert_same(checkpoints.load(tmp_path / "a.pth"), {"model": torch.ones(2)})
 
 
 def test_the_old_format_of_torch_save(tmp_path) -> None:
@@ -181,6 +196,23 @@ def test_a_model_from_the_authors_file_alone(tmp_path) -> None:
     assert_close(again(image), expected, rtol=0, atol=1e-4 * expected.std().item())
 
 
-def test_no_published_model() -> None:
-    with pytest.raises(RuntimeError, match="none of the four published models"):
-        checkpoints.from_published({"a": torch.zeros(1)})
+def test_a_state_dict_that_does_not_tell_its_model(path) -> None:
+    state = shelfnet18_lw(5, **NARROW_LW).state_dict()
+    checkpoints.save(state, path)
+    cure = "load it into one with load_state_dict, or save it with shelfkern.nn.save_weights$"
+    with pytest.raises(
+        checkpoints.UnknownModelError, match=f"^{path}: state_dict is none of .* belongs to: {cure}"
+    ):
+        checkpoints.open_model(str(path))
+    with pytest.raises(checkpoints.UnknownModelError, match=f"^state_dict is none of .* belongs to: {cure}"):
+        checkpoints.from_published(state)
+
+
+def test_which_weights_name_their_model(path, tmp_path) -> None:
+    model = shelfnet18_lw(5, **NARROW_LW)
+    checkpoints.save(model, path)
+    assert not checkpoints.names_its_model(str(path))
+    save_weights(model, tmp_path / "own.safetensors")
+    assert checkpoints.names_its_model(str(tmp_path / "own.safetensors"))
+    assert all(map(checkpoints.names_its_model, shipped_weights()))
+    assert not checkpoints.names_its_model(str(tmp_path / "nosuch.safetensors"))
