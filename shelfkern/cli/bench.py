@@ -17,7 +17,7 @@ from .. import nn as models
 from ..engine import FastShelfNet, accelerate
 from ..nn import ShelfNet
 from ..timing import Timing, environment, median_ratio, time_interleaved
-from .options import BACKENDS, DTYPES, MODELS, Size, open_model
+from .options import BACKENDS, DTYPES, MODELS, SAVE, Size, open_model
 
 # Largest `error_of` a result that is timed. On a GPU float32 is TF32, as precise as float16.
 MAX_ERROR = {"float32": 1e-3, "tf32": 0.1, "float16": 0.1, "bfloat16": 0.3}
@@ -148,8 +148,10 @@ def rows(timings: dict[str, Timing], errors: dict[str, float], about: dict[str, 
 
 
 @click.command()
-@click.option("--model", type=click.Choice(MODELS), help="A published model, randomly initialised.")
-@click.option("--weights", default="camvid", show_default=True, help="Used where no --model is given.")
+@click.option("--model", type=click.Choice(MODELS), help="A published model with random weights.")
+@click.option(
+    "--weights", help="A bundled name or a weights file (default: camvid, where there is no --model)."
+)
 @click.option("--size", "sizes", type=Size(), multiple=True, default=["512x512"], show_default=True)
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True)
 @click.option("--device", default="cpu", show_default=True, help="cpu, or a GPU: cuda, cuda:1.")
@@ -164,7 +166,7 @@ def rows(timings: dict[str, Timing], errors: dict[str, float], about: dict[str, 
 @torch.no_grad()
 def bench(
     model: str | None,
-    weights: str,
+    weights: str | None,
     sizes: tuple[tuple[int, ...], ...],
     dtype: str,
     device: str,
@@ -178,7 +180,12 @@ def bench(
     """Times eager against accelerated, batch 1, interleaved; a wrong result is not timed."""
     if json_path and not json_path.parent.is_dir():
         raise click.ClickException(f"json {json_path} cannot be written: {json_path.parent} is not a folder")
-    network = getattr(models, model)().eval() if model else open_model(weights, None)
+    if model and weights:
+        raise click.ClickException(
+            f"--model {model} and --weights {weights} exclude each other: give one of them"
+        )
+    weights = weights or "camvid"
+    network = getattr(models, model)().eval() if model else open_model(weights, None, remedy=SAVE)
     fast = make_fast(network, dtype, device, backend, tune, graphs)
     exact = copy.deepcopy(network).to(fast.device)
     for size in sizes:

@@ -24,7 +24,7 @@ from ..evaluate.plot import check_plot, save_confusion
 from ..evaluate.submission import KINDS, open_submission
 from ..files import replacing
 from ..nn import ShelfNet
-from .options import DTYPE_HELP, DTYPES, MODELS, check_device, open_model, open_saved
+from .options import DTYPE_HELP, DTYPES, MODEL_HELP, MODELS, check_device, open_model, open_saved
 from .progress import progress_bar
 
 
@@ -63,7 +63,7 @@ class Job:
         saved = open_saved(self.weights, self.device, model=self.model, dtype=self.dtype)
         if saved is not None:
             return saved
-        network, dtype = open_model(self.weights, self.model), DTYPES[self.dtype or "float32"]
+        network, dtype = open_model(self.weights, self.model, "WEIGHTS"), DTYPES[self.dtype or "float32"]
         if self.accelerated:
             return accelerate(network, dtype, self.device)
         return network.to(self.device, dtype)
@@ -216,7 +216,7 @@ _File = click.Path(path_type=Path, dir_okay=False)
 
 @click.command()
 @click.argument("weights")
-@click.option("--model", type=click.Choice(MODELS), help="For a state dict that does not say what it is of.")
+@click.option("--model", type=click.Choice(MODELS), help=MODEL_HELP)
 @click.option("--dataset", type=click.Choice(list(DATASETS)), required=True)
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="The data set's root folder.")
 @click.option("--split", default="val", show_default=True)

@@ -12,7 +12,7 @@ import torch
 
 from ..files import replacing
 from ..nn import ShelfNet
-from .options import MODELS, open_model
+from .options import MODEL_HELP, MODELS, open_model
 
 
 def write_onnx(model: ShelfNet, path: Path) -> None:
@@ -44,7 +44,7 @@ def write_onnx(model: ShelfNet, path: Path) -> None:
 @click.command()
 @click.argument("path", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--weights", default="camvid", show_default=True, help="A shipped name, or a weights file.")
-@click.option("--model", type=click.Choice(MODELS), help="For a state dict that does not say what it is of.")
+@click.option("--model", type=click.Choice(MODELS), help=MODEL_HELP)
 def export(path: Path, weights: str, model: str | None) -> None:
     """Writes a model to PATH as ONNX, for any batch and size.
 

@@ -15,12 +15,16 @@ from .. import checkpoints
 from .. import nn as models
 from ..engine import FastShelfNet, accelerate, load
 from ..engine.saved import is_saved
-from ..nn import ShelfNet, shipped_weights
+from ..nn import ShelfNet
 
 MODELS = ("shelfnet18_lw", "shelfnet34_lw", "shelfnet50", "shelfnet101")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPE_HELP = "Of the arithmetic: float32 by default, or that of the accelerated network."
 BACKENDS = ("auto", "native", "library", "eager")
+MODEL_HELP = "Architecture, for a bare state dict."
+# The main classifier's weight: in our names, and in both of the authors' formats.
+HEADS = ("head.classify.weight", "head.final.weight", "conv_out.conv_out.weight")
+SAVE = "save it with shelfkern.nn.save_weights"
 
 
 class Predictor(Protocol):
@@ -48,23 +52,50 @@ class Size(click.ParamType):
         return size
 
 
-def open_model(weights: str, model: str | None) -> ShelfNet:
-    """The model of a shipped name, a file of ours, or an authors' checkpoint, in eval mode.
+def open_model(
+    weights: str, model: str | None, option: str = "--weights", remedy: str = f"pass --model, or {SAVE}"
+) -> ShelfNet:
+    """The model of a bundled name, a file of ours, or an authors' checkpoint, in eval mode.
+
+    Args:
+        model: the architecture of a state dict that does not tell its own; None otherwise.
+        option: what the command calls its weights.
+        remedy: for such a state dict without `model`.
 
     Raises:
         click.ClickException: it cannot be read, or does not fit; one sentence.
     """
+    if is_saved(weights):
+        raise click.ClickException(
+            f"{option} {weights} is an accelerated network, it must be a model's weights"
+        )
     try:
-        if model is None or weights in shipped_weights():
+        if model is None:
             return checkpoints.open_model(weights)
-        state = checkpoints.load(weights)
-        head = state.get("head.classify.weight")
-        classes = {} if head is None else {"num_classes": head.shape[0]}
-        network = getattr(models, model)(**classes)
-        network.load_state_dict(state)
-        return network.eval()
+        if checkpoints.names_its_model(weights):
+            raise click.ClickException(
+                f"--model is for a bare state dict, {option} {weights} names its own model: leave out --model"
+            )
+        return _built(model, weights)
+    except checkpoints.UnknownModelError as error:
+        raise click.ClickException(
+            f"{weights}: it cannot be told which model this state dict belongs to; {remedy}"
+        ) from error
     except (OSError, RuntimeError, ValueError, TypeError) as error:
         raise click.ClickException(str(error)) from error
+
+
+def _built(model: str, weights: str) -> ShelfNet:
+    """A published model with a state dict in its own or the authors' names, of as many classes."""
+    state = checkpoints.load(weights)
+    head = next((state[name] for name in HEADS if isinstance(state.get(name), torch.Tensor)), None)
+    classes = {} if head is None or head.dim() == 0 else {"num_classes": len(head)}
+    network = getattr(models, model)(**classes)
+    try:
+        network.load_state_dict(state)
+    except (RuntimeError, TypeError) as error:
+        raise click.ClickException(f"{weights} does not fit --model {model}: {error}") from error
+    return network.eval()
 
 
 def open_saved(path: str, device: str, backend: str = "auto", **given: str | None) -> FastShelfNet | None:
@@ -80,7 +111,7 @@ def open_saved(path: str, device: str, backend: str = "auto", **given: str | Non
         return None
     for name, value in given.items():
         if value is not None:
-            raise click.ClickException(f"{name} is {value}, {path} is an accelerated network with its own")
+            raise click.ClickException(f"--{name} is {value}, {path} is an accelerated network with its own")
     try:
         return load(path, device, backend)
     except (OSError, RuntimeError, ValueError) as error:

@@ -20,7 +20,18 @@ from ..engine import FastShelfNet
 from ..files import replacing
 from ..nn import ShelfNet
 from . import inputs
-from .options import BACKENDS, DTYPE_HELP, DTYPES, MODELS, Predictor, Size, make_fast, open_model, open_saved
+from .options import (
+    BACKENDS,
+    DTYPE_HELP,
+    DTYPES,
+    MODEL_HELP,
+    MODELS,
+    Predictor,
+    Size,
+    make_fast,
+    open_model,
+    open_saved,
+)
 from .progress import progress_bar
 
 SMALLEST = 32
@@ -214,7 +225,7 @@ def _segmenter(
     show_default=True,
     help="A shipped name, a weights file, or a file of an accelerated network.",
 )
-@click.option("--model", type=click.Choice(MODELS), help="For a state dict that does not say what it is of.")
+@click.option("--model", type=click.Choice(MODELS), help=MODEL_HELP)
 @click.option(
     "--size", type=Size(), help="HEIGHTxWIDTH or longer side that the network sees; own by default."
 )

@@ -132,7 +132,7 @@ def test_torch_compile_is_a_row_of_its_own(run, monkeypatch) -> None:
     assert compiled == [{"freezing": True}]
 
 
-def test_a_published_model(run, monkeypatch) -> None:
+def test_a_published_model(monkeypatch) -> None:
     built = []
 
     def shelfnet18_lw() -> ShelfNet:
@@ -140,7 +140,8 @@ def test_a_published_model(run, monkeypatch) -> None:
         return built[-1]
 
     monkeypatch.setattr(bench_module.models, "shelfnet18_lw", shelfnet18_lw)
-    assert run("--model", "shelfnet18_lw", "--weights", "nosuch").exit_code == 0
+    words = ["bench", "--model", "shelfnet18_lw", "--rounds", "2", "--size", "32x64"]
+    assert CliRunner().invoke(commands, words).exit_code == 0
     assert len(built) == 1 and not built[0].training
 
 
@@ -218,6 +219,7 @@ def test_the_numbers_of_a_row() -> None:
         (["--backend", "eager"], 2, "'eager' is not one of 'auto', 'native', 'library'"),
         (["--dtype", "float64"], 2, "'float64' is not one of 'float32', 'bfloat16', 'float16'"),
         (["--dtype", "float16"], 1, "dtype is torch.float16, on a CPU it may be"),
+        (["--model", "shelfnet50"], 1, "exclude each other: give one of them"),
         (["--model", "unet"], 2, "'unet' is not one of 'shelfnet18_lw'"),
         (["--device", "cuda"], 1, "device is 'cuda'"),
         (["--weights", "nosuch"], 1, "weights 'nosuch' is neither a file nor a shipped name"),

@@ -254,16 +254,6 @@ def test_equal_names_do_not_overwrite_each_other(run, model, tmp_path) -> None:
         assert_labels(tmp_path / "out" / f"{stem}_labels.png", scores_of(model, image))
 
 
-def test_model_and_its_plain_state_dict(run, tmp_path) -> None:
-    picture(40, 40).save(tmp_path / "a.png")
-    torch.save({"a": torch.zeros(1)}, tmp_path / "state.pth")
-    options = ["--weights", tmp_path / "state.pth", "--model", "shelfnet18_lw"]
-    result = run(tmp_path / "a.png", *options)
-    assert result.exit_code == 1 and len(complaints(result)) == 1
-    result = run(tmp_path / "a.png", *options[:2])
-    assert result.exit_code == 1 and "none of the four published models" in result.stderr
-
-
 def test_weights_without_names_and_colours(run, tmp_path) -> None:
     save_weights(ShelfNet(CONFIG), tmp_path / "plain.safetensors")
     picture(40, 40).save(tmp_path / "a.png")
@@ -561,8 +551,8 @@ def test_an_accelerated_network(saved, run, tmp_path) -> None:
 @pytest.mark.parametrize(
     "options, sentence",
     [
-        (["--dtype", "float32"], "dtype is float32, {} is an accelerated network with its own"),
-        (["--model", "shelfnet50"], "model is shelfnet50, {} is an accelerated network with its own"),
+        (["--dtype", "float32"], "--dtype is float32, {} is an accelerated network with its own"),
+        (["--model", "shelfnet50"], "--model is shelfnet50, {} is an accelerated network with its own"),
         (["--backend", "eager"], "backend is 'eager', it may be one of"),
         (["--device", "cuda"], "device is 'cuda'"),
     ],
