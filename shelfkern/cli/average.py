@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import click
@@ -27,15 +26,9 @@ def _check(weights: tuple[str, ...], out: Path, dataset: str | None, data: Path 
 
 
 def _estimate(model: ShelfNet, dataset: str, data: Path, split: str, batch: int) -> None:
-    source, began = open_dataset(dataset, data, split), time.monotonic()
-    with progress_bar() as bar:
-        task = bar.add_task("norms", total=None, rate="")
-
-        def progress(done: int, images: int) -> None:
-            rate = f"{done / (time.monotonic() - began):.1f} images/s"
-            bar.update(task, completed=done, total=images, rate=rate)
-
-        estimate_norms(model, source, batch, progress)
+    source = open_dataset(dataset, data, split)
+    with progress_bar("norms") as show:
+        estimate_norms(model, source, batch, show)
 
 
 @click.command()

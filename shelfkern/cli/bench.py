@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import nn as models
-from ..engine import FastShelfNet, accelerate
+from ..engine import FastShelfNet
 from ..nn import ShelfNet
 from ..timing import Timing, environment, median_ratio, time_interleaved
-from .options import BACKENDS, DTYPES, MODELS, SAVE, Size, open_model
+from .options import BACKENDS, DTYPES, MODELS, SAVE, Size, make_fast, open_model
 
 # Largest `error_of` a result that is timed. On a GPU float32 is TF32, as precise as float16.
 MAX_ERROR = {"float32": 1e-3, "tf32": 0.1, "float16": 0.1, "bfloat16": 0.3}
@@ -30,20 +30,6 @@ def error_of(result: torch.Tensor, truth: torch.Tensor) -> float:
     else:
         error = (result.float() - truth).abs()
     return (error.max() / truth.std()).item()
-
-
-def make_fast(
-    model: ShelfNet, dtype: str, device: str, backend: str, tune: bool, graphs: bool
-) -> FastShelfNet:
-    """The accelerated model.
-
-    Raises:
-        click.ClickException: it cannot run so; one sentence.
-    """
-    try:
-        return accelerate(model, DTYPES[dtype], device, backend, tune=tune, graphs=graphs)
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise click.ClickException(str(error)) from error
 
 
 def variants(

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import os
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,14 @@ from rich.console import Console
 from torch import distributed, multiprocessing
 
 from ..data import DATASETS, open_dataset
-from ..engine import FastShelfNet, accelerate
+from ..engine import FastShelfNet
 from ..evaluate import PROTOCOLS, Evaluation, Protocol
 from ..evaluate import evaluate as evaluate_model
 from ..evaluate.plot import check_plot, save_confusion
 from ..evaluate.submission import KINDS, open_submission
 from ..files import replacing
 from ..nn import ShelfNet
-from .options import DTYPE_HELP, DTYPES, MODEL_HELP, MODELS, check_device, open_model, open_saved
+from .options import DTYPE_HELP, DTYPES, MODEL_HELP, MODELS, check_device, make_fast, open_model, open_saved
 from .progress import progress_bar
 
 
@@ -63,10 +62,10 @@ class Job:
         saved = open_saved(self.weights, self.device, model=self.model, dtype=self.dtype)
         if saved is not None:
             return saved
-        network, dtype = open_model(self.weights, self.model, "WEIGHTS"), DTYPES[self.dtype or "float32"]
+        network, dtype = open_model(self.weights, self.model, "WEIGHTS"), self.dtype or "float32"
         if self.accelerated:
-            return accelerate(network, dtype, self.device)
-        return network.to(self.device, dtype)
+            return make_fast(network, dtype, self.device)
+        return network.to(self.device, DTYPES[dtype])
 
     def run(self, progress: Callable[[int, int], None] | None = None) -> Evaluation:
         """Evaluates this process's share.
@@ -166,15 +165,8 @@ def _run(job: Job) -> Evaluation:
     """The job with a progress bar, in the first process."""
     if _rank() > 0:
         return job.run()
-    began = time.monotonic()
-    with progress_bar() as bar:
-        task = bar.add_task("evaluating", total=None, rate="")
-
-        def progress(done: int, images: int) -> None:
-            rate = f"{done / (time.monotonic() - began):.1f} images/s"
-            bar.update(task, completed=done, total=images, rate=rate)
-
-        return job.run(progress)
+    with progress_bar("evaluating") as show:
+        return job.run(show)
 
 
 def _rank() -> int:

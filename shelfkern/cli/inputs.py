@@ -1,4 +1,4 @@
-"""What `segment` reads: paths, folders and globs to files, files to RGB images."""
+"""What commands read: paths, folders and globs to files, files to RGB images of the network's size."""
 
 from __future__ import annotations
 
@@ -11,6 +11,20 @@ from PIL import Image, ImageOps
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm"}
 VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v"}
+
+# Pixels a side that the network takes at least.
+SMALLEST = 32
+
+# What Pillow, PyAV and torch raise for damaged, oversized and unwritable files.
+SKIPPED = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    RuntimeError,
+    MemoryError,
+    Image.DecompressionBombError,
+)
 
 
 def expand(paths: Iterable[str]) -> Iterator[tuple[Path, Path]]:
@@ -67,6 +81,32 @@ def read_image(path: Path) -> Image.Image:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")
+
+
+def network_size(image: Image.Image, size: tuple[int, ...] | None) -> tuple[int, int]:
+    """(width, height) that the network sees: as asked, and never below what it takes.
+
+    Args:
+        size: (height, width), (longer side,), or None for the image's own.
+    """
+    width, height = image.size
+    if size and len(size) == 2:
+        return size[1], size[0]
+    longer = size[0] if size else max(width, height)
+    scale = max(longer / max(width, height), SMALLEST / min(width, height))
+    return max(SMALLEST, round(width * scale)), max(SMALLEST, round(height * scale))
+
+
+def resized(image: Image.Image, size: tuple[int, ...] | None) -> Image.Image:
+    """An image as the network sees it: of its `network_size`."""
+    seen = network_size(image, size)
+    return image if seen == image.size else image.resize(seen, Image.Resampling.BILINEAR)
+
+
+def sentence_of(error: Exception) -> str:
+    """Why a file is skipped, in one line."""
+    strerror = getattr(error, "strerror", None)
+    return strerror if strerror else str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:

@@ -16,6 +16,7 @@ from .. import nn as models
 from ..engine import FastShelfNet, accelerate, load
 from ..engine.saved import is_saved
 from ..nn import ShelfNet
+from .inputs import SMALLEST
 
 MODELS = ("shelfnet18_lw", "shelfnet34_lw", "shelfnet50", "shelfnet101")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -47,8 +48,8 @@ class Size(click.ParamType):
         if not match:
             self.fail(f"{value!r} must be HEIGHTxWIDTH, such as 512x1024, or the longer side", param, ctx)
         size = tuple(int(part) for part in match.groups() if part)
-        if min(size) < 32:
-            self.fail(f"{value!r} must be at least 32 pixels a side", param, ctx)
+        if min(size) < SMALLEST:
+            self.fail(f"{value!r} must be at least {SMALLEST} pixels a side", param, ctx)
         return size
 
 
@@ -119,7 +120,7 @@ def open_saved(path: str, device: str, backend: str = "auto", **given: str | Non
 
 
 def check_device(device: str) -> None:
-    """Says before the work that a device cannot be used.
+    """Says before the work that a device cannot be used, in the engine's words.
 
     Raises:
         click.ClickException: it is unknown, or there is none; one sentence.
@@ -129,23 +130,21 @@ def check_device(device: str) -> None:
     except RuntimeError:
         kind = ""
     if kind not in ("cpu", "cuda"):
-        raise click.ClickException(f"device is {device!r}, it may be cpu or a GPU such as cuda or cuda:1")
+        raise click.ClickException(f"device is {device!r}, it may be 'cpu' or a CUDA device such as 'cuda'")
     if kind == "cuda" and not torch.cuda.is_available():
-        raise click.ClickException(f"device is {device}, no GPU is to be found")
+        raise click.ClickException(f"device is {device!r}, and there is no GPU that torch can use")
 
 
-def make_fast(model: ShelfNet, dtype: str, device: str, backend: str) -> Predictor:
-    """The model behind `predict` and scores, accelerated or eager.
+def make_fast(
+    model: ShelfNet, dtype: str, device: str, backend: str = "auto", tune: bool = False, graphs: bool = True
+) -> FastShelfNet:
+    """The accelerated model.
 
     Raises:
-        click.ClickException: the backend cannot run; one sentence.
+        click.ClickException: it cannot run so; one sentence.
     """
-    if backend == "eager":
-        if dtype != "float32" or device != "cpu":
-            raise click.ClickException("backend eager runs in float32 on the cpu")
-        return Eager(model)
     try:
-        return accelerate(model, DTYPES[dtype], device, backend)
+        return accelerate(model, DTYPES[dtype], device, backend, tune=tune, graphs=graphs)
     except (RuntimeError, ValueError, TypeError) as error:
         raise click.ClickException(str(error)) from error
 

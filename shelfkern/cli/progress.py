@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Protocol
+
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 
-def progress_bar() -> Progress:
-    """On stderr, gone when done; tasks have a field `rate`, such as "3.1 images/s"."""
-    return Progress(
+class Show(Protocol):
+    """Shows how far it is, of how much; and images a second, where `images` is not what is counted."""
+
+    def __call__(self, done: int, total: int, images: int | None = None) -> None: ...
+
+
+@contextlib.contextmanager
+def progress_bar(name: str) -> Iterator[Show]:
+    """A bar on stderr, gone when done."""
+    began = time.monotonic()
+    bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
@@ -17,3 +30,11 @@ def progress_bar() -> Progress:
         console=Console(stderr=True),
         transient=True,
     )
+    with bar:
+        task = bar.add_task(name, total=None, rate="")
+
+        def show(done: int, total: int, images: int | None = None) -> None:
+            rate = (done if images is None else images) / (time.monotonic() - began)
+            bar.update(task, completed=done, total=total, rate=f"{rate:.1f} images/s")
+
+        yield show

@@ -26,6 +26,7 @@ from .options import (
     DTYPES,
     MODEL_HELP,
     MODELS,
+    Eager,
     Predictor,
     Size,
     make_fast,
@@ -33,19 +34,6 @@ from .options import (
     open_saved,
 )
 from .progress import progress_bar
-
-SMALLEST = 32
-
-# What Pillow, PyAV and torch raise for damaged, oversized and unwritable files.
-SKIPPED = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    EOFError,
-    RuntimeError,
-    MemoryError,
-    Image.DecompressionBombError,
-)
 
 
 def _count_classes(model: ShelfNet | FastShelfNet) -> int:
@@ -70,15 +58,6 @@ class Segmenter:
         self.classes = list(model.classes or (f"class {index}" for index in range(count)))
         self.palette = list(model.palette or visualise.default_palette(count))
 
-    def network_size(self, image: Image.Image) -> tuple[int, int]:
-        """(width, height) that the network sees: as asked, and never below what it takes."""
-        width, height = image.size
-        if self.size and len(self.size) == 2:
-            return self.size[1], self.size[0]
-        longer = self.size[0] if self.size else max(width, height)
-        scale = max(longer / max(width, height), SMALLEST / min(width, height))
-        return max(SMALLEST, round(width * scale)), max(SMALLEST, round(height * scale))
-
     def labels(self, images: Iterable[Image.Image]) -> Iterator[tuple[Image.Image, np.ndarray]]:
         """Every image with its labels (H, W) uint8, at the image's own size."""
         waiting: collections.deque[Image.Image] = collections.deque()
@@ -86,7 +65,7 @@ class Segmenter:
         def frames() -> Iterator[np.ndarray]:
             for image in images:
                 waiting.append(image)
-                yield np.array(self._resized(image))
+                yield np.array(inputs.resized(image, self.size))
 
         for found in self.fast.predict_frames(frames()):
             image, labels = waiting.popleft(), found.numpy()
@@ -96,13 +75,9 @@ class Segmenter:
 
     def scores(self, image: Image.Image) -> np.ndarray:
         """Scores (classes, h, w) float32 at the size that the network sees."""
-        pixels = self.normalisation(np.asarray(self._resized(image)))
+        pixels = self.normalisation(np.asarray(inputs.resized(image, self.size)))
         x = torch.from_numpy(pixels).permute(2, 0, 1)[None]
         return self.fast(x.to(self.device))[0].float().cpu().numpy()
-
-    def _resized(self, image: Image.Image) -> Image.Image:
-        size = self.network_size(image)
-        return image if size == image.size else image.resize(size, Image.Resampling.BILINEAR)
 
     def overlay(self, image: Image.Image, labels: np.ndarray) -> Image.Image:
         """The painted picture with its legend."""
@@ -189,13 +164,10 @@ def _encode(segmenter: Segmenter, source: Any, target: Any, av: Any) -> int:
 
 def _tracked(jobs: list[tuple[Path, Path]], done: list[int]) -> Iterator[tuple[Path, Path]]:
     """The jobs, with a progress bar that shows pictures per second."""
-    started = time.monotonic()
-    with progress_bar() as progress:
-        task = progress.add_task("segmenting", total=len(jobs), rate="")
-        for job in jobs:
+    with progress_bar("segmenting") as show:
+        for index, job in enumerate(jobs):
             yield job
-            rate = done[0] / (time.monotonic() - started)
-            progress.update(task, advance=1, rate=f"{rate:.1f} images/s")
+            show(index + 1, len(jobs), done[0])
 
 
 def _segmenter(
@@ -213,7 +185,12 @@ def _segmenter(
         raise click.ClickException(f"weights has {count} classes, label images may have 1 to 256")
     if isinstance(network, FastShelfNet):
         return Segmenter(network, network, size, device)
-    return Segmenter(network, make_fast(network, dtype or "float32", device, backend), size, device)
+    dtype = dtype or "float32"
+    if backend == "eager":
+        if dtype != "float32" or device != "cpu":
+            raise click.ClickException("--backend eager runs in float32 on the cpu")
+        return Segmenter(network, Eager(network), size, device)
+    return Segmenter(network, make_fast(network, dtype, device, backend), size, device)
 
 
 @click.command()
@@ -260,15 +237,10 @@ def segment(
                 done[0] += segment_video(segmenter, path, base)
             else:
                 done[0] += segment_image(segmenter, path, base, save_scores)
-        except SKIPPED as error:
+        except inputs.SKIPPED as error:
             failures.append(path)
-            click.echo(f"{path} is skipped: {_sentence(error)}", err=True)
+            click.echo(f"{path} is skipped: {inputs.sentence_of(error)}", err=True)
     seconds = time.monotonic() - started
     click.echo(f"{done[0]} images in {seconds:.1f} s, {done[0] / seconds:.1f} images/s, in {output}")
     if failures:
         raise SystemExit(1)
-
-
-def _sentence(error: Exception) -> str:
-    strerror = getattr(error, "strerror", None)
-    return strerror if strerror else str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 
 from shelfkern import native
 from shelfkern.cli import bench as command
-from shelfkern.cli import commands
+from shelfkern.cli import commands, options
 from shelfkern.nn import ShelfNet, ShelfNetConfig, save_weights
 from shelfkern.timing import Timing
 
@@ -96,13 +96,13 @@ def test_backends(backend: str, run, monkeypatch) -> None:
 
 def test_tuning_and_graphs_are_the_engines(run, monkeypatch) -> None:
     asked = []
-    make = bench_module.accelerate
+    make = options.accelerate
 
-    def spy(*args: object, **options: object):
-        asked.append(options)
-        return make(*args, **options)
+    def spy(*args: object, **given: object):
+        asked.append(given)
+        return make(*args, **given)
 
-    monkeypatch.setattr(bench_module, "accelerate", spy)
+    monkeypatch.setattr(options, "accelerate", spy)
     assert run().exit_code == 0 and run("--tune", "--no-graphs").exit_code == 0
     assert asked == [{"tune": False, "graphs": True}, {"tune": True, "graphs": False}]
 

@@ -260,8 +260,8 @@ def test_images_that_cannot_be_read(run, model, root, tmp_path) -> None:
         ("--accelerate --dtype float16", "dtype is torch.float16, on a CPU it may be"),
         ("--batch 2 --mirror", "batch is 2, it must be 1 with other scales than 1, mirror images or windows"),
         ("--processes 2 --device cuda", "processes is 2 and device cuda, use torchrun for GPUs"),
-        ("--device cuda", "device is cuda, no GPU is to be found"),
-        ("--device gpu", "device is 'gpu', it may be cpu or a GPU such as cuda or cuda:1"),
+        ("--device cuda", "device is 'cuda', and there is no GPU that torch can use"),
+        ("--device gpu", "device is 'gpu', it may be 'cpu' or a CUDA device such as 'cuda'"),
     ],
 )
 def test_options_that_cannot_be(options: str, said: str, run, tmp_path, monkeypatch) -> None:

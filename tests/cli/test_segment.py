@@ -210,7 +210,7 @@ def test_bfloat16(run, model, tmp_path) -> None:
 @pytest.mark.parametrize(
     "options, sentence",
     [
-        (["--backend", "eager", "--dtype", "bfloat16"], "backend eager runs in float32 on the cpu"),
+        (["--backend", "eager", "--dtype", "bfloat16"], "--backend eager runs in float32 on the cpu"),
         (["--device", "cuda"], "device is 'cuda'"),
         (["--dtype", "float16"], "dtype is torch.float16, on a CPU it may be"),
         (["--dtype", "int4"], "'int4' is not one of 'float32', 'bfloat16', 'float16'"),

@@ -175,7 +175,9 @@ def test_what_the_command_refuses(three, data, tmp_path, monkeypatch) -> None:
         assert len(result.stderr.splitlines()) == 1 and out.read_text() == "before"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     result = run(*three, "--out", out, "--device", "cuda")
-    assert result.exit_code == 1 and "device is cuda, no GPU is to be found" in result.stderr
+    assert (
+        result.exit_code == 1 and "device is 'cuda', and there is no GPU that torch can use" in result.stderr
+    )
     result = run(*three, "--out", tmp_path / "nowhere" / "mean.safetensors")
     assert result.exit_code == 1 and f"{tmp_path / 'nowhere'} is not a folder" in result.stderr
 
