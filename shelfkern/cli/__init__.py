@@ -12,6 +12,7 @@ from .bench import bench
 from .doctor import doctor
 from .evaluate import evaluate
 from .export import export
+from .quantize import quantize
 from .resources import resources
 from .segment import segment
 from .train import train
@@ -28,6 +29,7 @@ commands.add_command(evaluate)
 commands.add_command(bench)
 commands.add_command(train)
 commands.add_command(average)
+commands.add_command(quantize)
 commands.add_command(doctor)
 commands.add_command(export)
 commands.add_command(resources)

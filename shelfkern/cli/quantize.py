@@ -1,0 +1,81 @@
+"""`shelfkern quantize`: a network in 8 bits, calibrated on images, as a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+
+from ..engine import accelerate
+from . import inputs
+from .options import MODEL_HELP, MODELS, Size, check_device, open_model
+from .progress import progress_bar
+
+
+def _chosen(paths: tuple[str, ...], most: int) -> list[Path]:
+    """The image files that paths name, videos left out: at most so many, spread evenly."""
+    files = [file for file, _ in inputs.expand(paths) if not inputs.is_video(file)]
+    count = min(most, len(files))
+    return [files[index * len(files) // count] for index in range(count)]
+
+
+def _read(files: list[Path], size: tuple[int, ...] | None) -> tuple[list[torch.Tensor], bool]:
+    """Raw images (1, H, W, 3) uint8, and whether some were skipped."""
+    images: list[torch.Tensor] = []
+    with progress_bar("reading") as show:
+        for index, file in enumerate(files):
+            show(index, len(files))
+            try:
+                image = inputs.resized(inputs.read_image(file), size)
+                images.append(torch.from_numpy(np.array(image))[None])
+            except inputs.SKIPPED as error:
+                click.echo(f"{file} is skipped: {inputs.sentence_of(error)}", err=True)
+    return images, len(images) < len(files)
+
+
+@click.command(short_help="Write a network in 8 bits, calibrated on images.")
+@click.argument("weights")
+@click.option("--calibration", "paths", multiple=True, required=True, metavar="PATH",
+              help="Images such as those to come: a file, a folder or a glob; may be repeated.")  # fmt: skip
+@click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path),
+              help="File to write, for --weights of segment and for evaluate.")  # fmt: skip
+@click.option("--images", default=32, show_default=True, type=click.IntRange(min=1),
+              help="Images to calibrate on at most, spread evenly over those found.")  # fmt: skip
+@click.option("--size", type=Size(),
+              help="Size that the network sees, as of segment (default: the image's own size).")  # fmt: skip
+@click.option("--model", type=click.Choice(MODELS), help=MODEL_HELP)
+@click.option("--device", default="cpu", show_default=True,
+              help="Kind of device that the file is for: cpu, or a GPU: cuda, cuda:1.")  # fmt: skip
+def quantize(
+    weights: str,
+    paths: tuple[str, ...],
+    out: Path,
+    images: int,
+    size: tuple[int, ...] | None,
+    model: str | None,
+    device: str,
+) -> None:
+    """Writes WEIGHTS, a bundled name or a weights file, as an accelerated network in 8 bits (int8).
+
+    Its ranges are found on a few dozen images without labels. The file holds the folded weights and the
+    ranges: `shelfkern segment --weights OUT`, `shelfkern evaluate OUT` and `shelfkern.load` take it, on the
+    kind of device that it is for. Images that cannot be read are named and skipped; the exit status is
+    then 1.
+    """
+    check_device(device)
+    if not out.parent.is_dir():
+        raise click.ClickException(f"--out {out} cannot be written: {out.parent} is not a folder")
+    network = open_model(weights, model, "WEIGHTS")
+    calibration, skipped = _read(_chosen(paths, images), size)
+    if not calibration:
+        raise click.ClickException(f"--calibration {', '.join(paths)} has no image that can be read")
+    try:
+        accelerate(network, torch.int8, device, calibration=calibration).save(out)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise click.ClickException(str(error)) from error
+    count, mebibytes = len(calibration), out.stat().st_size / 2**20
+    click.echo(f"{out}: int8, calibrated on {count} image{'s'[: count != 1]}, {mebibytes:.1f} MiB")
+    if skipped:
+        raise SystemExit(1)
