@@ -17,7 +17,7 @@ from .. import nn as models
 from ..engine import FastShelfNet
 from ..nn import ShelfNet
 from ..timing import Timing, environment, median_ratio, time_interleaved
-from .options import BACKENDS, DTYPES, MODELS, SAVE, Size, make_fast, open_model
+from .options import BACKENDS, DTYPES, MODELS, SAVE, TUNE_HELP, Size, make_fast, open_model
 
 # Largest `error_of` a result that is timed. On a GPU float32 is TF32, as precise as float16.
 MAX_ERROR = {"float32": 1e-3, "tf32": 0.1, "float16": 0.1, "bfloat16": 0.3}
@@ -142,7 +142,7 @@ def rows(timings: dict[str, Timing], errors: dict[str, float], about: dict[str, 
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True)
 @click.option("--device", default="cpu", show_default=True, help="cpu, or a GPU: cuda, cuda:1.")
 @click.option("--backend", type=click.Choice(BACKENDS[:-1]), default="auto", show_default=True)
-@click.option("--tune", is_flag=True, help="Times our algorithms first; kept for later runs.")
+@click.option("--tune", is_flag=True, help=TUNE_HELP)
 @click.option("--graphs/--no-graphs", default=True, help="On a GPU, whether ours records CUDA graphs.")
 @click.option("--compile", "compiled", is_flag=True, help="Also torch.compile with frozen weights.")
 @click.option("--rounds", default=15, show_default=True, type=click.IntRange(min=1))

@@ -23,7 +23,17 @@ from ..evaluate.plot import check_plot, save_confusion
 from ..evaluate.submission import KINDS, open_submission
 from ..files import replacing
 from ..nn import ShelfNet
-from .options import DTYPE_HELP, DTYPES, MODEL_HELP, MODELS, check_device, make_fast, open_model, open_saved
+from .options import (
+    DTYPE_HELP,
+    DTYPES,
+    MODEL_HELP,
+    MODELS,
+    TUNE_HELP,
+    check_device,
+    make_fast,
+    open_model,
+    open_saved,
+)
 from .progress import progress_bar
 
 
@@ -52,6 +62,7 @@ class Job:
     device: str
     dtype: str | None
     accelerated: bool
+    tune: bool
     batch: int
     workers: int
     submission: str | None
@@ -59,12 +70,14 @@ class Job:
 
     def network(self) -> ShelfNet | FastShelfNet:
         """The model, on its device."""
-        saved = open_saved(self.weights, self.device, model=self.model, dtype=self.dtype)
+        saved = open_saved(self.weights, self.device, tune=self.tune, model=self.model, dtype=self.dtype)
         if saved is not None:
             return saved
+        if self.tune and not self.accelerated:
+            raise click.ClickException("--tune is for accelerated networks, give --accelerate too")
         network, dtype = open_model(self.weights, self.model, "WEIGHTS"), self.dtype or "float32"
         if self.accelerated:
-            return make_fast(network, dtype, self.device)
+            return make_fast(network, dtype, self.device, tune=self.tune)
         return network.to(self.device, DTYPES[dtype])
 
     def run(self, progress: Callable[[int, int], None] | None = None) -> Evaluation:
@@ -222,6 +235,7 @@ _File = click.Path(path_type=Path, dir_okay=False)
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:1.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help=DTYPE_HELP)
 @click.option("--accelerate", "accelerated", is_flag=True, help="Judges the accelerated model.")
+@click.option("--tune", is_flag=True, help=TUNE_HELP)
 @click.option("--batch", default=1, show_default=True, type=click.IntRange(min=1),
               help="Images of one size that the network sees at once, with --protocol single.")  # fmt: skip
 @click.option(

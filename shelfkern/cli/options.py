@@ -22,6 +22,7 @@ MODELS = ("shelfnet18_lw", "shelfnet34_lw", "shelfnet50", "shelfnet101")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPE_HELP = "Of the arithmetic: float32 by default, or that of the accelerated network."
 BACKENDS = ("auto", "native", "library", "eager")
+TUNE_HELP = "Time the algorithms of each layer first, for up to a minute; kept for later runs."
 MODEL_HELP = "Architecture, for a bare state dict."
 # The main classifier's weight: in our names, and in both of the authors' formats.
 HEADS = ("head.classify.weight", "head.final.weight", "conv_out.conv_out.weight")
@@ -99,7 +100,9 @@ def _built(model: str, weights: str) -> ShelfNet:
     return network.eval()
 
 
-def open_saved(path: str, device: str, backend: str = "auto", **given: str | None) -> FastShelfNet | None:
+def open_saved(
+    path: str, device: str, backend: str = "auto", tune: bool = False, **given: str | None
+) -> FastShelfNet | None:
     """The accelerated network in a file of `FastShelfNet.save`, or None where it is not such a file.
 
     Args:
@@ -114,7 +117,7 @@ def open_saved(path: str, device: str, backend: str = "auto", **given: str | Non
         if value is not None:
             raise click.ClickException(f"--{name} is {value}, {path} is an accelerated network with its own")
     try:
-        return load(path, device, backend)
+        return load(path, device, backend, tune=tune)
     except (OSError, RuntimeError, ValueError) as error:
         raise click.ClickException(str(error)) from error
 

@@ -26,6 +26,7 @@ from .options import (
     DTYPES,
     MODEL_HELP,
     MODELS,
+    TUNE_HELP,
     Eager,
     Predictor,
     Size,
@@ -177,8 +178,11 @@ def _segmenter(
     device: str,
     dtype: str | None,
     backend: str,
+    tune: bool,
 ) -> Segmenter:
-    saved = open_saved(weights, device, backend, model=model, dtype=dtype)
+    if tune and backend == "eager":
+        raise click.ClickException("--tune is for accelerated networks, --backend is eager")
+    saved = open_saved(weights, device, backend, tune, model=model, dtype=dtype)
     network = open_model(weights, model) if saved is None else saved
     count = _count_classes(network)
     if count > 256:
@@ -190,7 +194,7 @@ def _segmenter(
         if dtype != "float32" or device != "cpu":
             raise click.ClickException("--backend eager runs in float32 on the cpu")
         return Segmenter(network, Eager(network), size, device)
-    return Segmenter(network, make_fast(network, dtype, device, backend), size, device)
+    return Segmenter(network, make_fast(network, dtype, device, backend, tune), size, device)
 
 
 @click.command()
@@ -209,6 +213,7 @@ def _segmenter(
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:1.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help=DTYPE_HELP)
 @click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True)
+@click.option("--tune", is_flag=True, help=TUNE_HELP)
 @click.option("--save-scores", is_flag=True, help="Also writes class scores as .npy (classes, h, w).")
 def segment(
     paths: tuple[str, ...],

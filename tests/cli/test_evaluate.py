@@ -17,7 +17,7 @@ from numpy.testing import assert_array_equal
 from PIL import Image
 from torch import nn
 
-from shelfkern import accelerate
+from shelfkern import accelerate, native
 from shelfkern.cli import commands
 from shelfkern.cli import evaluate as command
 from shelfkern.data import camvid, open_dataset
@@ -140,6 +140,14 @@ def test_an_accelerated_network(run, model, root, tmp_path) -> None:
     assert result.exit_code == 1 and "dtype is bfloat16, " in complaints(result)[-1]
 
 
+@pytest.mark.skipif(native.why_not is not None, reason=f"no native kernels: {native.why_not}")
+def test_tuning_is_kept(run, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("SHELFKERN_CACHE", str(tmp_path / "tuned"))
+    assert run("--accelerate").exit_code == 0 and not (tmp_path / "tuned").exists()
+    assert run("--accelerate", "--tune").exit_code == 0
+    assert list((tmp_path / "tuned").glob("tuning-*.json"))
+
+
 def test_the_published_protocol_by_name(run, monkeypatch) -> None:
     asked: list[Protocol] = []
 
@@ -258,6 +266,7 @@ def test_images_that_cannot_be_read(run, model, root, tmp_path) -> None:
         ("--json nosuch/file.json", "json nosuch/file.json cannot be written: nosuch is not a folder"),
         ("--plot nosuch/file.png", "plot nosuch/file.png cannot be written: nosuch is not a folder"),
         ("--accelerate --dtype float16", "dtype is torch.float16, on a CPU it may be"),
+        ("--tune", "--tune is for accelerated networks, give --accelerate too"),
         ("--batch 2 --mirror", "batch is 2, it must be 1 with other scales than 1, mirror images or windows"),
         ("--processes 2 --device cuda", "processes is 2 and device cuda, use torchrun for GPUs"),
         ("--device cuda", "device is 'cuda', and there is no GPU that torch can use"),

@@ -38,6 +38,8 @@ CONFIG = ShelfNetConfig(
     presence=False,
 )
 
+needs_native = pytest.mark.skipif(native.why_not is not None, reason=f"no native kernels: {native.why_not}")
+
 # The module itself: the package's name for it is the command.
 segment_module = sys.modules[command.callback.__module__]
 
@@ -215,6 +217,7 @@ def test_bfloat16(run, model, tmp_path) -> None:
         (["--dtype", "float16"], "dtype is torch.float16, on a CPU it may be"),
         (["--dtype", "int4"], "'int4' is not one of 'float32', 'bfloat16', 'float16'"),
         (["--backend", "turbo"], "'turbo' is not one of"),
+        (["--backend", "eager", "--tune"], "--tune is for accelerated networks, --backend is eager"),
     ],
 )
 def test_what_cannot_run_is_said(options: list, sentence: str, run, tmp_path) -> None:
@@ -222,6 +225,24 @@ def test_what_cannot_run_is_said(options: list, sentence: str, run, tmp_path) ->
     result = run(tmp_path / "a.png", *options)
     assert result.exit_code != 0 and sentence in complaints(result)[-1]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def tuned(monkeypatch, tmp_path) -> Path:
+    """Where this test's tuning is kept."""
+    folder = tmp_path / "tuned"
+    monkeypatch.setenv("SHELFKERN_CACHE", str(folder))
+    return folder
+
+
+@needs_native
+def test_tuning_is_kept(run, saved, tuned, tmp_path) -> None:
+    picture(40, 40).save(tmp_path / "a.png")
+    assert run(tmp_path / "a.png").exit_code == 0 and not tuned.exists()
+    assert run(tmp_path / "a.png", "--tune", "--backend", "native").exit_code == 0
+    before = len(next(tuned.glob("tuning-*.json")).read_text())
+    assert run(tmp_path / "a.png", "--tune", "--weights", saved).exit_code == 0
+    assert len(next(tuned.glob("tuning-*.json")).read_text()) > before
 
 
 def test_a_folder(run, tmp_path) -> None:
