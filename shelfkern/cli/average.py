@@ -17,12 +17,12 @@ from .progress import progress_bar
 def _check(weights: tuple[str, ...], out: Path, dataset: str | None, data: Path | None, device: str) -> None:
     """Says before the work what cannot be done."""
     if (dataset is None) != (data is None):
-        raise click.ClickException("norms-from and data belong together: give both or neither")
+        raise click.ClickException("--norms-from and --data belong together: give both or neither")
     if len(weights) == 1 and dataset is None:
-        raise click.ClickException(f"weights is {weights[0]} alone: give two or more, or norms-from")
+        raise click.ClickException(f"WEIGHTS is {weights[0]} alone: give two or more, or --norms-from")
     check_device(device)
     if not out.parent.is_dir():
-        raise click.ClickException(f"out {out} cannot be written: {out.parent} is not a folder")
+        raise click.ClickException(f"--out {out} cannot be written: {out.parent} is not a folder")
 
 
 def _estimate(model: ShelfNet, dataset: str, data: Path, split: str, batch: int) -> None:

@@ -165,7 +165,9 @@ def bench(
 ) -> None:
     """Times eager against accelerated, batch 1, interleaved; a wrong result is not timed."""
     if json_path and not json_path.parent.is_dir():
-        raise click.ClickException(f"json {json_path} cannot be written: {json_path.parent} is not a folder")
+        raise click.ClickException(
+            f"--json {json_path} cannot be written: {json_path.parent} is not a folder"
+        )
     if model and weights:
         raise click.ClickException(
             f"--model {model} and --weights {weights} exclude each other: give one of them"

@@ -140,7 +140,9 @@ def _joined(job: Job, processes: int) -> Iterator[Job]:
 def _started(job: Job, processes: int) -> Iterator[None]:
     """Processes that each do a share of a job, this one being the first."""
     if job.device != "cpu":
-        raise click.ClickException(f"processes is {processes} and device {job.device}, use torchrun for GPUs")
+        raise click.ClickException(
+            f"--processes is {processes} and --device {job.device}, use torchrun for GPUs"
+        )
     threads = torch.get_num_threads()
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
@@ -189,10 +191,10 @@ def _rank() -> int:
 def _check_outputs(submission: str | None, out: Path | None, files: dict[str, Path | None]) -> None:
     """Says before the work what could not be written after it."""
     if (submission is None) != (out is None):
-        raise click.ClickException("submission and out belong together: give both or neither")
+        raise click.ClickException("--submission and --out belong together: give both or neither")
     for name, path in files.items():
         if path is not None and not path.parent.is_dir():
-            raise click.ClickException(f"{name} {path} cannot be written: {path.parent} is not a folder")
+            raise click.ClickException(f"--{name} {path} cannot be written: {path.parent} is not a folder")
     if files["plot"] is not None:
         try:
             check_plot(files["plot"])

@@ -55,7 +55,7 @@ def export(path: Path, weights: str, model: str | None) -> None:
     if missing:
         raise click.ClickException(f"export needs {' and '.join(missing)}: pip install 'shelfkern[export]'")
     if not path.parent.is_dir():
-        raise click.ClickException(f"{path} cannot be written: {path.parent} is not a folder")
+        raise click.ClickException(f"PATH {path} cannot be written: {path.parent} is not a folder")
     # It warns of torchvision's absence.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:

@@ -1,4 +1,4 @@
-"""The progress bar of commands that go through images."""
+"""How far commands are that go through images, and how many there were."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ class Show(Protocol):
     """Shows how far it is, of how much; and images a second, where `images` is not what is counted."""
 
     def __call__(self, done: int, total: int, images: int | None = None) -> None: ...
+
+
+def counted_images(count: int) -> str:
+    """Such as "1 image" and "2 images"."""
+    return f"{count} image{'' if count == 1 else 's'}"
 
 
 @contextlib.contextmanager

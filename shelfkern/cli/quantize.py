@@ -11,7 +11,7 @@ import torch
 from ..engine import accelerate
 from . import inputs
 from .options import MODEL_HELP, MODELS, Size, check_device, open_model
-from .progress import progress_bar
+from .progress import counted_images, progress_bar
 
 
 def _chosen(paths: tuple[str, ...], most: int) -> list[Path]:
@@ -75,7 +75,7 @@ def quantize(
         accelerate(network, torch.int8, device, calibration=calibration).save(out)
     except (OSError, RuntimeError, ValueError) as error:
         raise click.ClickException(str(error)) from error
-    count, mebibytes = len(calibration), out.stat().st_size / 2**20
-    click.echo(f"{out}: int8, calibrated on {count} image{'s'[: count != 1]}, {mebibytes:.1f} MiB")
+    mebibytes = out.stat().st_size / 2**20
+    click.echo(f"{out}: int8, calibrated on {counted_images(len(calibration))}, {mebibytes:.1f} MiB")
     if skipped:
         raise SystemExit(1)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from .options import (
     open_model,
     open_saved,
 )
-from .progress import progress_bar
+from .progress import counted_images, progress_bar
 
 
 def _count_classes(model: ShelfNet | FastShelfNet) -> int:
@@ -93,7 +94,16 @@ class Names:
     taken: set[Path] = dataclasses.field(default_factory=set)
 
     def base(self, name: Path) -> Path:
-        """Path without suffixes for an input's results; its folder exists afterwards."""
+        """Path without suffixes for an input's results; its folder exists afterwards.
+
+        Raises:
+            click.ClickException: `folder` cannot be made; one sentence.
+            OSError: a folder below it cannot be made.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise click.ClickException(f"--output {self.folder} cannot be made: {error.strerror}") from error
         plain = self.folder / name.with_suffix("")
         base, number = plain, 2
         while base in self.taken:
@@ -103,9 +113,14 @@ class Names:
         return base
 
 
-def segment_image(segmenter: Segmenter, path: Path, base: Path, save_scores: bool) -> int:
-    """Writes one picture's overlay, labels and perhaps scores; gives the number of pictures, 1."""
+def segment_image(segmenter: Segmenter, path: Path, base_of: Callable[[], Path], save_scores: bool) -> int:
+    """Writes one picture's overlay, labels and perhaps scores; gives the number of pictures, 1.
+
+    Args:
+        base_of: gives what `Names.base` gives, asked once the picture is read.
+    """
     ((image, labels),) = segmenter.labels([inputs.read_image(path)])
+    base = base_of()
     _save_png(segmenter.overlay(image, labels), base.with_name(f"{base.name}_overlay.png"))
     _save_png(visualise.label_image(labels, segmenter.palette), base.with_name(f"{base.name}_labels.png"))
     if save_scores:
@@ -119,17 +134,25 @@ def _save_png(image: Image.Image, path: Path) -> None:
         image.save(temporary, "PNG")
 
 
-def segment_video(segmenter: Segmenter, path: Path, base: Path) -> int:
-    """Writes a video with every frame painted, legend and all; gives the number of frames."""
+def segment_video(segmenter: Segmenter, path: Path, base_of: Callable[[], Path]) -> int:
+    """Writes a video with every frame painted; gives the number of frames.
+
+    Args:
+        base_of: as of `segment_image`.
+    """
     try:
         import av
     except ImportError:
         raise ValueError("videos need PyAV: pip install 'shelfkern[video]'") from None
     try:
-        with av.open(str(path)) as source, replacing(base.with_name(f"{base.name}_overlay.mp4")) as temporary:
+        with av.open(str(path)) as source:
             if not source.streams.video:
                 raise ValueError("it has no video stream")
-            with av.open(str(temporary), "w", format="mp4") as target:
+            base = base_of()
+            with (
+                replacing(base.with_name(f"{base.name}_overlay.mp4")) as temporary,
+                av.open(str(temporary), "w", format="mp4") as target,
+            ):
                 return _encode(segmenter, source, target, av)
     except av.FFmpegError as error:
         raise ValueError(error.strerror or str(error)) from error
@@ -186,7 +209,7 @@ def _segmenter(
     network = open_model(weights, model) if saved is None else saved
     count = _count_classes(network)
     if count > 256:
-        raise click.ClickException(f"weights has {count} classes, label images may have 1 to 256")
+        raise click.ClickException(f"--weights {weights} has {count} classes, label images may have 1 to 256")
     if isinstance(network, FastShelfNet):
         return Segmenter(network, network, size, device)
     dtype = dtype or "float32"
@@ -229,23 +252,21 @@ def segment(
     """
     segmenter = _segmenter(**network)
     jobs = list(inputs.expand(paths))
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise click.ClickException(f"output {output} cannot be made: {error.strerror}") from error
     names, failures, done = Names(output), [], [0]
     started = time.monotonic()
     for path, name in _tracked(jobs, done):
         try:
-            base = names.base(name)
+            base_of = functools.partial(names.base, name)
             if inputs.is_video(path):
-                done[0] += segment_video(segmenter, path, base)
+                done[0] += segment_video(segmenter, path, base_of)
             else:
-                done[0] += segment_image(segmenter, path, base, save_scores)
+                done[0] += segment_image(segmenter, path, base_of, save_scores)
         except inputs.SKIPPED as error:
             failures.append(path)
             click.echo(f"{path} is skipped: {inputs.sentence_of(error)}", err=True)
     seconds = time.monotonic() - started
-    click.echo(f"{done[0]} images in {seconds:.1f} s, {done[0] / seconds:.1f} images/s, in {output}")
+    if done[0]:
+        rate = f"{done[0] / seconds:.1f} images/s"
+        click.echo(f"{counted_images(done[0])} in {seconds:.1f} s, {rate}, in {output}")
     if failures:
         raise SystemExit(1)

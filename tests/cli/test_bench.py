@@ -223,7 +223,7 @@ def test_the_numbers_of_a_row() -> None:
         (["--model", "unet"], 2, "'unet' is not one of 'shelfnet18_lw'"),
         (["--device", "cuda"], 1, "device is 'cuda'"),
         (["--weights", "nosuch"], 1, "weights 'nosuch' is neither a file nor a shipped name"),
-        (["--json", "nosuch/a.json"], 1, "json nosuch/a.json cannot be written: nosuch is not a folder"),
+        (["--json", "nosuch/a.json"], 1, "--json nosuch/a.json cannot be written: nosuch is not a folder"),
     ],
 )
 def test_what_cannot_run_is_said(options: list, status: int, sentence: str, run) -> None:

@@ -161,9 +161,9 @@ def test_what_the_command_refuses(three, data, tmp_path, monkeypatch) -> None:
     damaged.write_bytes(Path(three[0]).read_bytes()[:-100])
     norms = ("--norms-from", "camvid")
     cases = [
-        ((three[0],), f"weights is {three[0]} alone: give two or more, or norms-from"),
-        ((*three, *norms), "norms-from and data belong together: give both or neither"),
-        ((*three, "--data", data), "norms-from and data belong together: give both or neither"),
+        ((three[0],), f"WEIGHTS is {three[0]} alone: give two or more, or --norms-from"),
+        ((*three, *norms), "--norms-from and --data belong together: give both or neither"),
+        ((*three, "--data", data), "--norms-from and --data belong together: give both or neither"),
         ((three[0], "nowhere"), "weights 'nowhere' is neither a file nor a shipped name"),
         ((three[0], damaged), f"{damaged} is cut short"),
         ((*three, *norms, "--data", data, "--split", "best"), "split is 'best'"),
