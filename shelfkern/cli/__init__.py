@@ -1,4 +1,4 @@
-"""The command line: one file a command."""
+"""The command line: one file per command."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ commands.add_command(resources)
 
 
 def main() -> None:
-    """Runs a command. Ctrl-C ends with the shell's status for it, 130, and one line."""
+    """Runs a command. Ctrl-C exits with status 130, as shells do, and one line."""
     try:
         commands.main(standalone_mode=False)
     except click.Abort:

@@ -1,4 +1,4 @@
-"""`shelfkern average`: the mean of weights files, and norms' statistics anew from images."""
+"""`shelfkern average`: the mean of weights files, and batch-norm statistics recomputed from images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .progress import progress_bar
 
 
 def _check(weights: tuple[str, ...], out: Path, dataset: str | None, data: Path | None, device: str) -> None:
-    """Says before the work what cannot be done."""
+    """Checks the options before the work."""
     if (dataset is None) != (data is None):
         raise click.ClickException("--norms-from and --data belong together: give both or neither")
     if len(weights) == 1 and dataset is None:
@@ -31,17 +31,17 @@ def _estimate(model: ShelfNet, dataset: str, data: Path, split: str, batch: int)
         estimate_norms(model, source, batch, show)
 
 
-@click.command()
+@click.command(short_help="Average weights files.")
 @click.argument("weights", nargs=-1, required=True)
-@click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="For the mean.")
+@click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="File to write.")
 @click.option("--norms-from", "dataset", type=click.Choice(list(DATASETS)),
-              help="A data set that the norms take their statistics from, anew.")  # fmt: skip
-@click.option("--data", type=click.Path(path_type=Path), help="The data set's root folder.")
-@click.option("--split", default="train", show_default=True, help="Of the data set.")
+              help="Dataset to recompute the batch norms' statistics on.")  # fmt: skip
+@click.option("--data", type=click.Path(path_type=Path), help="The dataset's root folder.")
+@click.option("--split", default="train", show_default=True, help="Split of the dataset.")
 @click.option("--batch", default=8, show_default=True, type=click.IntRange(min=2),
-              help="Images that the norms take statistics over at once, at least.")  # fmt: skip
+              help="Images per batch of statistics, at least.")  # fmt: skip
 @click.option("--device", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"]),
-              help="That the statistics are taken on.")  # fmt: skip
+              help="Device for the statistics.")  # fmt: skip
 def average(
     weights: tuple[str, ...],
     out: Path,
@@ -51,11 +51,11 @@ def average(
     batch: int,
     device: str,
 ) -> None:
-    """Averages WEIGHTS, shipped names or weights files of one network, into a weights file.
+    """Averages WEIGHTS, weights files or names of bundled weights of one network, into a weights file.
 
-    The mean of what one run gave at several steps, or of runs that began with the same weights, is often
-    better than each. With --norms-from its batch norms take their statistics anew from whole images as they
-    are, all of one size; of a single file that alone is done.
+    The mean of several steps of one run, or of runs that began with the same weights, is often more
+    accurate than each of them. With --norms-from the statistics of its batch norms are recomputed on whole
+    images of one size, without augmentation; with a single file nothing else is done.
     """
     _check(weights, out, dataset, data, device)
     # A stage and its file: the folders above are this machine's.

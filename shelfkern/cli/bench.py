@@ -1,4 +1,4 @@
-"""`shelfkern bench`: eager against accelerated on this machine."""
+"""`shelfkern bench`: eager and accelerated, timed side by side on this machine."""
 
 from __future__ import annotations
 
@@ -17,14 +17,26 @@ from .. import nn as models
 from ..engine import FastShelfNet
 from ..nn import ShelfNet
 from ..timing import Timing, environment, median_ratio, time_interleaved
-from .options import BACKENDS, DTYPES, MODELS, SAVE, TUNE_HELP, Size, make_fast, open_model
+from .options import (
+    BACKEND_HELP,
+    BACKENDS,
+    DEVICE_HELP,
+    DTYPES,
+    MODELS,
+    SAVE,
+    TUNE_HELP,
+    WEIGHTS_HELP,
+    Size,
+    make_fast,
+    open_model,
+)
 
 # Largest `error_of` a result that is timed. On a GPU float32 is TF32, as precise as float16.
 MAX_ERROR = {"float32": 1e-3, "tf32": 0.1, "float16": 0.1, "bfloat16": 0.3}
 
 
 def error_of(result: torch.Tensor, truth: torch.Tensor) -> float:
-    """The largest error of scores, or for labels what their scores lack to the best, over the deviation."""
+    """The largest error of scores, or how far those of labels are below the best, over their deviation."""
     if result.dtype is torch.uint8:
         error = truth.amax(1) - truth.gather(1, result.long()[:, None])[:, 0]
     else:
@@ -35,7 +47,7 @@ def error_of(result: torch.Tensor, truth: torch.Tensor) -> float:
 def variants(
     model: ShelfNet, fast: FastShelfNet, x: torch.Tensor, compiled: bool
 ) -> dict[str, Callable[[], torch.Tensor]]:
-    """What is timed: scores by eager channels_last, perhaps torch.compile, and ours; ours also labels.
+    """What is timed: scores of eager channels_last, perhaps torch.compile, and ours; of ours labels too.
 
     Args:
         model: on the device and of the dtype of x.
@@ -86,7 +98,7 @@ def measure(
 
 
 def _waited(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """The same, until the GPU has done it."""
+    """The same call, which returns when the GPU is done."""
 
     def call() -> torch.Tensor:
         result = run()
@@ -118,7 +130,7 @@ def report(timings: dict[str, Timing], errors: dict[str, float], size: tuple[int
 
 
 def rows(timings: dict[str, Timing], errors: dict[str, float], about: dict[str, object]) -> list[str]:
-    """JSON lines of the same."""
+    """The same as JSON lines."""
     return [
         json.dumps(
             about
@@ -133,22 +145,23 @@ def rows(timings: dict[str, Timing], errors: dict[str, float], about: dict[str, 
     ]
 
 
-@click.command()
+@click.command(short_help="Time eager against accelerated.")
 @click.option("--model", type=click.Choice(MODELS), help="A published model with random weights.")
-@click.option(
-    "--weights", help="A bundled name or a weights file (default: camvid, where there is no --model)."
-)
-@click.option("--size", "sizes", type=Size(), multiple=True, default=["512x512"], show_default=True)
-@click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True)
-@click.option("--device", default="cpu", show_default=True, help="cpu, or a GPU: cuda, cuda:1.")
-@click.option("--backend", type=click.Choice(BACKENDS[:-1]), default="auto", show_default=True)
+@click.option("--weights", help=f"{WEIGHTS_HELP[:-1]} (default: camvid, without --model).")
+@click.option("--size", "sizes", type=Size(), multiple=True, default=["512x512"], show_default=True,
+              help="HEIGHTxWIDTH, or one number: 512 means 512x512; may be repeated.")  # fmt: skip
+@click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True,
+              help="Compute dtype of the accelerated model.")  # fmt: skip
+@click.option("--device", default="cpu", show_default=True, help=DEVICE_HELP)
+@click.option("--backend", type=click.Choice(BACKENDS[:-1]), default="auto", show_default=True,
+              help=BACKEND_HELP.format(""))  # fmt: skip
 @click.option("--tune", is_flag=True, help=TUNE_HELP)
-@click.option("--graphs/--no-graphs", default=True, help="On a GPU, whether ours records CUDA graphs.")
-@click.option("--compile", "compiled", is_flag=True, help="Also torch.compile with frozen weights.")
-@click.option("--rounds", default=15, show_default=True, type=click.IntRange(min=1))
-@click.option(
-    "--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Appends JSON lines."
-)
+@click.option("--graphs/--no-graphs", default=True, help="Record CUDA graphs, on a GPU (default: yes).")
+@click.option("--compile", "compiled", is_flag=True, help="Also time torch.compile with frozen weights.")
+@click.option("--rounds", default=15, show_default=True, type=click.IntRange(min=1),
+              help="Timed calls of each variant, interleaved.")  # fmt: skip
+@click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False),
+              help="Append the results to a file of JSON lines.")  # fmt: skip
 @torch.no_grad()
 def bench(
     model: str | None,
@@ -163,7 +176,10 @@ def bench(
     rounds: int,
     json_path: Path | None,
 ) -> None:
-    """Times eager against accelerated, batch 1, interleaved; a wrong result is not timed."""
+    """Times the eager model against the accelerated one, at batch 1, interleaved.
+
+    Results are compared first; a wrong one is an error and is not timed.
+    """
     if json_path and not json_path.parent.is_dir():
         raise click.ClickException(
             f"--json {json_path} cannot be written: {json_path.parent} is not a folder"

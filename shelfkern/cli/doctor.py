@@ -1,4 +1,4 @@
-"""`shelfkern doctor`: what runs here, what does not and why."""
+"""`shelfkern doctor`: what runs on this machine, and what does not and why."""
 
 from __future__ import annotations
 
@@ -80,9 +80,12 @@ def kernels_table(results: list[selftest.Result]) -> Table:
     return table
 
 
-@click.command()
+@click.command(short_help="Report what runs here, and test every kernel.")
 def doctor() -> None:
-    """Says what runs here and tests every kernel on this machine; exit status 1 if one is wrong."""
+    """Reports versions and hardware, and tests every kernel on this machine.
+
+    The exit status is 1 if a kernel gives wrong results.
+    """
     console = Console()
     table = Table(show_header=False)
     for name, value in facts():

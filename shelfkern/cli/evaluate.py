@@ -1,4 +1,4 @@
-"""`shelfkern evaluate`: accuracy on a data set, and predictions for its test server."""
+"""`shelfkern evaluate`: accuracy on a dataset, and predictions for its test server."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from ..evaluate.submission import KINDS, open_submission
 from ..files import replacing
 from ..nn import ShelfNet
 from .options import (
+    DEVICE_HELP,
     DTYPE_HELP,
     DTYPES,
     MODEL_HELP,
@@ -38,7 +39,7 @@ from .progress import progress_bar
 
 
 class Scales(click.ParamType):
-    """Numbers between commas."""
+    """Numbers separated by commas."""
 
     name = "scales"
 
@@ -46,12 +47,12 @@ class Scales(click.ParamType):
         try:
             return tuple(float(part) for part in str(value).split(","))
         except ValueError:
-            self.fail(f"{value!r} must be numbers between commas, such as 0.75,1,1.25", param, ctx)
+            self.fail(f"{value!r} must be numbers separated by commas, such as 0.75,1,1.25", param, ctx)
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What every process needs to know to do its share."""
+    """What each process needs to evaluate its share of the images."""
 
     weights: str
     model: str | None
@@ -105,10 +106,10 @@ class Job:
 
 
 def protocol_of(name: str, **changes: Any) -> Protocol:
-    """The protocol of a name, with what was asked for otherwise.
+    """A named protocol with the given changes.
 
     Raises:
-        click.ClickException: they do not go together; one sentence.
+        click.ClickException: they do not fit together; one sentence.
     """
     try:
         given = {field: value for field, value in changes.items() if value is not None}
@@ -138,7 +139,7 @@ def _joined(job: Job, processes: int) -> Iterator[Job]:
 
 @contextlib.contextmanager
 def _started(job: Job, processes: int) -> Iterator[None]:
-    """Processes that each do a share of a job, this one being the first."""
+    """Starts processes that each do a share of a job; this one is the first."""
     if job.device != "cpu":
         raise click.ClickException(
             f"--processes is {processes} and --device {job.device}, use torchrun for GPUs"
@@ -170,7 +171,7 @@ def _join(rank: int, store: Path, processes: int, threads: int) -> None:
 
 
 def _other(rank: int, store: Path, processes: int, threads: int, job: Job) -> None:
-    """What the other processes do. The first one fails as they do, and says why."""
+    """What the other processes do. The first one fails in the same way, and reports why."""
     with contextlib.suppress(KeyboardInterrupt, click.ClickException):
         _join(rank, store, processes, threads)
         job.run()
@@ -189,7 +190,7 @@ def _rank() -> int:
 
 
 def _check_outputs(submission: str | None, out: Path | None, files: dict[str, Path | None]) -> None:
-    """Says before the work what could not be written after it."""
+    """Checks before the work that the results can be written."""
     if (submission is None) != (out is None):
         raise click.ClickException("--submission and --out belong together: give both or neither")
     for name, path in files.items():
@@ -221,34 +222,37 @@ def _report(found: Evaluation, json_path: Path | None, plot: Path | None) -> Non
 _File = click.Path(path_type=Path, dir_okay=False)
 
 
-@click.command()
+@click.command(short_help="Measure accuracy on a dataset.")
 @click.argument("weights")
 @click.option("--model", type=click.Choice(MODELS), help=MODEL_HELP)
-@click.option("--dataset", type=click.Choice(list(DATASETS)), required=True)
-@click.option("--data", type=click.Path(path_type=Path), required=True, help="The data set's root folder.")
-@click.option("--split", default="val", show_default=True)
+@click.option("--dataset", type=click.Choice(list(DATASETS)), required=True, help="Kind of dataset.")
+@click.option("--data", type=click.Path(path_type=Path), required=True, help="The dataset's root folder.")
+@click.option("--split", default="val", show_default=True, help="Split of the dataset.")
 @click.option("--protocol", "name", type=click.Choice(list(PROTOCOLS)), default="single", show_default=True,
-              help="How labels are made; the next four change it.")  # fmt: skip
-@click.option("--scales", type=Scales(), help="Such as 0.75,1,1.25.")
-@click.option("--mirror/--no-mirror", default=None, help="Whether also of mirror images.")
-@click.option("--base-size", type=int, help="With windows: longer side of the image at scale 1.")
-@click.option("--crop-size", type=int, help="Side of the windows; without, the network sees whole images.")
-@click.option("--boundary", is_flag=True, help="Also boundary F1 (0.75 % of the diagonal).")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:1.")
+              help="Evaluation protocol; overridden by --scales, --mirror, --base-size, "
+              "--crop-size.")  # fmt: skip
+@click.option("--scales", type=Scales(), help="Average over several scales, such as 0.75,1,1.25.")
+@click.option("--mirror/--no-mirror", default=None, help="Also average over mirrored images.")
+@click.option("--base-size", type=int,
+              help="Longer side of the image at scale 1, in pixels; needs --crop-size.")  # fmt: skip
+@click.option("--crop-size", type=int,
+              help="Side of the sliding windows, in pixels (default: whole images).")  # fmt: skip
+@click.option("--boundary", is_flag=True,
+              help="Also measure boundary F1, at a tolerance of 0.75 % of the diagonal.")  # fmt: skip
+@click.option("--device", default="cpu", show_default=True, help=DEVICE_HELP)
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help=DTYPE_HELP)
-@click.option("--accelerate", "accelerated", is_flag=True, help="Judges the accelerated model.")
+@click.option("--accelerate", "accelerated", is_flag=True, help="Evaluate the accelerated model.")
 @click.option("--tune", is_flag=True, help=TUNE_HELP)
 @click.option("--batch", default=1, show_default=True, type=click.IntRange(min=1),
-              help="Images of one size that the network sees at once, with --protocol single.")  # fmt: skip
-@click.option(
-    "--workers", default=0, show_default=True, type=click.IntRange(min=0), help="Read images ahead."
-)
+              help="Images of one size per forward pass; above 1 with --protocol single only.")  # fmt: skip
+@click.option("--workers", default=0, show_default=True, type=click.IntRange(min=0),
+              help="Processes that read images ahead.")  # fmt: skip
 @click.option("--processes", default=1, show_default=True, type=click.IntRange(min=1),
-              help="That share the images and the CPU's cores; for GPUs there is torchrun.")  # fmt: skip
-@click.option("--submission", type=click.Choice(KINDS), help="Writes predictions for a server to --out.")
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder of the predictions.")
-@click.option("--json", "json_path", type=_File, help="Writes all figures.")
-@click.option("--plot", type=_File, help="Draws the confusion matrix: .png, .svg or .pdf.")
+              help="CPU worker processes (use torchrun for GPUs).")  # fmt: skip
+@click.option("--submission", type=click.Choice(KINDS), help="Write predictions for a test server to --out.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder for the predictions.")
+@click.option("--json", "json_path", type=_File, help="Write all results as JSON.")
+@click.option("--plot", type=_File, help="Draw the confusion matrix, as .png, .svg or .pdf.")
 def evaluate(
     name: str,
     scales: tuple[float, ...] | None,
@@ -261,11 +265,11 @@ def evaluate(
     plot: Path | None,
     **job: Any,
 ) -> None:
-    """Measures accuracy on a data set: IoU of every class, mIoU, pixel accuracy, boundary F1.
+    """Measures accuracy on a dataset: IoU per class, mIoU, pixel accuracy, boundary F1.
 
-    WEIGHTS is a shipped name, a weights file, or a file of an accelerated network. Images that cannot be
-    read are named and skipped; the exit status is then 1. Under torchrun each process takes a share of the
-    images.
+    WEIGHTS is the name of bundled weights, a weights file, or a saved accelerated network. Images that
+    cannot be read are listed and skipped, and the exit status is then 1. Under torchrun each process takes
+    a share of the images.
     """
     changes = dict(scales=scales, mirror=mirror, base_size=base_size, crop_size=crop_size)
     protocol = protocol_of(name, boundary=boundary, **changes)

@@ -12,7 +12,7 @@ import torch
 
 from ..files import replacing
 from ..nn import ShelfNet
-from .options import MODEL_HELP, MODELS, open_model
+from .options import MODEL_HELP, MODELS, WEIGHTS_HELP, open_model
 
 
 def write_onnx(model: ShelfNet, path: Path) -> None:
@@ -41,15 +41,15 @@ def write_onnx(model: ShelfNet, path: Path) -> None:
         program.save(temporary)
 
 
-@click.command()
+@click.command(short_help="Export a model to ONNX.")
 @click.argument("path", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--weights", default="camvid", show_default=True, help="A shipped name, or a weights file.")
+@click.option("--weights", default="camvid", show_default=True, help=WEIGHTS_HELP)
 @click.option("--model", type=click.Choice(MODELS), help=MODEL_HELP)
 def export(path: Path, weights: str, model: str | None) -> None:
-    """Writes a model to PATH as ONNX, for any batch and size.
+    """Exports a model to PATH as ONNX, for any batch and image size.
 
-    The graph takes normalised float images (N, 3, H, W) and gives scores (N, classes, H, W). Needs the
-    extra `export`.
+    The graph takes normalised float images (N, 3, H, W) and returns scores (N, classes, H, W). It needs
+    the extra `export`.
     """
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:

@@ -1,4 +1,4 @@
-"""Options and their meaning, shared by commands."""
+"""Options shared by commands."""
 
 from __future__ import annotations
 
@@ -15,15 +15,22 @@ from .. import checkpoints
 from .. import nn as models
 from ..engine import FastShelfNet, accelerate, load
 from ..engine.saved import is_saved
-from ..nn import ShelfNet
+from ..nn import ShelfNet, shipped_weights
 from .inputs import SMALLEST
 
 MODELS = ("shelfnet18_lw", "shelfnet34_lw", "shelfnet50", "shelfnet101")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-DTYPE_HELP = "Of the arithmetic: float32 by default, or that of the accelerated network."
+DTYPE_HELP = "Compute dtype (default: float32, or the saved network's)."
 BACKENDS = ("auto", "native", "library", "eager")
-TUNE_HELP = "Time the algorithms of each layer first, for up to a minute; kept for later runs."
+DEVICE_HELP = "cpu, or a GPU: cuda, cuda:1."
+BACKEND_HELP = "Kernels: shelfkern's (native), PyTorch's (library), or the faster for each layer (auto){}."
+TUNE_HELP = "Time each layer's algorithms first, for up to a minute; the results are kept for later runs."
+SIZE_HELP = (
+    "Size the network sees: HEIGHTxWIDTH, or one number for the longer side (default: the image's own size)."
+)
 MODEL_HELP = "Architecture, for a bare state dict."
+BUNDLED = ", ".join(shipped_weights()) or "none"
+WEIGHTS_HELP = f"Bundled weights ({BUNDLED}), or a weights file."
 # The main classifier's weight: in our names, and in both of the authors' formats.
 HEADS = ("head.classify.weight", "head.final.weight", "conv_out.conv_out.weight")
 SAVE = "save it with shelfkern.nn.save_weights"
@@ -40,14 +47,16 @@ class Predictor(Protocol):
 
 
 class Size(click.ParamType):
-    """HEIGHTxWIDTH, or one number for the longer side."""
+    """HEIGHTxWIDTH, or one number, whose meaning is the command's."""
 
     name = "size"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
         match = re.fullmatch(r"(\d+)(?:x(\d+))?", str(value))
         if not match:
-            self.fail(f"{value!r} must be HEIGHTxWIDTH, such as 512x1024, or the longer side", param, ctx)
+            self.fail(
+                f"{value!r} must be HEIGHTxWIDTH, such as 512x1024, or one number, such as 512", param, ctx
+            )
         size = tuple(int(part) for part in match.groups() if part)
         if min(size) < SMALLEST:
             self.fail(f"{value!r} must be at least {SMALLEST} pixels a side", param, ctx)
@@ -103,13 +112,13 @@ def _built(model: str, weights: str) -> ShelfNet:
 def open_saved(
     path: str, device: str, backend: str = "auto", tune: bool = False, **given: str | None
 ) -> FastShelfNet | None:
-    """The accelerated network in a file of `FastShelfNet.save`, or None where it is not such a file.
+    """The accelerated network in a file of `FastShelfNet.save`, or None if the file is of another kind.
 
     Args:
-        given: options, None where they are not, that such a network has its own of.
+        given: options that such a network decides itself; None where they are not given.
 
     Raises:
-        click.ClickException: it cannot be read or run so, or one is given; one sentence.
+        click.ClickException: it cannot be read or run so, or one of them is given; one sentence.
     """
     if not is_saved(path):
         return None
@@ -123,10 +132,10 @@ def open_saved(
 
 
 def check_device(device: str) -> None:
-    """Says before the work that a device cannot be used, in the engine's words.
+    """Checks a device before the work begins, with the engine's messages.
 
     Raises:
-        click.ClickException: it is unknown, or there is none; one sentence.
+        click.ClickException: it is unknown or not available; one sentence.
     """
     try:
         kind = torch.device(device).type
@@ -144,7 +153,7 @@ def make_fast(
     """The accelerated model.
 
     Raises:
-        click.ClickException: it cannot run so; one sentence.
+        click.ClickException: it cannot be accelerated so; one sentence.
     """
     try:
         return accelerate(model, DTYPES[dtype], device, backend, tune=tune, graphs=graphs)

@@ -1,4 +1,4 @@
-"""`shelfkern quantize`: a network in 8 bits, calibrated on images, as a file."""
+"""`shelfkern quantize`: an int8 network, calibrated on images, as a file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from ..engine import accelerate
 from . import inputs
-from .options import MODEL_HELP, MODELS, Size, check_device, open_model
+from .options import MODEL_HELP, MODELS, SIZE_HELP, Size, check_device, open_model
 from .progress import counted_images, progress_bar
 
 
@@ -35,19 +35,18 @@ def _read(files: list[Path], size: tuple[int, ...] | None) -> tuple[list[torch.T
     return images, len(images) < len(files)
 
 
-@click.command(short_help="Write a network in 8 bits, calibrated on images.")
+@click.command(short_help="Quantize a network to int8.")
 @click.argument("weights")
 @click.option("--calibration", "paths", multiple=True, required=True, metavar="PATH",
-              help="Images such as those to come: a file, a folder or a glob; may be repeated.")  # fmt: skip
+              help="Images to calibrate on: a file, a folder or a glob; may be repeated.")  # fmt: skip
 @click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path),
-              help="File to write, for --weights of segment and for evaluate.")  # fmt: skip
+              help="File to write.")  # fmt: skip
 @click.option("--images", default=32, show_default=True, type=click.IntRange(min=1),
-              help="Images to calibrate on at most, spread evenly over those found.")  # fmt: skip
-@click.option("--size", type=Size(),
-              help="Size that the network sees, as of segment (default: the image's own size).")  # fmt: skip
+              help="Use at most this many, evenly spread over those found.")  # fmt: skip
+@click.option("--size", type=Size(), help=SIZE_HELP)
 @click.option("--model", type=click.Choice(MODELS), help=MODEL_HELP)
 @click.option("--device", default="cpu", show_default=True,
-              help="Kind of device that the file is for: cpu, or a GPU: cuda, cuda:1.")  # fmt: skip
+              help="Kind of device the file is for: cpu, or a GPU: cuda, cuda:1.")  # fmt: skip
 def quantize(
     weights: str,
     paths: tuple[str, ...],
@@ -57,12 +56,12 @@ def quantize(
     model: str | None,
     device: str,
 ) -> None:
-    """Writes WEIGHTS, a bundled name or a weights file, as an accelerated network in 8 bits (int8).
+    """Quantizes WEIGHTS, the name of bundled weights or a weights file, to int8.
 
-    Its ranges are found on a few dozen images without labels. The file holds the folded weights and the
-    ranges: `shelfkern segment --weights OUT`, `shelfkern evaluate OUT` and `shelfkern.load` take it, on the
-    kind of device that it is for. Images that cannot be read are named and skipped; the exit status is
-    then 1.
+    The ranges of the activations are calibrated on a few dozen images such as those to come, without
+    labels. The file holds an accelerated network: use it with `shelfkern segment --weights OUT`,
+    `shelfkern evaluate OUT` or `shelfkern.load`, on the kind of device it is for. Images that cannot be
+    read are listed and skipped, and the exit status is then 1.
     """
     check_device(device)
     if not out.parent.is_dir():

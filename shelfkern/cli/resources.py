@@ -15,7 +15,7 @@ from ..ops import NAMES
 
 
 def table_of(rows: list[found.Row]) -> Table:
-    """One line a kernel, configuration and architecture."""
+    """One line per kernel, configuration and architecture."""
     numbers = ("registers", "spilled", "shared", "blocks an SM")
     table = Table("op", "kernel", "variant", "arch", *numbers, "tensor cores")
     for row in rows:
@@ -27,13 +27,16 @@ def table_of(rows: list[found.Row]) -> Table:
     return table
 
 
-@click.command()
+@click.command(short_help="Compile every GPU kernel and report its resources.")
 @click.option("--arch", "archs", type=click.Choice(list(map(str, found.ARCHS))), multiple=True,
-              help="Compute capability, times ten; all by default.")  # fmt: skip
-@click.option("--op", type=click.Choice(NAMES), help="One op only.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+              help="Compute capability, times ten; may be repeated (default: all).")  # fmt: skip
+@click.option("--op", type=click.Choice(NAMES), help="Only this op (default: all).")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON lines instead of a table.")
 def resources(archs: tuple[str, ...], op: str | None, as_json: bool) -> None:
-    """Compiles the GPU kernels and says what they take; exit status 1 if one spills or does not fit."""
+    """Compiles the GPU kernels, without a GPU, and reports registers, shared memory and occupancy.
+
+    The exit status is 1 if one spills registers or does not fit.
+    """
     chosen = [int(arch) for arch in archs] or list(found.ARCHS)
     try:
         rows = found.triton_rows(chosen, op) + found.cuda_rows(chosen, op)

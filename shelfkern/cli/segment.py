@@ -1,4 +1,4 @@
-"""`shelfkern segment`: pictures and videos to overlays and labels."""
+"""`shelfkern segment`: images and videos to overlays and labels."""
 
 from __future__ import annotations
 
@@ -22,11 +22,15 @@ from ..files import replacing
 from ..nn import ShelfNet
 from . import inputs
 from .options import (
+    BACKEND_HELP,
     BACKENDS,
+    BUNDLED,
+    DEVICE_HELP,
     DTYPE_HELP,
     DTYPES,
     MODEL_HELP,
     MODELS,
+    SIZE_HELP,
     TUNE_HELP,
     Eager,
     Predictor,
@@ -43,7 +47,7 @@ def _count_classes(model: ShelfNet | FastShelfNet) -> int:
 
 
 class Segmenter:
-    """A network, and how its labels are named and painted."""
+    """A network, with the names and colours of its classes."""
 
     def __init__(
         self,
@@ -82,13 +86,13 @@ class Segmenter:
         return self.fast(x.to(self.device))[0].float().cpu().numpy()
 
     def overlay(self, image: Image.Image, labels: np.ndarray) -> Image.Image:
-        """The painted picture with its legend."""
+        """The painted image with its legend."""
         return visualise.overlay(image, labels, self.palette, self.classes)
 
 
 @dataclasses.dataclass
 class Names:
-    """Output names: after the input's, in its place below `folder`, numbered where two would be one."""
+    """Output names: those of the inputs, in the same place below `folder`, numbered where they collide."""
 
     folder: Path
     taken: set[Path] = dataclasses.field(default_factory=set)
@@ -114,10 +118,10 @@ class Names:
 
 
 def segment_image(segmenter: Segmenter, path: Path, base_of: Callable[[], Path], save_scores: bool) -> int:
-    """Writes one picture's overlay, labels and perhaps scores; gives the number of pictures, 1.
+    """Writes an image's overlay, labels and perhaps scores; returns the number of images, 1.
 
     Args:
-        base_of: gives what `Names.base` gives, asked once the picture is read.
+        base_of: returns what `Names.base` does; called once the image has been read.
     """
     ((image, labels),) = segmenter.labels([inputs.read_image(path)])
     base = base_of()
@@ -135,7 +139,7 @@ def _save_png(image: Image.Image, path: Path) -> None:
 
 
 def segment_video(segmenter: Segmenter, path: Path, base_of: Callable[[], Path]) -> int:
-    """Writes a video with every frame painted; gives the number of frames.
+    """Writes a video with every frame painted; returns the number of frames.
 
     Args:
         base_of: as of `segment_image`.
@@ -159,7 +163,7 @@ def segment_video(segmenter: Segmenter, path: Path, base_of: Callable[[], Path])
 
 
 def frame_rate(rate: Fraction | None) -> Fraction:
-    """The rate nearest to a video's that MPEG-4 can say: its numerator has 16 bits. 25 where unknown."""
+    """The rate nearest to a video's that MPEG-4 can hold: its numerator has 16 bits. 25 where unknown."""
     if not rate or not 1 <= rate <= 1000:
         return Fraction(25)
     return rate.limit_denominator(min(1001, int(65535 / rate)))
@@ -187,7 +191,7 @@ def _encode(segmenter: Segmenter, source: Any, target: Any, av: Any) -> int:
 
 
 def _tracked(jobs: list[tuple[Path, Path]], done: list[int]) -> Iterator[tuple[Path, Path]]:
-    """The jobs, with a progress bar that shows pictures per second."""
+    """The jobs, with a progress bar that shows images per second."""
     with progress_bar("segmenting") as show:
         for index, job in enumerate(jobs):
             yield job
@@ -220,35 +224,31 @@ def _segmenter(
     return Segmenter(network, make_fast(network, dtype, device, backend, tune), size, device)
 
 
-@click.command()
+@click.command(short_help="Segment images, folders and videos.")
 @click.argument("paths", nargs=-1, required=True)
-@click.option("-o", "--output", default="shelfkern_out", type=click.Path(path_type=Path), show_default=True)
-@click.option(
-    "--weights",
-    default="camvid",
-    show_default=True,
-    help="A shipped name, a weights file, or a file of an accelerated network.",
-)
+@click.option("-o", "--output", default="shelfkern_out", type=click.Path(path_type=Path), show_default=True,
+              help="Folder for the results.")  # fmt: skip
+@click.option("--weights", default="camvid", show_default=True,
+              help=f"Bundled weights ({BUNDLED}), a weights file, or a saved network.")  # fmt: skip
 @click.option("--model", type=click.Choice(MODELS), help=MODEL_HELP)
-@click.option(
-    "--size", type=Size(), help="HEIGHTxWIDTH or longer side that the network sees; own by default."
-)
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:1.")
+@click.option("--size", type=Size(), help=SIZE_HELP)
+@click.option("--device", default="cpu", show_default=True, help=DEVICE_HELP)
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help=DTYPE_HELP)
-@click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True)
+@click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True,
+              help=BACKEND_HELP.format("; or the plain model (eager)"))  # fmt: skip
 @click.option("--tune", is_flag=True, help=TUNE_HELP)
-@click.option("--save-scores", is_flag=True, help="Also writes class scores as .npy (classes, h, w).")
+@click.option("--save-scores", is_flag=True, help="Also write the class scores, as .npy of (classes, H, W).")
 def segment(
     paths: tuple[str, ...],
     output: Path,
     save_scores: bool,
     **network: Any,
 ) -> None:
-    """Segments images, folders, globs and videos.
+    """Segments the images and videos in PATHS: files, folders and globs.
 
-    For every image NAME: OUTPUT/NAME_overlay.png with a legend and NAME_labels.png, whose pixels are the
-    class indices; for every video NAME_overlay.mp4. Images below 32 pixels a side are enlarged for the
-    network. Files that cannot be read are named and skipped; the exit status is then 1.
+    For each image NAME it writes OUTPUT/NAME_overlay.png, with a legend, and NAME_labels.png, whose pixels
+    are class indices; for each video NAME_overlay.mp4. Images with a side below 32 pixels are enlarged for
+    the network. Files that cannot be read are listed and skipped, and the exit status is then 1.
     """
     segmenter = _segmenter(**network)
     jobs = list(inputs.expand(paths))

@@ -1,4 +1,4 @@
-"""`shelfkern train`: a recipe from its first step to its last weights."""
+"""`shelfkern train`: training by a recipe."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..train.trainer import train as run_stages
 
 
 def _roots(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, Path]:
-    """The folder of every dataset; a bare one is that of all that are not named."""
+    """The folder of each dataset; one without a name is for all that have none of their own."""
     roots: dict[str, Path] = {}
     for value in values:
         name, equals, folder = value.rpartition("=")
@@ -25,7 +25,7 @@ def _roots(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) 
 
 
 def _check(recipe: recipes.Recipe, roots: dict[str, Path]) -> None:
-    """Names every sample that cannot be trained on; ends with status 1 if there are any."""
+    """Lists every sample that cannot be trained on; exits with status 1 if there are any."""
     problems: list[str] = []
     for data in dict.fromkeys(stage.data for stage in recipe.stages):
         for split in filter(None, (data.train, data.validation)):
@@ -39,18 +39,22 @@ def _check(recipe: recipes.Recipe, roots: dict[str, Path]) -> None:
         raise click.exceptions.Exit(1)
 
 
-@click.command()
+@click.command(
+    short_help="Train a network by a recipe.", epilog=f"Bundled recipes: {', '.join(recipes.shipped())}."
+)
 @click.argument("config")
 @click.option(
     "--data", "roots", multiple=True, required=True, callback=_roots, metavar="[NAME=]DIR",
-    help="Where a dataset lies; with NAME= where a recipe has several.",
+    help="Root folder of the dataset; with NAME= for a recipe of several datasets.",
 )  # fmt: skip
-@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="For results.")
+@click.option(
+    "--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder for the results."
+)
 @click.option(
     "--set", "changes", multiple=True, metavar="[STAGE:]FIELD=VALUE",
-    help="Another value for a field of the recipe, such as optimizer.lr=0.005; may be repeated.",
+    help="Override a field of the recipe, such as optimizer.lr=0.005; may be repeated.",
 )  # fmt: skip
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="A GPU where there is one, by default.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: a GPU if there is one.")
 @click.option(
     "--every", default=Options.every, show_default=True, type=click.IntRange(1),
     help="Steps between checkpoints, each with a validation.",
@@ -63,7 +67,7 @@ def _check(recipe: recipes.Recipe, roots: dict[str, Path]) -> None:
     "--workers", default=Options.workers, show_default=True, type=click.IntRange(0),
     help="Processes that decode and augment images.",
 )  # fmt: skip
-@click.option("--check", is_flag=True, help="Read every image and mask, name those that do not do, and end.")
+@click.option("--check", is_flag=True, help="Validate all images and masks, list the bad ones, and exit.")
 def train(
     config: str,
     roots: dict[str, Path],
@@ -75,11 +79,11 @@ def train(
     workers: int,
     check: bool,
 ) -> None:
-    """Trains by CONFIG, a shipped recipe or a TOML file; goes on where an earlier run in OUT stopped.
+    """Trains by CONFIG, the name of a bundled recipe or a TOML file; an interrupted run in OUT is resumed.
 
-    Every stage of the recipe leaves in OUT/STAGE: best.safetensors and last.safetensors, train.csv and
-    validation.csv, TensorBoard's events, and checkpoint.pt, from which it goes on. torchrun starts it on
-    several GPUs or machines: `torchrun --nproc-per-node 8 -m shelfkern train ...`.
+    Each stage of the recipe writes to OUT/STAGE: best.safetensors and last.safetensors, train.csv and
+    validation.csv, TensorBoard event files, and checkpoint.pt, from which it resumes. For several GPUs or
+    machines start it with torchrun: `torchrun --nproc-per-node 8 -m shelfkern train ...`.
     """
     try:
         recipe = recipes.load(config, changes)

@@ -253,7 +253,7 @@ def test_images_that_cannot_be_read(run, model, root, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ("--scales 1,two", "'1,two' must be numbers between commas, such as 0.75,1,1.25"),
+        ("--scales 1,two", "'1,two' must be numbers separated by commas, such as 0.75,1,1.25"),
         ("--scales 0", "scales is (0.0,), it may be one or more numbers above 0"),
         ("--crop-size 64", "crop_size is 64 and base_size None, windows need both"),
         ("--split nosuch", "split is 'nosuch'"),
