@@ -54,7 +54,7 @@ def facts() -> list[tuple[str, str]]:
 
 
 def tuning_file(device: str) -> str:
-    """Where the tuner keeps what it measured on a device, and whether a table ships for it."""
+    """Where the tuner keeps what it measured on a device, and what chooses where it has not."""
     if device == "cuda" and not torch.cuda.is_available():
         return "-"
     environment = environment_of(torch.device(device))
@@ -64,8 +64,8 @@ def tuning_file(device: str) -> str:
         if path is None
         else f"{path}{'' if path.exists() else ' (none yet)'}"
     )
-    name = "GPU" if device == "cuda" else "CPU"
-    return kept + (f"; shipped: {shipped.name}" if shipped.exists() else f"; no table ships for this {name}")
+    chooses = f"the bundled {shipped.name}" if shipped.exists() else "a cost model"
+    return f"{kept}; {chooses} chooses until tune=True has measured"
 
 
 def kernels_table(results: list[selftest.Result]) -> Table:

@@ -170,15 +170,18 @@ def test_where_the_tuner_keeps_what_it_measured(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(doctor_module, "environment_of", lambda device: environment)
     monkeypatch.setenv("SHELFKERN_CACHE", str(tmp_path))
-    path = doctor_module.default_path(environment)
-    assert doctor_module.tuning_file("cuda") == f"{path} (none yet); no table ships for this GPU"
-    assert doctor_module.tuning_file("cpu") == f"{path} (none yet); no table ships for this CPU"
+    path, until = doctor_module.default_path(environment), "chooses until tune=True has measured"
+    assert doctor_module.tuning_file("cuda") == f"{path} (none yet); a cost model {until}"
+    assert doctor_module.tuning_file("cpu") == f"{path} (none yet); a cost model {until}"
     path.write_text("{}")
     table = tmp_path / "nvidia-h200.json"
     monkeypatch.setattr(doctor_module, "shipped_path", lambda environment: table)
     table.write_text("{}")
-    assert doctor_module.tuning_file("cuda") == f"{path}; shipped: nvidia-h200.json"
+    assert doctor_module.tuning_file("cuda") == f"{path}; the bundled nvidia-h200.json {until}"
     monkeypatch.setattr(doctor_module, "default_path", lambda environment: None)
-    assert doctor_module.tuning_file("cuda") == "nowhere: there is no home folder; shipped: nvidia-h200.json"
+    assert (
+        doctor_module.tuning_file("cuda")
+        == f"nowhere: there is no home folder; the bundled nvidia-h200.json {until}"
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert doctor_module.tuning_file("cuda") == "-"
