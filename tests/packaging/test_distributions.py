@@ -33,6 +33,7 @@ LITTER = (
     "runs/checkpoint.pt",
     "data/camvid/train/images/a.jpg",
     "benchmarks/results/table.csv",
+    "docs/notes.txt",
     "tests/test_litter.py",
     "shelfkern_out/labels.png",
 )
@@ -143,7 +144,16 @@ def package_files() -> set[str]:
     return set(filter(kinds.fullmatch, tracked()))
 
 
-METADATA = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "top_level.txt", "licenses/LICENSE"}
+CARD = "shelfkern/weights/camvid.md"
+METADATA = {
+    "METADATA",
+    "RECORD",
+    "WHEEL",
+    "entry_points.txt",
+    "top_level.txt",
+    "licenses/LICENSE",
+    f"licenses/{CARD}",
+}
 
 
 def test_the_pure_wheel_holds_the_package_and_nothing_else(pure_wheel, littered, tmp_path) -> None:
@@ -158,6 +168,8 @@ def test_the_pure_wheel_holds_the_package_and_nothing_else(pure_wheel, littered,
     assert "Root-Is-Purelib: true" in (info / "WHEEL").read_text()
     assert "shelfkern = shelfkern.cli:main" in (info / "entry_points.txt").read_text()
     assert "\nRequires-Dist: torch>=" in (info / "METADATA").read_text()
+    assert f"\nLicense-File: {CARD}\n" in (info / "METADATA").read_text()
+    assert (info / "licenses" / CARD).read_bytes() == (littered / CARD).read_bytes()
 
 
 def test_the_sdist_holds_the_sources_and_nothing_else(sdist) -> None:
@@ -174,9 +186,19 @@ def test_the_sdist_holds_the_sources_and_nothing_else(sdist) -> None:
     sources = {name for name in tracked() if re.fullmatch(r"csrc/.*(\.(cpp|h|cu|cuh)|CMakeLists\.txt)", name)}
     assert len(sources) > 15 and "csrc/bindings.cpp" in sources
     made = {name for name in names if name.startswith("shelfkern.egg-info/")} | {"PKG-INFO", "setup.cfg"}
-    assert names - made == (tops & set(tracked())) | sources | package_files()
+    pages = {name for name in tracked() if re.fullmatch(r"(docs/.*|benchmarks/results/.*\.svg)", name)}
+    assert names - made == (tops & set(tracked())) | sources | pages | package_files()
     # All of csrc is meant to come along, of whatever kind.
     assert sources == {name for name in tracked() if name.startswith("csrc/")}
+
+
+def test_the_sdists_pages_link_to_what_it_holds(sdist) -> None:
+    """But for links to the web; tests and benchmarks are code spans, not links."""
+    pages = [page for page in sdist.rglob("*.md") if "egg-info" not in str(page)]
+    assert len(pages) > 5
+    for page in pages:
+        for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+            assert "://" in link or (page.parent / link).exists(), f"{page}: {link}"
 
 
 def test_the_sdist_builds_the_same_wheel(sdist, pure_wheel, tmp_path) -> None:
