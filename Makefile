@@ -54,6 +54,7 @@ format: .venv/.lint
 	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
 
 .venv/.torch:
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "PYTHON is $(PYTHON), Python %d.%d, it must be 3.10 or newer" % sys.version_info[:2])'
 	$(PYTHON) -m venv .venv
 	$(PIP) install -q --upgrade 'pip>=24'
 	$(PIP) install -q $(TORCH) numpy
@@ -83,4 +84,4 @@ format: .venv/.lint
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info shelfkern/_native*.so shelfkern_out
+	rm -rf .venv build dist *.egg-info shelfkern/_native*.so shelfkern/_emulation*.so shelfkern_out

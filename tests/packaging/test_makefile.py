@@ -1,0 +1,43 @@
+"""What make does before and beside the work itself."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "shelfkern").mkdir()
+    shutil.copyfile(ROOT / "Makefile", tmp_path / "Makefile")
+    return tmp_path
+
+
+def make(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["make", *words], cwd=folder, capture_output=True, text=True, timeout=60)
+
+
+def test_an_old_python_is_named(checkout) -> None:
+    """Nothing is made with it."""
+    old = checkout / "python3.9"
+    old.write_text(f'#!/bin/sh\nexec {sys.executable} -c "import sys; sys.version_info = (3, 9, 18); $2"\n')
+    old.chmod(0o755)
+    done = make(checkout, ".venv/.torch", f"PYTHON={old}")
+    assert done.returncode != 0 and not (checkout / ".venv").exists()
+    assert done.stderr.splitlines()[0] == f"PYTHON is {old}, Python 3.9, it must be 3.10 or newer"
+
+
+def test_clean_removes_what_was_compiled(checkout) -> None:
+    for name in ("_native.cpython-311.so", "_emulation.cpython-311.so", "native.py"):
+        (checkout / "shelfkern" / name).touch()
+    assert make(checkout, "clean").returncode == 0
+    assert [path.name for path in (checkout / "shelfkern").iterdir()] == ["native.py"]
