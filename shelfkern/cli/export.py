@@ -12,7 +12,7 @@ import torch
 
 from ..files import replacing
 from ..nn import ShelfNet
-from .options import MODEL_HELP, MODELS, WEIGHTS_HELP, open_model
+from .options import MODEL_HELP, MODELS, WEIGHTS_HELP, open_model, tell_licence
 
 
 def write_onnx(model: ShelfNet, path: Path) -> None:
@@ -63,3 +63,4 @@ def export(path: Path, weights: str, model: str | None) -> None:
     except OSError as error:
         raise click.ClickException(f"{path} cannot be written: {error}") from error
     click.echo(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
+    tell_licence(weights)

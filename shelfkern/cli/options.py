@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from importlib import resources
 from typing import Any, Protocol
 
 import click
@@ -129,6 +130,15 @@ def open_saved(
         return load(path, device, backend, tune=tune)
     except (OSError, RuntimeError, ValueError) as error:
         raise click.ClickException(str(error)) from error
+
+
+def tell_licence(weights: str) -> None:
+    """Prints what the card of bundled weights says of their licence; nothing of other weights."""
+    if weights not in shipped_weights():
+        return
+    card = resources.files("shelfkern").joinpath(f"weights/{weights}.md").read_text(encoding="utf-8")
+    section = " ".join(card.partition("\n## Licence\n")[2].split())
+    click.echo(f"Licence of {weights}: {section.partition('. ')[0].rstrip('.')}.")
 
 
 def check_device(device: str) -> None:

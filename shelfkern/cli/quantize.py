@@ -10,7 +10,7 @@ import torch
 
 from ..engine import accelerate
 from . import inputs
-from .options import MODEL_HELP, MODELS, SIZE_HELP, Size, check_device, open_model
+from .options import MODEL_HELP, MODELS, SIZE_HELP, Size, check_device, open_model, tell_licence
 from .progress import counted_images, progress_bar
 
 
@@ -76,5 +76,6 @@ def quantize(
         raise click.ClickException(str(error)) from error
     mebibytes = out.stat().st_size / 2**20
     click.echo(f"{out}: int8, calibrated on {counted_images(len(calibration))}, {mebibytes:.1f} MiB")
+    tell_licence(weights)
     if skipped:
         raise SystemExit(1)

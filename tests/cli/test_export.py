@@ -8,6 +8,7 @@ import torch
 from click.testing import CliRunner
 
 from shelfkern.cli import commands
+from shelfkern.cli import export as command
 from shelfkern.nn import save_weights, shelfnet18_lw
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -37,6 +38,16 @@ def test_the_graph_gives_the_models_scores_at_any_size(weights, tmp_path) -> Non
         scores = torch.from_numpy(session.run(["scores"], {"images": x.numpy()})[0])
         expected = model(x)
         torch.testing.assert_close(scores, expected, rtol=0, atol=1e-4 * float(expected.std()))
+
+
+def test_the_licence_of_bundled_weights_is_told(weights, tmp_path, monkeypatch) -> None:
+    module = sys.modules[command.callback.__module__]
+    monkeypatch.setattr(module, "write_onnx", lambda model, path: path.write_bytes(b"graph"))
+    path = tmp_path / "model.onnx"
+    for name, lines in (("camvid", 2), (str(weights), 1)):
+        result = CliRunner().invoke(commands, ["export", str(path), "--weights", name])
+        assert result.exit_code == 0 and len(result.stdout.splitlines()) == lines
+        assert ("research" in result.stdout) == (lines == 2)
 
 
 def test_without_onnx_it_says_what_to_install(weights, tmp_path, monkeypatch) -> None:

@@ -96,6 +96,16 @@ def test_an_accelerated_network_is_no_models_weights(tmp_path) -> None:
         assert refused(path, model).startswith(f"--weights {path} is an accelerated network")
 
 
+def test_the_licence_of_bundled_weights_is_their_cards(bare, capsys) -> None:
+    for name in models.shipped_weights():
+        options.tell_licence(name)
+        told = capsys.readouterr().out.removeprefix(f"Licence of {name}: ").removesuffix(".\n")
+        card = (Path(models.__file__).parents[1] / "weights" / f"{name}.md").read_text()
+        assert len(told) > 20 and "\n" not in told and f"## Licence {told}. " in " ".join(card.split())
+    options.tell_licence(str(bare))
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize(
     "words, said",
     [
