@@ -41,3 +41,13 @@ def test_clean_removes_what_was_compiled(checkout) -> None:
         (checkout / "shelfkern" / name).touch()
     assert make(checkout, "clean").returncode == 0
     assert [path.name for path in (checkout / "shelfkern").iterdir()] == ["native.py"]
+
+
+@pytest.mark.parametrize("linted, tested, status", [(0, 0, 0), (1, 0, 2), (0, 1, 2), (1, 1, 2)])
+def test_the_tests_run_last_whatever_the_linters_find(linted, tested, status, tmp_path) -> None:
+    (tmp_path / ".ci").mkdir()
+    run = Path(shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci" / "run"))
+    lines = f"lint:\n\t@echo linted; exit {linted}\ntest:\n\t@echo tested; exit {tested}\n"
+    (tmp_path / "Makefile").write_text(lines)
+    done = subprocess.run([run], capture_output=True, text=True, timeout=60)
+    assert done.returncode == status and done.stdout.split() == ["linted", "tested"]
