@@ -13,9 +13,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from .. import nn as models
 from ..engine import FastShelfNet
-from ..nn import ShelfNet
+from ..nn import ShelfNet, create_model
 from ..timing import Timing, environment, median_ratio, time_interleaved
 from .options import (
     BACKEND_HELP,
@@ -189,7 +188,7 @@ def bench(
             f"--model {model} and --weights {weights} exclude each other: give one of them"
         )
     weights = weights or "camvid"
-    network = getattr(models, model)().eval() if model else open_model(weights, None, remedy=SAVE)
+    network = create_model(model).eval() if model else open_model(weights, None, remedy=SAVE)
     fast = make_fast(network, dtype, device, backend, tune, graphs)
     exact = copy.deepcopy(network).to(fast.device)
     for size in sizes:

@@ -13,13 +13,12 @@ import torch
 from torch import nn
 
 from .. import checkpoints
-from .. import nn as models
 from ..engine import FastShelfNet, accelerate, load
 from ..engine.saved import is_saved
-from ..nn import ShelfNet, shipped_weights
+from ..nn import ShelfNet, create_model, list_models, shipped_weights
 from .inputs import SMALLEST
 
-MODELS = ("shelfnet18_lw", "shelfnet34_lw", "shelfnet50", "shelfnet101")
+MODELS = list_models()
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPE_HELP = "Compute dtype (default: float32, or the saved network's)."
 BACKENDS = ("auto", "native", "library", "eager")
@@ -101,8 +100,7 @@ def _built(model: str, weights: str) -> ShelfNet:
     """A published model with a state dict in its own or the authors' names, of as many classes."""
     state = checkpoints.load(weights)
     head = next((state[name] for name in HEADS if isinstance(state.get(name), torch.Tensor)), None)
-    classes = {} if head is None or head.dim() == 0 else {"num_classes": len(head)}
-    network = getattr(models, model)(**classes)
+    network = create_model(model, None if head is None or head.dim() == 0 else len(head))
     try:
         network.load_state_dict(state)
     except (RuntimeError, TypeError) as error:
@@ -184,10 +182,8 @@ class Eager(nn.Module):
         return self.model(x)
 
     def predict(self, images: torch.Tensor) -> torch.Tensor:
-        """Labels (N, H, W) uint8 of raw uint8 images (N, H, W, 3) or of normalised ones."""
-        if images.dtype is torch.uint8:
-            images = torch.from_numpy(self.model.normalisation(images.numpy())).permute(0, 3, 1, 2)
-        return self(images).argmax(1).to(torch.uint8)
+        """Labels (N, H, W) uint8, as `ShelfNet.predict`."""
+        return self.model.predict(images)
 
     def predict_frames(self, frames: Iterable[np.ndarray]) -> Iterator[torch.Tensor]:
         """Labels (H, W) uint8 of each raw frame (H, W, 3)."""

@@ -135,11 +135,11 @@ def test_torch_compile_is_a_row_of_its_own(run, monkeypatch) -> None:
 def test_a_published_model(monkeypatch) -> None:
     built = []
 
-    def shelfnet18_lw() -> ShelfNet:
+    def create(name: str) -> ShelfNet:
         built.append(ShelfNet(CONFIG))
         return built[-1]
 
-    monkeypatch.setattr(bench_module.models, "shelfnet18_lw", shelfnet18_lw)
+    monkeypatch.setattr(bench_module, "create_model", create)
     words = ["bench", "--model", "shelfnet18_lw", "--rounds", "2", "--size", "32x64"]
     assert CliRunner().invoke(commands, words).exit_code == 0
     assert len(built) == 1 and not built[0].training

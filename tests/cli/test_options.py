@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from shelfkern import accelerate, checkpoints
 from shelfkern import nn as models
 from shelfkern.cli import commands, options
-from shelfkern.nn import save_weights, shelfnet18_lw, shelfnet50
+from shelfkern.nn import ShelfNet, save_weights, shelfnet18_lw, shelfnet50
 
 NARROW = {
     "shelfnet18_lw": functools.partial(shelfnet18_lw, backbone_width=4, widths=(4, 8, 12), head_width=4),
@@ -24,8 +24,11 @@ NARROW = {
 @pytest.fixture(autouse=True)
 def narrow(monkeypatch) -> None:
     """Published models of a few channels."""
-    for name, build in NARROW.items():
-        monkeypatch.setattr(models, name, build)
+
+    def create(name: str, num_classes: int | None = None) -> ShelfNet:
+        return NARROW[name](**({} if num_classes is None else {"num_classes": num_classes}))
+
+    monkeypatch.setattr(options, "create_model", create)
 
 
 @pytest.fixture
