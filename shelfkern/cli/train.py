@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from ..data import check as check_dataset
+from ..data.dataset import check_labelled
 from ..train import recipe as recipes
 from ..train.distributed import joined
 from ..train.trainer import Options, open_split
@@ -28,8 +29,12 @@ def _check(recipe: recipes.Recipe, roots: dict[str, Path]) -> None:
     """Lists every sample that cannot be trained on; exits with status 1 if there are any."""
     problems: list[str] = []
     for data in dict.fromkeys(stage.data for stage in recipe.stages):
-        for split in filter(None, (data.train, data.validation)):
+        for name in ("train", "validation"):
+            split = getattr(data, name)
+            if not split:
+                continue
             found = open_split(data.dataset, roots, split)
+            check_labelled(found, f"data.{name}", split)
             strange = check_dataset(found)
             click.echo(f"{data.dataset} {split}: {len(found)} samples, {len(strange)} of them unfit")
             problems += strange

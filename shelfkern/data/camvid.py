@@ -49,4 +49,4 @@ class CamVid(FileDataset):
             for image in images_in(images)
         ]
         labels = {index: index for index in range(len(CLASSES))} | {UNLABELLED: IGNORE}
-        super().__init__(items, CLASSES, PALETTE, label_table(labels))
+        super().__init__(items, CLASSES, PALETTE, label_table(labels), lack=f"{masks} is missing")

@@ -63,6 +63,20 @@ class Dataset(Protocol):
         ...
 
 
+def check_labelled(dataset: Dataset, name: str, split: str) -> None:
+    """Refuses a data set without masks, from which nothing is learned and by which nothing is measured.
+
+    Args:
+        name, split: the field of a recipe that names the split, and its value.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if not dataset.labelled:
+        lack = getattr(dataset, "lack", "it is test data")
+        raise ValueError(f"{name} is {split!r}, which has no masks: {lack}")
+
+
 def class_frequencies(dataset: Dataset) -> np.ndarray:
     """Share of the labelled pixels of each class, (classes,) float64. Reads every mask.
 

@@ -51,12 +51,14 @@ class Folder(FileDataset):
         root = Path(root)
         folder = root.parent if root.suffix.lower() == ".csv" else root
         self.map = read_label_map(find_map(folder))
+        items, lack = _items(root, split)
         super().__init__(
-            _items(root, split),
+            items,
             self.map.classes,
             self.map.palette,
             label_table({IGNORE: IGNORE} | dict(self.map.values)),
             f"add it to {self.map.path}",
+            lack,
         )
 
     def _mask(self, index: int, size: tuple[int, int]) -> Image.Image:
@@ -74,7 +76,8 @@ class Folder(FileDataset):
         return Image.fromarray(labels)
 
 
-def _items(root: Path, split: str) -> list[Item]:
+def _items(root: Path, split: str) -> tuple[list[Item], str]:
+    """The images, and why they have no masks, where they have none."""
     if root.suffix.lower() == ".csv":
         _check_split(split, [WHOLE], root)
         return _listed(root)
@@ -93,7 +96,7 @@ def _check_split(split: str, splits: Sequence[str], root: Path) -> None:
         raise ValueError(f"split is {split!r}, {root} has {found}")
 
 
-def _paired(folder: Path) -> list[Item]:
+def _paired(folder: Path) -> tuple[list[Item], str]:
     """Images and masks of the same names."""
     masks = folder / "masks"
     found: dict[str, Path] = {}
@@ -104,10 +107,10 @@ def _paired(folder: Path) -> list[Item]:
     for image in images_in(folder / "images"):
         mask = found.get(image.stem, masks / f"{image.stem}.png")
         items.append(Item(image.stem, image, mask if masks.is_dir() else None))
-    return _unique(items, folder / "images")
+    return _unique(items, folder / "images"), f"{masks} is missing"
 
 
-def _listed(path: Path) -> list[Item]:
+def _listed(path: Path) -> tuple[list[Item], str]:
     """The lines of a CSV file: an image, and its mask or nothing."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
@@ -126,7 +129,7 @@ def _listed(path: Path) -> list[Item]:
     if len({item.mask is None for item in items}) > 1:
         bare = next(item.image for item in items if item.mask is None)
         raise ValueError(f"{path} gives no mask for {bare}, it must give one for all images or for none")
-    return _unique(items, path)
+    return _unique(items, path), f"{path} names none beside its images"
 
 
 def _name(path: Path) -> str:

@@ -37,6 +37,7 @@ class FileDataset:
         classes, palette: as in `Dataset`.
         table: what each value of a mask's pixels means, as from `label_table`.
         fix: how to correct a mask that holds something else; ends the sentence that refuses it.
+        lack: why there are no masks, where there are none; ends the sentence that refuses to train on it.
     """
 
     def __init__(
@@ -46,9 +47,10 @@ class FileDataset:
         palette: tuple[Colour, ...],
         table: np.ndarray,
         fix: str = "give those pixels one of these values",
+        lack: str = "it is test data",
     ) -> None:
         self.items, self.classes, self.palette = items, classes, palette
-        self.table, self.fix = table, fix
+        self.table, self.fix, self.lack = table, fix, lack
         self.names = tuple(item.name for item in items)
         self.labelled = all(item.mask for item in items)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import checkpoints
 from ..data import class_frequencies
-from ..data.dataset import Dataset
+from ..data.dataset import Dataset, check_labelled
 from ..files import replacing
 from ..nn import ShelfNet, create_model, fuse_for_training, transfer_weights
 from ..nn.images import normalised as normalised_by
@@ -38,7 +38,7 @@ class Run:
 
     Raises:
         OSError, RuntimeError, ValueError: the weights to begin with cannot be read or do not fit; the batch
-            cannot be shared among the processes.
+            cannot be shared among the processes; the images have no masks.
 
     Attributes:
         step: steps done.
@@ -52,6 +52,7 @@ class Run:
         parts = processes.count * stage.accumulate
         if stage.batch % parts:
             raise ValueError(f"batch is {stage.batch}, it must be a multiple of {parts}, the parts of a step")
+        check_labelled(source, "data.train", stage.data.train)
         self._check_norms(stage, processes)
         torch.manual_seed(stage.seed)
         self.stage, self.source, self.processes = stage, source, processes

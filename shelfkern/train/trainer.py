@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..data import open_dataset
-from ..data.dataset import Dataset
+from ..data.dataset import Dataset, check_labelled
 from ..evaluate import Evaluation, evaluate
 from ..nn import save_weights
 from .distributed import Processes
@@ -74,6 +74,7 @@ class _Training:
         self.validation: Dataset | None = None
         if data.validation:
             self.validation = open_split(data.dataset, options.roots, data.validation)
+            check_labelled(self.validation, "data.validation", data.validation)
         self.folder = options.out / stage.name
         self.checkpoint = self.folder / CHECKPOINT
 

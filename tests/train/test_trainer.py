@@ -274,6 +274,20 @@ def test_bad_data_is_one_sentence(recipe, data, tmp_path) -> None:
     assert unnamed.exit_code == 1 and "data names no folder of camvid" in unnamed.output
 
 
+@pytest.mark.parametrize("split, name", [("train", "train"), ("val", "validation")])
+@pytest.mark.parametrize("more", [(), ("--check",)])
+def test_data_without_masks_is_refused(split: str, name: str, more, recipe, data, tmp_path) -> None:
+    (data / "labels.json").write_text(json.dumps({"classes": [{"name": str(index)} for index in range(12)]}))
+    for part in ("train", "val"):
+        if part != split:
+            (data / part / "labels").rename(data / part / "masks")
+    result = command(recipe, data, tmp_path / "out", "--set", "data.dataset=folder", *more)
+    assert result.exit_code == 1
+    sentence = f"data.{name} is '{split}', which has no masks: {data / split / 'masks'} is missing"
+    assert result.output.endswith(f"Error: {sentence}\n")
+    assert not list((tmp_path / "out").glob("*/checkpoint.pt"))
+
+
 def test_data_can_be_checked_first(recipe, data, tmp_path) -> None:
     result = command(recipe, data, tmp_path / "out", "--check")
     assert result.exit_code == 0, result.output
