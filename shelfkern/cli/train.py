@@ -41,7 +41,7 @@ def _check(recipe: recipes.Recipe, roots: dict[str, Path]) -> None:
     for problem in problems:
         click.echo(problem, err=True)
     if problems:
-        raise click.exceptions.Exit(1)
+        raise SystemExit(1)
 
 
 @click.command(
@@ -88,7 +88,8 @@ def train(
 
     Each stage of the recipe writes to OUT/STAGE: best.safetensors and last.safetensors, train.csv and
     validation.csv, TensorBoard event files, and checkpoint.pt, from which it resumes. For several GPUs or
-    machines start it with torchrun: `torchrun --nproc-per-node 8 -m shelfkern train ...`.
+    machines start it with torchrun: `torchrun --nproc-per-node 8 -m shelfkern train ...`. Validation
+    images that cannot be read are named and skipped, and the exit status is then 1.
     """
     try:
         recipe = recipes.load(config, changes)
@@ -99,8 +100,10 @@ def train(
             _check(recipe, roots)
             return
         with joined(device) as processes:
-            run_stages(recipe, Options(out, roots, every, log_every, workers), processes)
+            whole = run_stages(recipe, Options(out, roots, every, log_every, workers), processes)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise click.ClickException(str(error)) from error
     except KeyboardInterrupt:
         raise click.Abort from None
+    if not whole:
+        raise SystemExit(1)

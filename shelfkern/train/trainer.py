@@ -44,12 +44,16 @@ class Options:
     workers: int = 0
 
 
-def train(recipe: Recipe, options: Options, processes: Processes) -> None:
+def train(recipe: Recipe, options: Options, processes: Processes) -> bool:
     """Runs every stage to its end, from where an earlier run in `options.out` stopped.
 
     A run that is killed at any point and started again gives the weights and losses of one never stopped.
     Ctrl-C ends it after the step at hand, with a checkpoint where it trains alone. Of a finished stage only
     the checkpoint is read: its data need not be there any more.
+
+    Returns:
+        whether all validation images could be read. One that could not is named and left out, of the choice
+        of the best weights too.
 
     Raises:
         KeyboardInterrupt: Ctrl-C.
@@ -57,9 +61,15 @@ def train(recipe: Recipe, options: Options, processes: Processes) -> None:
             recipe; one sentence.
     """
     start: dict[str, Tensor] | None = None
+    whole = True
     for stage in recipe.stages:
         done = finished(options.out / stage.name / CHECKPOINT, stage)
-        start = _Training(stage, options, processes, start).finish() if done is None else done
+        if done is None:
+            training = _Training(stage, options, processes, start)
+            done = training.finish()
+            whole &= not training.skipped
+        start = done
+    return whole
 
 
 class _Training:
@@ -77,6 +87,8 @@ class _Training:
             check_labelled(self.validation, "data.validation", data.validation)
         self.folder = options.out / stage.name
         self.checkpoint = self.folder / CHECKPOINT
+        # Validation images that could not be read.
+        self.skipped: set[str] = set()
 
     def finish(self) -> dict[str, Tensor]:
         """Trains to the stage's end; gives the averaged weights."""
@@ -152,6 +164,7 @@ class _Training:
         found = None
         if self.validation is not None:
             found = evaluate(run.average.model, self.validation, device=self.processes.device)
+            self._report_skipped(found)
         if found is not None and found.matrix.mean_iou() > run.best:
             run.best, run.best_step = found.matrix.mean_iou(), run.step
         if first:
@@ -164,6 +177,12 @@ class _Training:
         self.processes.wait()
         self._restart_clock()
 
+    def _report_skipped(self, found: Evaluation) -> None:
+        for name, reason in found.skipped:
+            if name not in self.skipped:
+                self.terminal.say(f"{name} is skipped: {reason}")
+            self.skipped.add(name)
+
     def _log_validation(self, found: Evaluation) -> None:
         matrix, classes = found.matrix, self.run.source.classes
         numbers = {"miou": matrix.mean_iou(), "pixel_accuracy": matrix.pixel_accuracy()}
@@ -172,8 +191,9 @@ class _Training:
             rounded = {name: round(value, 4) for name, value in numbers.items()}
             self.validations.append({"step": self.run.step, **rounded})
         self.events.add("validation", numbers, self.run.step)
+        without = f", without {len(found.skipped)} skipped" if found.skipped else ""
         self.terminal.say(
-            f"step {self.run.step}  validation mIoU {100 * matrix.mean_iou():.2f} %, "
+            f"step {self.run.step}  validation mIoU {100 * matrix.mean_iou():.2f} %{without}, "
             f"best {100 * self.run.best:.2f} % at step {self.run.best_step}"
         )
 

@@ -18,7 +18,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 from stages import RECIPE
 
-from shelfkern.cli import commands
+from shelfkern.cli import commands, main
 from shelfkern.data.camvid import CLASSES, PALETTE
 from shelfkern.nn import from_weights
 from shelfkern.nn.weights import read_safetensors
@@ -288,7 +288,18 @@ def test_data_without_masks_is_refused(split: str, name: str, more, recipe, data
     assert not list((tmp_path / "out").glob("*/checkpoint.pt"))
 
 
-def test_data_can_be_checked_first(recipe, data, tmp_path) -> None:
+def test_bad_validation_data_is_reported_and_skipped(recipe, data, tmp_path) -> None:
+    mask = data / "val" / "labels" / "frame5.png"
+    Image.new("L", (48, 40), 77).save(mask)
+    result = command(recipe, data, tmp_path / "out", "--every", "3")
+    assert result.exit_code == 1
+    assert result.output.count(f"frame5 is skipped: {mask} holds the value 77") == 1
+    assert result.output.count("%, without 1 skipped, best") == 2
+    assert from_weights(tmp_path / "out" / "train" / "best.safetensors").classes == CLASSES
+    assert [row["step"] for row in rows(tmp_path / "out", "train/validation.csv")] == ["3", "6"]
+
+
+def test_data_can_be_checked_first(recipe, data, tmp_path, monkeypatch) -> None:
     result = command(recipe, data, tmp_path / "out", "--check")
     assert result.exit_code == 0, result.output
     assert (
@@ -301,6 +312,10 @@ def test_data_can_be_checked_first(recipe, data, tmp_path) -> None:
     assert result.exit_code == 1 and not (tmp_path / "out").exists()
     assert "train: 4 samples, 1 of them unfit" in result.output
     assert str(mask) in result.output and str(image) in result.output
+    monkeypatch.setattr(sys, "argv", ["shelfkern", *arguments(recipe, data, tmp_path / "out", "--check")])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 1
 
 
 def test_a_learning_curve_is_drawn(recipe, data, tmp_path) -> None:
