@@ -44,6 +44,7 @@ class Run:
         step: steps done.
         steps: steps of the whole stage.
         best: the best validation mIoU so far, with the step it was measured at.
+        due: whether the validation and the files of weights of this step are still to come.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Run:
         self.stage, self.source, self.processes = stage, source, processes
         self.step, self.steps = 0, stage.total_steps(len(source))
         self.best, self.best_step = 0.0, 0
+        self.due = False
         self._terms, self._counted = torch.zeros(len(PARTS)), 0
         self.dtype = torch.float64 if stage.precision == "float64" else torch.float32
         self.model = self._model(start)
@@ -164,6 +166,7 @@ class Run:
             "scaler": self.scaler.state_dict(),
             "step": self.step,
             "best": (self.best, self.best_step),
+            "due": self.due,
             "terms": (self._terms, self._counted),
             "stage": dataclasses.asdict(self.stage),
             "images": len(self.source),
@@ -185,6 +188,8 @@ class Run:
         self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
         self.best, self.best_step = state["best"]
+        # Earlier versions wrote checkpoints after all else.
+        self.due = state.get("due", False)
         self._terms, self._counted = state["terms"]
 
 
@@ -220,7 +225,7 @@ def finished(path: Path, stage: Stage) -> dict[str, Tensor] | None:
     state = read_checkpoint(path, stage)
     # Those of earlier versions do not say it.
     done = "images" in state and state["step"] >= stage.total_steps(state["images"])
-    return state["average"] if done else None
+    return state["average"] if done and not state.get("due", False) else None
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Mapping
@@ -48,8 +49,9 @@ def train(recipe: Recipe, options: Options, processes: Processes) -> bool:
     """Runs every stage to its end, from where an earlier run in `options.out` stopped.
 
     A run that is killed at any point and started again gives the weights and losses of one never stopped.
-    Ctrl-C ends it after the step at hand, with a checkpoint where it trains alone. Of a finished stage only
-    the checkpoint is read: its data need not be there any more.
+    Ctrl-C ends it after the step at hand, with a checkpoint where it trains alone; so do errors, but for
+    those within a step, after which the last checkpoint stands. Of a finished stage only the checkpoint is
+    read: its data need not be there any more.
 
     Returns:
         whether all validation images could be read. One that could not is named and left out, of the choice
@@ -89,6 +91,7 @@ class _Training:
         self.checkpoint = self.folder / CHECKPOINT
         # Validation images that could not be read.
         self.skipped: set[str] = set()
+        self.in_step = False
 
     def finish(self) -> dict[str, Tensor]:
         """Trains to the stage's end; gives the averaged weights."""
@@ -96,14 +99,14 @@ class _Training:
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.checkpoint.exists():
             run.resume(self.checkpoint)
-        if run.step < run.steps:
+        if run.step < run.steps or run.due:
             with Terminal(run.steps, run.step, speaks=first) as self.terminal:
                 if run.step:
                     self.terminal.say(f"{self.stage.name}: going on from step {run.step}")
                 self._open_logs()
                 try:
                     self._train()
-                except KeyboardInterrupt:
+                except BaseException:
                     self._stopped()
                     raise
                 finally:
@@ -114,12 +117,17 @@ class _Training:
         first, step = self.processes.is_first, self.run.step
         # All but the first process write nowhere.
         self.log = Table(self.folder / "train.csv", step) if first else None
-        self.validations = Table(self.folder / "validation.csv", step) if first else None
+        validated = step - 1 if self.run.due else step
+        self.validations = Table(self.folder / "validation.csv", validated) if first else None
         self.events = Events(self.folder if first else None, step)
 
     def _stopped(self) -> None:
-        # Processes that train together may be a step apart: their last checkpoint stands.
-        if self.processes.count == 1:
+        # Processes that train together may be a step apart: their last checkpoint stands. So it does after
+        # half a step, which has moved the norms' statistics.
+        if self.processes.count > 1 or self.in_step or not self.run.step:
+            return
+        # What ended the run is to be told, though this may fail by the same.
+        with contextlib.suppress(OSError):
             self.run.save(self.checkpoint)
             self.terminal.say(f"stopped at step {self.run.step}; the same command goes on from here")
 
@@ -127,13 +135,19 @@ class _Training:
         run, options, processes = self.run, self.options, self.processes
         steps = range(run.step, run.steps)
         self._restart_clock()
+        if run.due:
+            with uninterrupted():
+                self._keep()
         for batch in batches(run.source, self.stage, steps, processes.rank, processes.count, options.workers):
             with uninterrupted():
+                self.in_step = True
                 run.advance(batch)
+                self.in_step = False
+                run.due = run.step % options.every == 0 or run.step == run.steps
                 self.terminal.step(run.step)
                 if run.step % options.log_every == 0 or run.step == run.steps:
                     self._report()
-                if run.step % options.every == 0 or run.step == run.steps:
+                if run.due:
                     self._keep()
 
     def _restart_clock(self) -> None:
@@ -158,11 +172,13 @@ class _Training:
         )
 
     def _keep(self) -> None:
-        """A validation, the weights as files, and last the checkpoint, from which all of it is repeated."""
+        """A checkpoint, a validation, the weights as files, and the checkpoint again, which has seen them."""
         run, first = self.run, self.processes.is_first
         self.processes.broadcast(run.average.model.state_dict())
         found = None
         if self.validation is not None:
+            if first:
+                run.save(self.checkpoint)
             found = evaluate(run.average.model, self.validation, device=self.processes.device)
             self._report_skipped(found)
         if found is not None and found.matrix.mean_iou() > run.best:
@@ -173,6 +189,8 @@ class _Training:
                 if run.best_step == run.step:
                     self._export(BEST, found)
             self._export(LAST, found)
+        run.due = False
+        if first:
             run.save(self.checkpoint)
         self.processes.wait()
         self._restart_clock()

@@ -16,14 +16,17 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from PIL import Image
-from stages import RECIPE
+from stages import RECIPE, tiny
 
 from shelfkern.cli import commands, main
 from shelfkern.data.camvid import CLASSES, PALETTE
+from shelfkern.evaluate import evaluate
 from shelfkern.nn import from_weights
 from shelfkern.nn.weights import read_safetensors
 from shelfkern.train import curve, trainer
+from shelfkern.train.loader import Keys
 from shelfkern.train.losses import PARTS
+from shelfkern.train.run import Run
 
 LOSSES = ("step", "epoch", "lr", "loss", *PARTS)
 
@@ -132,6 +135,70 @@ def test_ctrl_c_in_the_last_validation_loses_nothing(recipe, data, tmp_path, mon
     assert result.exit_code == 1 and "stopped at step 6;" in result.output
     assert [row["step"] for row in rows(tmp_path / "out", "train/validation.csv")] == ["6"]
     assert (tmp_path / "out" / "train" / "best.safetensors").exists()
+
+
+def assert_goes_on_to(straight: Path, stopped: Path, recipe: Path, data: Path, step: int, *more: str) -> None:
+    assert torch.load(stopped / "train" / "checkpoint.pt", weights_only=True)["step"] == step
+    result = command(recipe, data, stopped, *more)
+    assert result.exit_code == 0 and result.output.startswith(f"train: going on from step {step}\n")
+    assert command(recipe, data, straight, *more).exit_code == 0
+    assert_same_weights(straight, stopped)
+    assert losses(stopped) == losses(straight)
+    assert rows(stopped, "train/validation.csv") == rows(straight, "train/validation.csv")
+
+
+def test_an_error_between_steps_loses_none(recipe, data, tmp_path) -> None:
+    """A mask of the second step that is read there first, since classes weigh alike."""
+    more = ("--set", "loss.class_margin=0")
+    (keys,) = Keys(tiny(), 4, range(1, 2))
+    mask = data / "train" / "labels" / f"frame{keys[0].index}.png"
+    good = mask.read_bytes()
+    Image.new("L", (48, 40), 77).save(mask)
+    result = command(recipe, data, tmp_path / "stopped", *more)
+    assert result.exit_code == 1 and "stopped at step 1; the same command goes on" in result.output
+    mask.write_bytes(good)
+    assert_goes_on_to(tmp_path / "straight", tmp_path / "stopped", recipe, data, 1, *more)
+
+
+def test_half_a_step_is_not_kept(recipe, data, tmp_path, monkeypatch) -> None:
+    function = Run._backward
+
+    def failing(run: Run, *args):
+        if run.step == 3:
+            function(run, *args)
+            raise RuntimeError("out of memory")
+        return function(run, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_backward", failing)
+        result = command(recipe, data, tmp_path / "stopped", "--every", "2")
+    assert result.exit_code == 1 and result.output.endswith("Error: out of memory\n")
+    assert_goes_on_to(tmp_path / "straight", tmp_path / "stopped", recipe, data, 2, "--every", "2")
+
+
+@pytest.mark.parametrize("every", [3, 6])
+def test_an_error_in_a_validation_loses_nothing(every: int, recipe, data, tmp_path, monkeypatch) -> None:
+    """The validation comes when the run goes on, at the last step too."""
+    folder, steps = data / "val" / "labels", []
+    masks = {path: path.read_bytes() for path in folder.iterdir()}
+    for path in masks:
+        path.write_bytes(b"none")
+
+    def seen(*args, **kwargs):
+        path = tmp_path / "stopped" / "train" / "checkpoint.pt"
+        steps.append(torch.load(path, weights_only=True)["step"])
+        return evaluate(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "evaluate", seen)
+        result = command(recipe, data, tmp_path / "stopped", "--every", str(every))
+    # Also a SIGKILL there would have lost nothing.
+    assert steps == [every]
+    assert result.exit_code == 1 and f"stopped at step {every};" in result.output
+    assert "none of the 2 images can be read" in result.output
+    for path, content in masks.items():
+        path.write_bytes(content)
+    assert_goes_on_to(tmp_path / "straight", tmp_path / "stopped", recipe, data, every, "--every", str(every))
 
 
 def test_a_killed_run_repeats_itself(recipe, data, tmp_path) -> None:
