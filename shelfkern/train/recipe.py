@@ -1,7 +1,8 @@
 """Recipes: TOML files that state a training run whole. `load` reads one; docs/training.md lists the fields.
 
 A recipe has one or more stages, run in turn, each beginning with the weights of the one before. What
-stands outside `[[stages]]` holds for every stage that does not state it anew.
+stands outside `[[stages]]` holds for every stage that does not state it anew, but for the weights to begin
+with, which are the first stage's.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from typing import Any, Literal
 
 from ..data.transforms import Augmentation
 
+# Fields of `Model` that name the weights a stage begins with.
+BEGINNINGS = ("start", "backbone")
+
 Name = Literal["shelfnet18_lw", "shelfnet34_lw", "shelfnet50", "shelfnet101"]
 
 
@@ -27,6 +31,8 @@ def _check(owner: object, name: str, fits: bool, may: str) -> None:
 @dataclasses.dataclass(frozen=True)
 class Model:
     """The network: a published one, and what differs from it.
+
+    Without `start` and `backbone` a stage begins with the weights of the one before.
 
     Attributes:
         name: the published model.
@@ -216,7 +222,8 @@ def load(config: str, changes: Sequence[str] = ()) -> Recipe:
 
     Args:
         changes: "path.to.field=VALUE" in TOML's spelling, a bare word for a string; for every stage, or
-            with "STAGE:path.to.field=VALUE" for one.
+            with "STAGE:path.to.field=VALUE" for one. `model.start` and `model.backbone` without a stage are
+            the first one's.
 
     Raises:
         FileNotFoundError: neither a shipped name nor a file.
@@ -227,7 +234,11 @@ def load(config: str, changes: Sequence[str] = ()) -> Recipe:
     stages = table.pop("stages", [{}])
     if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
         raise ValueError(f"{config}: stages must be tables, [[stages]]")
-    merged = [merge({"name": "train"}, merge(table, stage)) for stage in stages]
+    later = _of_later_stages(table)
+    merged = [
+        merge({"name": "train"}, merge(later if index else table, stage))
+        for index, stage in enumerate(stages)
+    ]
     for change in changes:
         merged = _changed(merged, change)
     return _validated(config, {"stages": merged})
@@ -264,6 +275,14 @@ def merge(base: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     return both
 
 
+def _of_later_stages(table: dict[str, Any]) -> dict[str, Any]:
+    """What holds for them of a table for all: they begin with the weights of the stage before."""
+    model = table.get("model")
+    if not isinstance(model, dict):
+        return table
+    return table | {"model": {name: value for name, value in model.items() if name not in BEGINNINGS}}
+
+
 def _changed(stages: list[dict[str, Any]], change: str) -> list[dict[str, Any]]:
     key, equals, text = change.partition("=")
     stage, colon, path = key.rpartition(":")
@@ -282,7 +301,10 @@ def _changed(stages: list[dict[str, Any]], change: str) -> list[dict[str, Any]]:
     for name in outer:
         inner[name] = inner = {}
     inner[last] = value
-    return [merge(one, table) if not colon or one["name"] == stage else one for one in stages]
+    if colon:
+        return [merge(one, table) if one["name"] == stage else one for one in stages]
+    first, *others = stages
+    return [merge(first, table), *(merge(one, _of_later_stages(table)) for one in others)]
 
 
 def _validated(config: str, table: dict[str, Any]) -> Recipe:

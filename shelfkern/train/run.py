@@ -34,7 +34,7 @@ class Run:
         stage: what is trained and how.
         source: the training images.
         processes: this process among those that train together.
-        start: a state dict to begin with, in place of what `stage.model` names.
+        start: the state dict of the stage before, to begin with where `stage.model` names no weights.
 
     Raises:
         OSError, RuntimeError, ValueError: the weights to begin with cannot be read or do not fit; the batch
@@ -256,12 +256,12 @@ def build_model(recipe: Model, source: Dataset, start: dict[str, Tensor] | None 
             f"model.changes is {recipe.changes}, it may hold fields of ShelfNetConfig"
         ) from error
     model.classes, model.palette = tuple(source.classes), tuple(source.palette)
-    if start is not None:
-        transfer_weights(model, start, "the stage before")
-    elif recipe.start:
+    if recipe.start:
         first = checkpoints.open_model(recipe.start)
         model.normalisation = first.normalisation
         transfer_weights(model, first.state_dict(), f"model.start {recipe.start}")
     elif recipe.backbone:
         checkpoints.load_resnet(model.backbone, recipe.backbone)
+    elif start is not None:
+        transfer_weights(model, start, "the stage before")
     return model

@@ -57,6 +57,19 @@ def test_changes(tmp_path) -> None:
     assert (first.fused, second.fused) == (False, True)
 
 
+def test_weights_to_begin_with_are_those_of_a_stage(tmp_path) -> None:
+    """Given for all they are the first stage's: the others begin with the stage before."""
+    text = MINIMAL.replace("[model]", '[model]\nstart = "x"')
+    stages = "".join(f'[[stages]]\nname = "{name}"\n' for name in "abc")
+    own = 'model = {start = "y"}\n'
+    models = [stage.model for stage in load(written(tmp_path, text + stages + own)).stages]
+    assert [model.start for model in models] == ["x", "", "y"]
+    changes = ["model.backbone=r", "c:model.backbone=s"]
+    models = [stage.model for stage in load(written(tmp_path, MINIMAL + stages), changes).stages]
+    assert [model.backbone for model in models] == ["r", "", "s"]
+    assert {model.name for model in models} == {"shelfnet18_lw"}
+
+
 @pytest.mark.parametrize(
     "change, words",
     [

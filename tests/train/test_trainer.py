@@ -16,12 +16,12 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from PIL import Image
-from stages import RECIPE, tiny
+from stages import RECIPE, SMALLEST, tiny
 
 from shelfkern.cli import commands, main
 from shelfkern.data.camvid import CLASSES, PALETTE
 from shelfkern.evaluate import evaluate
-from shelfkern.nn import from_weights
+from shelfkern.nn import from_weights, save_weights, shelfnet18_lw
 from shelfkern.nn.weights import read_safetensors
 from shelfkern.train import curve, trainer
 from shelfkern.train.loader import Keys
@@ -237,6 +237,22 @@ def test_a_second_stage_begins_with_the_first_ones_average(data, tmp_path) -> No
         if value.ndim == 4:
             assert torch.allclose(second["model"][name], value, rtol=1e-5), name
     assert [row["step"] for row in rows(tmp_path / "out", "two/train.csv")] == ["1", "2"]
+
+
+def test_a_stage_may_begin_with_weights_of_its_own(data, tmp_path) -> None:
+    first = shelfnet18_lw(11, **SMALLEST)
+    save_weights(first, tmp_path / "first.safetensors", dtype=torch.float32)
+    recipe = tmp_path / "two.toml"
+    own = f'model = {{start = "{tmp_path / "first.safetensors"}"}}\n'
+    recipe.write_text(
+        RECIPE + '[[stages]]\nname = "one"\nsteps = 1\n[[stages]]\nname = "two"\nsteps = 1\n' + own
+    )
+    result = command(recipe, data, tmp_path / "out", "--set", "two:optimizer.lr=1e-30")
+    assert result.exit_code == 0, result.output
+    second = torch.load(tmp_path / "out" / "two" / "checkpoint.pt", weights_only=True)["model"]
+    for name, value in first.state_dict().items():
+        if value.ndim == 4:
+            assert torch.allclose(second[name], value, rtol=1e-5), name
 
 
 def test_finished_stages_are_passed_over_without_their_data(data, tmp_path, monkeypatch) -> None:
