@@ -204,9 +204,11 @@ def read_checkpoint(path: Path, stage: Stage) -> dict[str, Any]:
     kinds = {"model": dict, "average": dict, "stage": dict, "step": int}
     if not isinstance(state, dict) or any(not isinstance(state.get(key), kinds[key]) for key in kinds):
         raise RuntimeError(f"{path} is no checkpoint of a training run")
-    given = _flat(dataclasses.asdict(stage))
-    for name, before in _flat(state["stage"]).items():
-        now = given.get(name)
+    given, found = _flat(dataclasses.asdict(stage)), _flat(state["stage"])
+    # Any other field that the checkpoint lacks is newer than it.
+    added = [name for name in given if name not in found and name.startswith("model.changes.")]
+    for name in (*found, *added):
+        before, now = found.get(name), given.get(name)
         if now != before and name not in LENGTH:
             raise ValueError(f"{path} is of a run with {name} {before}, it cannot go on with {now}")
     return state

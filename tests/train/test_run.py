@@ -195,6 +195,14 @@ def test_norms_of_gates_need_two_images(changes, source) -> None:
         ({"seed": 1}, "seed 0, it cannot go on with 1"),
         ({"optimizer": Optimizer("adamw", lr=2e-3)}, "optimizer.lr 0.001, it cannot go on with 0.002"),
         ({"batch": 4}, "batch 2, it cannot go on with 4"),
+        (
+            {"model": Model("shelfnet18_lw", SMALLEST | {"dropout": 0.5})},
+            "model.changes.dropout None, it cannot go on with 0.5",
+        ),
+        (
+            {"model": Model("shelfnet18_lw", {"backbone_width": 4, "widths": [4, 8, 16]})},
+            "model.changes.head_width 4, it cannot go on with None",
+        ),
     ],
 )
 def test_a_run_does_not_go_on_with_another_recipe(changes, words, source, tmp_path) -> None:
