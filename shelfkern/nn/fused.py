@@ -110,9 +110,10 @@ def fuse_for_training(model: Model) -> Model:
 
     Parameters, the state dict and all results in eval mode stay the same. In train mode outputs and gradients
     are the same up to rounding, and dropout drops the same channels for the same seed. Anything without a
-    fused version is left unchanged: blocks of other types or with other activations, norms other than
-    BatchNorm2d (such as SyncBatchNorm) or frozen in eval mode, and dtypes without a kernel. Hooks on modules
-    inside fused blocks are not called in train mode.
+    fused version is left unchanged: blocks of other types, with other activations or dropout, or with hooks
+    on modules inside them, such as pruning's; norms other than BatchNorm2d (such as SyncBatchNorm) or frozen
+    in eval mode; and dtypes without a kernel. Hooks added later to modules inside fused blocks are not called
+    in train mode.
 
     Args:
         model: a ShelfNet, or any module that contains blocks of this package; call this before
@@ -132,10 +133,23 @@ def fuse_for_training(model: Model) -> Model:
 def _has_known_parts(block: nn.Module) -> bool:
     if isinstance(block, (ConvHead, BackboneHead)) and plain_type(block.features) is not ConvBNAct:
         return False
-    acts = (module for name, module in block.named_modules() if name.endswith("act"))
-    return all(
-        type(act) is nn.ReLU or (type(act) is nn.LeakyReLU and 0 <= act.negative_slope <= 1) for act in acts
-    )
+    # A ResNet's own parts are those of its stem: the others are called as they are.
+    parts = block.named_children() if isinstance(block, ResNet) else block.named_modules()
+    inner = {name: part for name, part in parts if part is not block}
+    if isinstance(block, ResNet):
+        inner = {name: part for name, part in inner.items() if not name.startswith("layer")}
+    return all(_is_known(name.rpartition(".")[2], part) for name, part in inner.items())
+
+
+def _is_known(name: str, part: nn.Module) -> bool:
+    """Whether a part is what its block's fused form computes, and is not watched."""
+    hooks = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
+    if any(hooks):
+        return False
+    if name == "act" and type(part) is nn.LeakyReLU:
+        return 0 <= part.negative_slope <= 1
+    kinds = {"act": nn.ReLU, "relu": nn.ReLU, "dropout": nn.Dropout2d}
+    return name not in kinds or type(part) is kinds[name]
 
 
 def plain_type(module: nn.Module) -> type[nn.Module]:

@@ -10,12 +10,14 @@ import pytest
 import torch
 import two_processes
 from torch import nn
+from torch.nn.utils import prune
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import shelfkern
 from shelfkern import native
 from shelfkern.nn import ShelfNet, ShelfNetConfig, blocks, fused
+from shelfkern.nn.backbone import Bottleneck
 
 TINY = {
     "attention": dict(merge="attention", head="conv", negative_slope=0.01, presence=False, dropout=0.1),
@@ -254,6 +256,48 @@ def test_what_is_not_known_stays_plain() -> None:
     loss_of(model.train()(torch.randn(2, 3, 32, 64))).backward()
     with pytest.raises(TypeError, match="model is dict, it must be a torch"):
         shelfkern.fuse_for_training({})
+
+
+def replaced(model: nn.Module, name: str, part) -> None:
+    for module in list(model.modules()):
+        if isinstance(getattr(module, name, None), nn.Module):
+            setattr(module, name, part())
+
+
+PARTS = {
+    "relu": (nn.GELU, fused.FusedBasicBlock, fused.FusedSharedBlock),
+    "dropout": (nn.Identity, fused.FusedSharedBlock, fused.FusedBasicBlock),
+}
+
+
+@pytest.mark.parametrize("name", list(PARTS))
+def test_blocks_with_replaced_parts_stay_plain(name: str) -> None:
+    part, gone, left = PARTS[name]
+    plain, image = tiny("attention").train(), torch.randn(2, 3, 64, 64)
+    replaced(plain, name, part)
+    model = shelfkern.fuse_for_training(copy.deepcopy(plain))
+    kinds = {type(module) for module in model.modules()}
+    assert gone not in kinds and {left, fused.FusedResNet} <= kinds
+    assert distances(gradients(model, image), gradients(plain, image)).max() < 1e-3
+
+
+def test_blocks_with_hooks_stay_plain() -> None:
+    """Of pruning, which makes the weight anew before every pass."""
+    model, image = tiny("deconv").train(), torch.randn(2, 3, 64, 64)
+    block, later = model.backbone.layer1[0], model.backbone.layer2
+    prune.l1_unstructured(block.conv2, "weight", 0.5)
+    seen: list[nn.Module] = []
+    for module in (later, later[0], later[0].conv1, model.backbone.maxpool):
+        module.register_forward_hook(lambda module, *rest: seen.append(module))
+    shelfkern.fuse_for_training(model)
+    assert type(block) is type(later[0]) is Bottleneck and type(later[1]) is fused.FusedBottleneck
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss_of(model(image)).backward()
+        optimizer.step()
+    assert (block.conv2.weight == 0).double().mean() == pytest.approx(0.5, abs=0.01)
+    assert len(seen) == 8
 
 
 def pickled(model: ShelfNet) -> ShelfNet:
