@@ -13,7 +13,7 @@ from torch import nn
 from shelfkern import checkpoints
 from shelfkern.data import Dataset, open_dataset
 from shelfkern.data.transforms import Augmentation
-from shelfkern.nn import save_weights, shelfnet18_lw, shelfnet50
+from shelfkern.nn import backbone, fused, save_weights, shelfnet18_lw, shelfnet50
 from shelfkern.train.distributed import Processes
 from shelfkern.train.loader import batches
 from shelfkern.train.recipe import Loss, Model, Optimizer, Stage
@@ -105,6 +105,22 @@ def test_the_loss_falls(source) -> None:
     assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
 
 
+@pytest.mark.parametrize("is_fused, kind", [(True, fused.FusedResNet), (False, backbone.ResNet)])
+def test_the_model_is_fused_where_the_recipe_says_so(is_fused: bool, kind: type, source) -> None:
+    run = Run(tiny(fused=is_fused), source, ALONE)
+    assert type(run.model.backbone) is type(run.average.model.backbone) is kind
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16", "float64"])
+def test_the_network_computes_in_the_precision(precision: str, source) -> None:
+    run, seen = Run(tiny(precision=precision), source, ALONE), []
+    run.model.head.register_forward_hook(lambda module, given, result: seen.append(result.dtype))
+    advanced(run, 1)
+    assert seen == [getattr(torch, precision)]
+    kinds = {parameter.dtype for parameter in run.model.parameters()}
+    assert kinds == {torch.float64 if precision == "float64" else torch.float32}
+
+
 def test_a_step_has_the_rates_of_the_schedule(source) -> None:
     stage = tiny(optimizer=Optimizer("sgd", lr=0.1, head_factor=10.0))
     run = Run(stage, source, ALONE)
@@ -129,6 +145,12 @@ def test_groups(decay_norms: bool, source) -> None:
             decays = decay_norms or parameter.ndim > 1
             assert group["weight_decay"] == (0.01 if decays else 0.0), name
     assert sorted(seen) == sorted(names.values())
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.5])
+def test_the_optimiser_has_the_momentum(momentum: float, source) -> None:
+    run = Run(tiny(optimizer=Optimizer("sgd", momentum=momentum)), source, ALONE)
+    assert {group["momentum"] for group in run.optimizer.param_groups} == {momentum}
 
 
 def test_the_average_by_hand(source) -> None:
@@ -176,6 +198,26 @@ def test_the_gradient_is_clipped(source) -> None:
     advanced(run, 1)
     norm = torch.stack([p.grad.norm() for p in run.model.parameters()]).norm()
     assert_allclose(norm, 0.01, rtol=1e-3)
+
+
+@pytest.mark.parametrize("scale", [4.0, 256.0])
+def test_the_clipped_gradient_is_that_of_the_loss_as_it_is(scale: float, source) -> None:
+    """Not of the one times the scale."""
+    run = Run(tiny(precision="float16", optimizer=Optimizer("sgd", lr=1e-3, clip=0.01)), source, ALONE)
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    advanced(run, 1)
+    norm = torch.stack([p.grad.norm() for p in run.model.parameters()]).norm()
+    assert_allclose(norm, 0.01, rtol=1e-3)
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_a_gradient_that_overflows_halves_the_scale_alone(clip: float, source) -> None:
+    run = Run(tiny(precision="float16", optimizer=Optimizer("adamw", clip=clip)), source, ALONE)
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    before = [parameter.clone() for parameter in run.model.parameters()]
+    advanced(run, 1)
+    assert run.scaler.get_scale() == 2.0**39 and run.step == 1
+    assert all(map(torch.equal, before, run.model.parameters()))
 
 
 def test_a_batch_that_cannot_be_shared(source) -> None:

@@ -100,6 +100,35 @@ def test_a_longer_run_goes_on_from_the_end(recipe, data, tmp_path) -> None:
     assert [row["step"] for row in rows(tmp_path / "out")] == [str(step) for step in range(1, 9)]
 
 
+def test_a_resumed_run_keeps_what_was_better(recipe, data, tmp_path) -> None:
+    assert command(recipe, data, tmp_path / "out").exit_code == 0
+    folder = tmp_path / "out" / "train"
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    torch.save(state | {"best": (0.9, 5)}, folder / "checkpoint.pt")
+    before = (folder / "best.safetensors").read_bytes()
+    result = command(recipe, data, tmp_path / "out", "--set", "steps=7")
+    assert result.exit_code == 0 and "best 90.00 % at step 5" in result.output
+    assert (folder / "best.safetensors").read_bytes() == before
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["best"] == (0.9, 5)
+
+
+def test_the_curves_of_tensorboard_have_every_step_once(recipe, data, tmp_path) -> None:
+    """Also those that were trained again, from an earlier checkpoint."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    folder = tmp_path / "out" / "train"
+    assert command(recipe, data, tmp_path / "out", "--set", "steps=2").exit_code == 0
+    early = (folder / "checkpoint.pt").read_bytes()
+    for _ in range(2):
+        (folder / "checkpoint.pt").write_bytes(early)
+        assert command(recipe, data, tmp_path / "out", "--set", "steps=4").exit_code == 0
+    events = accumulator.EventAccumulator(str(folder)).Reload()
+    found = {name: [event.step for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+    assert found["train/loss"] == found["train/lr"] == [1, 2, 3, 4]
+    assert found["validation/miou"] == [2, 4]
+    last = float(rows(tmp_path / "out")[-1]["loss"])
+    assert events.Scalars("train/loss")[-1].value == pytest.approx(last, rel=1e-6)
+
+
 def press_ctrl_c_at(monkeypatch, owner: object, name: str, call: int) -> None:
     """A Ctrl-C in the middle of the `call`-th call of a function."""
     function, calls = getattr(owner, name), []
