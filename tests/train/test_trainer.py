@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -337,6 +338,45 @@ def test_two_processes_have_the_losses_of_one(recipe, data, tmp_path) -> None:
         assert float(shared["loss"]) == pytest.approx(float(alone["loss"]), rel=1e-9)
     validations = [rows(tmp_path / name, "train/validation.csv")[-1] for name in ("one", "two")]
     assert float(validations[1]["miou"]) == pytest.approx(float(validations[0]["miou"]), abs=0.01)
+
+
+def started_together(rank: int, port: int, given: list[str]) -> subprocess.Popen[bytes]:
+    """One of two processes, as torchrun starts them."""
+    place = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2")
+    return subprocess.Popen(
+        [sys.executable, "-m", "shelfkern", *given],
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_two_killed_processes_repeat_themselves(recipe, data, tmp_path) -> None:
+    """Without the auxiliary heads, so that parameters have no gradient."""
+
+    killed, straight = tmp_path / "killed", tmp_path / "straight"
+
+    def started(out: Path) -> list[subprocess.Popen[bytes]]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        values = ("batch=4", "loss.auxiliary=0", "steps=5", "data.validation=''")
+        more = ("--every", "2", "--log-every", "1", *(part for value in values for part in ("--set", value)))
+        return [started_together(rank, port, arguments(recipe, data, out, *more)) for rank in range(2)]
+
+    one, other = started(killed), started(straight)
+    log, deadline = killed / "train" / "train.csv", time.monotonic() + 200
+    while one[0].poll() is None and time.monotonic() < deadline:
+        if log.exists() and log.read_text().count("\n") > 3:
+            break
+        time.sleep(0.01)
+    for process in one:
+        process.kill()
+    assert [process.wait() for process in one] == [-signal.SIGKILL] * 2
+    assert torch.load(killed / "train" / "checkpoint.pt", weights_only=True)["step"] in (2, 4)
+    again = started(killed)
+    assert [process.wait(timeout=200) for process in (*again, *other)] == [0] * 4
+    assert_same_weights(straight, killed)
+    assert losses(killed) == losses(straight) and len(losses(killed)) == 5
 
 
 def test_no_validation_split(recipe, data, tmp_path) -> None:
