@@ -52,8 +52,13 @@ class Keys:
         return np.random.default_rng((self.stage.seed, 77, epoch)).permutation(self.images)
 
 
-class Augmented(data.Dataset[tuple[np.ndarray, np.ndarray]]):
-    """Augmented images by `Key`, (height, width, 3), and their masks (height, width), both uint8.
+# An augmented image (height, width, 3) and its mask (height, width), both uint8; or why there is none: an
+# error raised in a worker would come with the worker's traceback as its text.
+Pair = tuple[np.ndarray, np.ndarray] | OSError | ValueError
+
+
+class Augmented(data.Dataset[Pair]):
+    """Augmented images by `Key`.
 
     Where the augmentation mixes, any image of the source is augmented alike for it.
     """
@@ -61,7 +66,13 @@ class Augmented(data.Dataset[tuple[np.ndarray, np.ndarray]]):
     def __init__(self, source: Dataset, augmentation: Augmentation) -> None:
         self.source, self.augmentation = source, augmentation
 
-    def __getitem__(self, key: Key) -> tuple[np.ndarray, np.ndarray]:
+    def __getitem__(self, key: Key) -> Pair:
+        try:
+            return self._pair(key)
+        except (OSError, ValueError) as error:
+            return error
+
+    def _pair(self, key: Key) -> tuple[np.ndarray, np.ndarray]:
         rng = np.random.default_rng(key.seed)
         image, mask = self._augmented(key.index, rng)
         # Without mixing nothing is drawn for it: such recipes give what they gave before there was any.
@@ -87,6 +98,9 @@ def batches(
 
     Yields:
         for each step `stage.accumulate` pairs of images (N, h, w, 3) and labels (N, h, w), both uint8.
+
+    Raises:
+        OSError, ValueError: as the source, at the step of the sample.
     """
     loader = data.DataLoader(
         Augmented(source, stage.augmentation),
@@ -98,7 +112,13 @@ def batches(
     )
     parts = iter(loader)
     for _ in steps:
-        yield [next(parts) for _ in range(stage.accumulate)]
+        yield [_read(next(parts)) for _ in range(stage.accumulate)]
+
+
+def _read(part: tuple[Tensor, Tensor] | OSError | ValueError) -> tuple[Tensor, Tensor]:
+    if isinstance(part, Exception):
+        raise part
+    return part
 
 
 def _deaf_to_ctrl_c(worker: int) -> None:
@@ -106,6 +126,11 @@ def _deaf_to_ctrl_c(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _stacked(samples: list[tuple[np.ndarray, np.ndarray]]) -> tuple[Tensor, Tensor]:
-    images, labels = zip(*samples, strict=True)
+def _stacked(samples: list[Pair]) -> tuple[Tensor, Tensor] | OSError | ValueError:
+    pairs = []
+    for sample in samples:
+        if isinstance(sample, Exception):
+            return sample
+        pairs.append(sample)
+    images, labels = zip(*pairs, strict=True)
     return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(labels))

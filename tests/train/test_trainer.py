@@ -412,6 +412,17 @@ def test_a_changed_recipe_does_not_go_on(recipe, data, tmp_path) -> None:
     assert (tmp_path / "out" / "train" / "checkpoint.pt").read_bytes() == before
 
 
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_bad_file_is_one_sentence_from_a_worker_too(workers: str, recipe, data, tmp_path) -> None:
+    image = data / "train" / "images" / "frame2.jpg"
+    image.write_bytes(image.read_bytes()[:300])
+    more = ("--set", "loss.class_margin=0", "--set", "data.validation=''", "--workers", workers)
+    result = command(recipe, data, tmp_path / "out", *more)
+    assert result.exit_code == 1 and "Traceback" not in result.output
+    last = result.output.splitlines()[-1]
+    assert last.startswith(f"Error: {image} cannot be decoded, it may be damaged: ")
+
+
 def test_bad_data_is_one_sentence(recipe, data, tmp_path) -> None:
     mask = data / "train" / "labels" / "frame2.png"
     Image.new("L", (48, 40), 77).save(mask)
