@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
@@ -18,6 +20,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Raises:
         FileNotFoundError: the folder of `path` does not exist.
+        OSError: it cannot be written, such as on a full disk; one sentence, also where safetensors or torch
+            found it out.
     """
     target = Path(path)
     if not target.parent.is_dir():
@@ -31,5 +35,30 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         temporary.chmod(mode)
         temporary.replace(target)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        cause = _cause(error, temporary)
+        if cause is None:
+            raise
+        raise unwritable(target, cause) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def unwritable(path: Path, error: Exception) -> OSError:
+    """The error to raise where `error` kept a file from being written: of its kind, if it is the system's."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return type(OSError(error.errno, ""))(f"{path} cannot be written: {error.strerror}")
+    return OSError(f"{path} cannot be written: {str(error).splitlines()[0]}")
+
+
+def _cause(error: BaseException | None, temporary: Path) -> Exception | None:
+    """What kept the temporary file from being written; None where the error is about something else."""
+    if isinstance(error, OSError):
+        ours = error.filename in (None, temporary, str(temporary))
+        return error if ours and error.errno is not None else None
+    if isinstance(error, SafetensorError):
+        return error
+    # torch's writer notices that bytes are missing; the system's error is what it was raised in.
+    if isinstance(error, RuntimeError) and "inline_container" in str(error):
+        return _cause(error.__context__, temporary) or OSError("the disk may be full")
+    return None

@@ -121,6 +121,74 @@ def test_two_writers_do_not_meet(tmp_path) -> None:
     assert only(tmp_path) == {"file.bin": b"outer"}
 
 
+FULL = """
+import resource, sys, torch
+from pathlib import Path
+from safetensors.torch import save_file
+from shelfkern.files import replacing
+from shelfkern.train.logs import Table
+
+def by_torch(path):
+    torch.save({"a": torch.zeros(9000)}, path)
+
+def by_torch_in_a_file(path):
+    with path.open("wb") as file:
+        torch.save({"a": torch.zeros(9000)}, file)
+
+def by_safetensors(path):
+    save_file({"a": torch.zeros(9000)}, path)
+
+def by_python(path):
+    path.write_bytes(bytes(9000))
+
+folder = Path(sys.argv[1])
+table = Table(folder / "table.csv", 0)
+table.append({"step": 1})
+resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
+for write in (by_torch, by_torch_in_a_file, by_safetensors, by_python):
+    try:
+        with replacing(folder / "file.bin") as temporary:
+            write(temporary)
+    except OSError as error:
+        print(error)
+try:
+    table.append({"step": "2" * 9000})
+except OSError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limits")
+def test_a_full_disk_is_one_sentence_and_leaves_the_old_files(tmp_path) -> None:
+    (tmp_path / "file.bin").write_bytes(b"old")
+    run = subprocess.run([sys.executable, "-c", FULL, tmp_path], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    ours, causes = tmp_path / "file.bin", ["the disk may be full", *["File too large"] * 4]
+    causes[2] = "Error while serializing: I/O error: File too large (os error 27)"
+    paths = [ours] * 4 + [tmp_path / "table.csv"]
+    expected = [f"{path} cannot be written: {cause}" for path, cause in zip(paths, causes, strict=True)]
+    assert run.stdout.splitlines() == expected
+    left = {name: content.split() for name, content in only(tmp_path).items()}
+    assert left == {"file.bin": [b"old"], "table.csv": [b"step", b"1"]}
+
+
+def test_errors_about_other_files_are_theirs(tmp_path) -> None:
+    def failing() -> None:
+        with replacing(tmp_path / "file.bin"):
+            (tmp_path / "nosuch").read_bytes()
+
+    with pytest.raises(FileNotFoundError) as info:
+        failing()
+    assert "cannot be written" not in str(info.value) and info.value.filename == str(tmp_path / "nosuch")
+
+
+def test_a_folder_that_takes_no_files() -> None:
+    if not Path("/proc/self").is_dir():
+        pytest.skip("no /proc")
+    with pytest.raises(OSError, match=r"^/proc/file\.bin cannot be written: "), replacing("/proc/file.bin"):
+        pytest.fail("it was entered")
+
+
 KILLED = """
 import importlib.util, os, signal, sys
 spec = importlib.util.spec_from_file_location("files", sys.argv[1])

@@ -165,6 +165,7 @@ def save_weights(
         extra: further metadata, such as the training command or its result.
 
     Raises:
+        OSError: the file cannot be written.
         ValueError: classes or palette has not one entry per class, extra has a key that is used by this
             library, or a weight is too large for dtype.
     """

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import os
 import resource
 import sys
 from collections.abc import Mapping
@@ -14,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..files import replacing
+from ..files import replacing, unwritable
 
 
 class Table:
@@ -42,13 +44,23 @@ class Table:
             writer.writerows(rows)
 
     def append(self, row: Mapping[str, object]) -> None:
-        """Appends a row; the first brings the header."""
-        is_new = not self.path.exists()
-        with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, row)
-            if is_new:
-                writer.writeheader()
-            writer.writerow(row)
+        """Appends a row; the first brings the header.
+
+        Raises:
+            OSError: it cannot be written; the rows before stay.
+        """
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("a", newline="") as file:
+                writer = csv.DictWriter(file, row)
+                if not size:
+                    writer.writeheader()
+                writer.writerow(row)
+        except OSError as error:
+            # Half a row would be read as one.
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, size)
+            raise unwritable(self.path, error) from error
 
 
 class Events:

@@ -158,7 +158,11 @@ class Run:
         return terms.detach()
 
     def save(self, path: Path) -> None:
-        """Writes a checkpoint in one step."""
+        """Writes a checkpoint in one step.
+
+        Raises:
+            OSError: it cannot be written; the one before stays.
+        """
         state = {
             "model": self.model.state_dict(),
             "average": self.average.model.state_dict(),
@@ -171,8 +175,9 @@ class Run:
             "stage": dataclasses.asdict(self.stage),
             "images": len(self.source),
         }
-        with replacing(path) as temporary:
-            torch.save(state, temporary)
+        # A file of Python's, which says why it cannot be written.
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            torch.save(state, file)
 
     def resume(self, path: Path) -> None:
         """Takes up a checkpoint of `save`.
