@@ -204,7 +204,8 @@ class _Training:
     def _log_validation(self, found: Evaluation) -> None:
         matrix, classes = found.matrix, self.run.source.classes
         numbers = {"miou": matrix.mean_iou(), "pixel_accuracy": matrix.pixel_accuracy()}
-        numbers |= dict(zip(classes, map(float, matrix.iou()), strict=True))
+        # A class may be called as one of these, or as the step.
+        numbers |= {f"iou:{name}": float(iou) for name, iou in zip(classes, matrix.iou(), strict=True)}
         if self.validations is not None:
             rounded = {name: round(value, 4) for name, value in numbers.items()}
             self.validations.append({"step": self.run.step, **rounded})

@@ -26,6 +26,7 @@ from shelfkern.nn import from_weights, save_weights, shelfnet18_lw
 from shelfkern.nn.weights import read_safetensors
 from shelfkern.train import curve, trainer
 from shelfkern.train.loader import Keys
+from shelfkern.train.logs import Table
 from shelfkern.train.losses import PARTS
 from shelfkern.train.run import Run
 
@@ -71,7 +72,7 @@ def test_what_a_run_leaves(recipe, data, tmp_path) -> None:
     validations = rows(out, "train/validation.csv")
     assert [row["step"] for row in validations] == ["4", "6"]
     for row in validations:
-        ious = [float(row[name]) for name in CLASSES]
+        ious = [float(row[f"iou:{name}"]) for name in CLASSES]
         assert float(row["miou"]) == pytest.approx(np.nanmean(ious), abs=2e-4)
     names = {path.name for path in (out / "train").iterdir() if not path.name.startswith("events.")}
     assert names == {"best.safetensors", "last.safetensors", "checkpoint.pt", "train.csv", "validation.csv"}
@@ -111,6 +112,28 @@ def test_a_resumed_run_keeps_what_was_better(recipe, data, tmp_path) -> None:
     assert result.exit_code == 0 and "best 90.00 % at step 5" in result.output
     assert (folder / "best.safetensors").read_bytes() == before
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["best"] == (0.9, 5)
+
+
+def test_classes_may_be_called_as_columns(recipe, data, tmp_path) -> None:
+    names = ["step", "miou", "pixel_accuracy", *map(str, range(9))]
+    (data / "labels.json").write_text(json.dumps({"classes": [{"name": name} for name in names]}))
+    for split in ("train", "val"):
+        (data / split / "labels").rename(data / split / "masks")
+    more = ("--set", "data.dataset=folder", "--every", "2")
+    assert command(recipe, data, tmp_path / "out", *more, "--set", "steps=2").exit_code == 0
+    assert command(recipe, data, tmp_path / "out", *more, "--set", "steps=4").exit_code == 0
+    validations = rows(tmp_path / "out", "train/validation.csv")
+    assert [row["step"] for row in validations] == ["2", "4"]
+    model = read_safetensors(tmp_path / "out" / "train" / "last.safetensors")[1]
+    assert float(validations[-1]["miou"]) == pytest.approx(float(model["validation_miou"]))
+
+
+def test_a_log_of_an_earlier_version_goes_on(tmp_path) -> None:
+    """Whose columns were called as the classes: their order is the same."""
+    path = tmp_path / "validation.csv"
+    path.write_text("step,miou,sky\n1,0.5,0.25\n2,0.5,0.25\n")
+    Table(path, 1).append({"step": 2, "miou": 0.75, "iou:sky": 0.5})
+    assert path.read_text().split() == ["step,miou,sky", "1,0.5,0.25", "2,0.75,0.5"]
 
 
 def test_the_curves_of_tensorboard_have_every_step_once(recipe, data, tmp_path) -> None:
