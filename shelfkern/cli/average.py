@@ -21,6 +21,8 @@ def _check(weights: tuple[str, ...], out: Path, dataset: str | None, data: Path 
     if len(weights) == 1 and dataset is None:
         raise click.ClickException(f"WEIGHTS is {weights[0]} alone: give two or more, or --norms-from")
     check_device(device)
+    if out.suffix != ".safetensors":
+        raise click.ClickException(f"out is {out}, weights are read from .safetensors")
     if not out.parent.is_dir():
         raise click.ClickException(f"--out {out} cannot be written: {out.parent} is not a folder")
 

@@ -178,6 +178,9 @@ def test_what_the_command_refuses(three, data, tmp_path, monkeypatch) -> None:
     assert (
         result.exit_code == 1 and "device is 'cuda', and there is no GPU that torch can use" in result.stderr
     )
+    result = run(*three, "--out", tmp_path / "mean.pt")
+    assert result.exit_code == 1
+    assert result.stderr == f"Error: out is {tmp_path / 'mean.pt'}, weights are read from .safetensors\n"
     result = run(*three, "--out", tmp_path / "nowhere" / "mean.safetensors")
     assert result.exit_code == 1 and f"{tmp_path / 'nowhere'} is not a folder" in result.stderr
 
