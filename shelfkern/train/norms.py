@@ -24,7 +24,7 @@ def estimate_norms(
     Weights that were averaged have no statistics of their own, and those of training are of augmented crops.
     As `torch.optim.swa_utils.update_bn` does, each batch is normalised by its own statistics, and the norms
     keep the mean of the batches' means and of their unbiased variances. Unlike there a batch counts by its
-    images, and dropout is off, as it is where the statistics are used.
+    images, and dropout is off, as it is where the statistics are used. An error leaves them as they were.
 
     Args:
         source: images of one size. They come in a random order that is always the same: neighbours of a
@@ -53,16 +53,24 @@ def estimate_norms(
 
 @contextlib.contextmanager
 def _norms_alone_in_train_mode(model: ShelfNet) -> Iterator[list[_BatchNorm]]:
-    """Gives the norms, without statistics; afterwards they and the model are in the modes they were in."""
+    """Gives the norms, without statistics; afterwards they and the model are in the modes they were in.
+
+    An error gives them back their statistics.
+    """
     modes = [(module, module.training) for module in model.modules()]
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     momenta = [norm.momentum for norm in norms]
+    statistics = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
     model.eval()
     for norm in norms:
         norm.reset_running_stats()
         norm.train()
     try:
         yield norms
+    except BaseException:
+        for buffer, before in statistics:
+            buffer.copy_(before)
+        raise
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum

@@ -129,3 +129,5 @@ def test_what_is_refused(frames: Frames, batch: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         estimate_norms(model, frames, batch)
     assert not model.training and all(norm.momentum == 0.1 for norm in norms_of(model))
+    for norm in norms_of(model):
+        assert (norm.running_mean == 7).all() and (norm.running_var == 9).all()
