@@ -61,8 +61,8 @@ class Augmentation:
             raise ValueError(
                 f"scale_range is {self.scale_range} beside scales {self.scales}: give one of them"
             )
-        if min(self.scales or self.scale_range or (1,)) <= 0:
-            raise ValueError(f"scales are {self.scales or self.scale_range}, they must be above 0")
+        if not all(0 < scale < math.inf for scale in self.scales or self.scale_range or ()):
+            raise ValueError(f"scales are {self.scales or self.scale_range}, they must be numbers above 0")
         if self.scale_range and (len(self.scale_range) != 2 or self.scale_range[0] > self.scale_range[1]):
             raise ValueError(f"scale_range is {self.scale_range}, it must be the lowest and the highest")
         if self.base_size is not None and self.base_size < 1:
@@ -74,8 +74,8 @@ class Augmentation:
             raise ValueError(f"rotation is {self.rotation}, it may be 0 to 180 degrees")
         if len(self.jitter) != 3 or not all(0 <= amount <= 1 for amount in self.jitter):
             raise ValueError(f"jitter is {self.jitter}, it must be three numbers from 0 to 1")
-        if self.light < 0:
-            raise ValueError(f"light is {self.light}, it must be 0 or more")
+        if not 0 <= self.light < math.inf:
+            raise ValueError(f"light is {self.light}, it must be a number from 0")
 
     def __call__(
         self, image: Image.Image, mask: Image.Image, rng: np.random.Generator

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 from ..data.transforms import Augmentation
 
@@ -86,10 +86,10 @@ class Loss:
 
     def __post_init__(self) -> None:
         for name in ("auxiliary", "presence", "lovasz"):
-            _check(self, name, getattr(self, name) >= 0, "any number from 0")
+            _check(self, name, 0 <= getattr(self, name) < math.inf, "any number from 0")
         _check(self, "label_smoothing", 0 <= self.label_smoothing < 1, "from 0 to below 1")
         margin = self.class_margin
-        _check(self, "class_margin", margin == 0 or margin > 1, "0 or any number above 1")
+        _check(self, "class_margin", margin == 0 or 1 < margin < math.inf, "0 or any number above 1")
         _check(self, "threshold", 0 < self.threshold < 1, "between 0 and 1")
         _check(self, "min_kept", 0 <= self.min_kept <= 1, "from 0 to 1")
         _check(self, "lovasz_stride", self.lovasz_stride >= 1, "any integer from 1")
@@ -123,10 +123,10 @@ class Optimizer:
 
     def __post_init__(self) -> None:
         _check(self, "lr", 0 < self.lr < math.inf, "any number above 0")
-        _check(self, "head_factor", self.head_factor > 0, "any number above 0")
+        _check(self, "head_factor", 0 < self.head_factor < math.inf, "any number above 0")
         _check(self, "momentum", 0 <= self.momentum < 1, "from 0 to below 1")
-        _check(self, "weight_decay", self.weight_decay >= 0, "any number from 0")
-        _check(self, "clip", self.clip >= 0, "any number from 0")
+        _check(self, "weight_decay", 0 <= self.weight_decay < math.inf, "any number from 0")
+        _check(self, "clip", 0 <= self.clip < math.inf, "any number from 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +145,7 @@ class Schedule:
     warmup_from: float = 1e-3
 
     def __post_init__(self) -> None:
-        _check(self, "power", self.power >= 0, "any number from 0")
+        _check(self, "power", 0 <= self.power < math.inf, "any number from 0")
         _check(self, "warmup", self.warmup >= 0, "any integer from 0")
         _check(self, "warmup_from", 0 < self.warmup_from <= 1, "above 0, to 1")
 
@@ -183,14 +183,15 @@ class Stage:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check(self, "name", bool(self.name) and "/" not in self.name, "any name of a folder")
+        named = self.name not in ("", ".", "..") and "/" not in self.name
+        _check(self, "name", named, "any name of a folder")
         for name in ("batch", "accumulate"):
             _check(self, name, getattr(self, name) >= 1, "any integer from 1")
         _check(self, "accumulate", self.batch % self.accumulate == 0, f"a divisor of batch {self.batch}")
         _check(self, "average", 0 <= self.average < 1, "from 0 to below 1")
         _check(self, "seed", self.seed >= 0, "any integer from 0")
         _check(self, "steps", self.steps >= 0, "any integer from 0")
-        _check(self, "epochs", self.epochs >= 0, "any number from 0")
+        _check(self, "epochs", 0 <= self.epochs < math.inf, "any number from 0")
         if bool(self.steps) == bool(self.epochs):
             raise ValueError(f"steps is {self.steps}, epochs is {self.epochs:g}, one of them must be given")
 
@@ -313,6 +314,9 @@ def _validated(config: str, table: dict[str, Any]) -> Recipe:
     except ImportError:
         raise ImportError("reading a recipe needs pydantic: pip install 'shelfkern[train]'") from None
 
+    for stage in table["stages"]:
+        _check_bools(Stage, stage, f"{config}: stage {stage['name']}")
+
     class Whole(pydantic.BaseModel):
         model_config = pydantic.ConfigDict(extra="forbid")
         recipe: Recipe
@@ -321,6 +325,20 @@ def _validated(config: str, table: dict[str, Any]) -> Recipe:
         return Whole(recipe=table).recipe  # type: ignore[arg-type]
     except pydantic.ValidationError as error:
         raise ValueError(f"{config}: {_sentence(error.errors()[0], table)}") from error
+
+
+def _check_bools(owner: Any, table: Mapping[str, Any], where: str) -> None:
+    """Refuses what pydantic would take for another: true for 1, and 1 or "yes" for true."""
+    hints = get_type_hints(owner)
+    for name, value in table.items():
+        kind, place = hints.get(name), f"{where}.{name}"
+        values = value if isinstance(value, list) else [value]
+        if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+            _check_bools(kind, value, place)
+        elif kind is bool and not isinstance(value, bool):
+            raise ValueError(f"{place} is {value!r}, it may be true or false")
+        elif kind not in (None, bool) and any(isinstance(one, bool) for one in values):
+            raise ValueError(f"{place} is {value!r}, it may not be true or false")
 
 
 def _sentence(error: Any, table: Mapping[str, Any]) -> str:

@@ -25,6 +25,8 @@ from .recipe import Model, Stage
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 # Of a recipe these may differ between a checkpoint and the run that goes on from it.
 LENGTH = ("steps", "epochs")
+# How many seeds torch has.
+SEEDS = 2**64
 
 
 class Run:
@@ -55,7 +57,7 @@ class Run:
             raise ValueError(f"batch is {stage.batch}, it must be a multiple of {parts}, the parts of a step")
         check_labelled(source, "data.train", stage.data.train)
         self._check_norms(stage, processes)
-        torch.manual_seed(stage.seed)
+        torch.manual_seed(stage.seed % SEEDS)
         self.stage, self.source, self.processes = stage, source, processes
         self.step, self.steps = 0, stage.total_steps(len(source))
         self.best, self.best_step = 0.0, 0
@@ -149,7 +151,7 @@ class Run:
             alone = objective.no_sync()
         # Dropout's draws follow from the step and the part, so that a resumed run repeats them.
         part = self.processes.rank * stage.accumulate + index
-        torch.manual_seed((stage.seed * 1_000_003 + self.step) * 1_009 + part)
+        torch.manual_seed(((stage.seed * 1_000_003 + self.step) * 1_009 + part) % SEEDS)
         x = normalised(images.to(device, non_blocking=True), self.model)
         target = labels.to(device, non_blocking=True)
         with alone:

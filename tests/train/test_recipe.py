@@ -93,6 +93,16 @@ def test_weights_to_begin_with_are_those_of_a_stage(tmp_path) -> None:
         ("augmentation.mix=2", "stage train.augmentation: mix is 2.0, a probability is 0 to 1"),
         ("augmentation.crop=[32]", "stage train.augmentation.crop.1 is missing"),
         ("name=a/b", "stage a/b: name is 'a/b', it may be any name of a folder"),
+        ("name='..'", "stage ..: name is '..', it may be any name of a folder"),
+        ("name='.'", "stage .: name is '.', it may be any name of a folder"),
+        ("epochs=inf", "stage train: epochs is inf, it may be any number from 0"),
+        ("augmentation.scale_range=[0.5, inf]", "scales are (0.5, inf), they must be numbers above 0"),
+        ("augmentation.scales=[nan]", "scales are (nan,), they must be numbers above 0"),
+        ("augmentation.light=inf", "light is inf, it must be a number from 0"),
+        ("optimizer.weight_decay=inf", "weight_decay is inf, it may be any number from 0"),
+        ("optimizer.lr=true", "stage train.optimizer.lr is True, it may not be true or false"),
+        ("augmentation.scales=[true]", "augmentation.scales is [True], it may not be true or false"),
+        ("fused=1", "stage train.fused is 1, it may be true or false"),
     ],
 )
 def test_what_is_refused(change: str, words: str, tmp_path) -> None:
@@ -108,6 +118,11 @@ def test_ohem_takes_no_weights_and_no_smoothing(tmp_path) -> None:
     for field in ("class_margin=1.1", "label_smoothing=0.1"):
         with pytest.raises(ValueError, match=f"{field.split('=')[0]} is .* 0 with ohem"):
             load(written(tmp_path, MINIMAL), ["loss.kind=ohem", f"loss.{field}"])
+
+
+def test_changes_of_the_model_may_be_true(tmp_path) -> None:
+    (stage,) = load(written(tmp_path, MINIMAL), ["model.changes.presence=true", "fused=false"]).stages
+    assert stage.model.changes == {"presence": True} and not stage.fused
 
 
 def test_two_beginnings_are_refused(tmp_path) -> None:

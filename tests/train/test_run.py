@@ -99,6 +99,16 @@ def test_the_seed_decides(source) -> None:
     assert not torch.equal(next(one.model.parameters()), next(other.model.parameters()))
 
 
+def test_any_seed_does(source, tmp_path) -> None:
+    stage = tiny(seed=10**30)
+    straight, first, second = (Run(stage, source, ALONE) for _ in range(3))
+    losses = advanced(straight, 2)
+    assert advanced(first, 1) == losses[:1]
+    first.save(tmp_path / "checkpoint.pt")
+    second.resume(tmp_path / "checkpoint.pt")
+    assert advanced(second, 1) == losses[1:]
+
+
 def test_the_loss_falls(source) -> None:
     stage = tiny(steps=40, batch=4, optimizer=Optimizer("adamw", lr=1e-2), average=0.0)
     losses = [sum(terms) for terms in advanced(Run(stage, source, ALONE), 30)]
