@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import os
+import re
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 
+_LEFTOVER = re.compile(r"\..+\.[0-9a-f]{32}\.tmp", re.DOTALL)
+
 
 @contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+def replacing(path: str | os.PathLike[str], *, lasting: bool = False) -> Iterator[Path]:
     """Gives a temporary path beside `path`; it becomes `path` on success and is deleted on failure.
 
     The file may be read and written by whom the folder and the umask allow, whatever wrote it: safetensors
     makes files that only their owner can read.
+
+    Args:
+        path: the file.
+        lasting: whether a power cut afterwards leaves the new file whole too; it takes as long as the disk.
 
     Raises:
         FileNotFoundError: the folder of `path` does not exist.
@@ -34,7 +41,13 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink()
         yield temporary
         temporary.chmod(mode)
+        if lasting:
+            _to_disk(temporary, os.O_RDWR)
         temporary.replace(target)
+        if lasting:
+            # Not every system and file system can.
+            with suppress(OSError):
+                _to_disk(target.parent, os.O_RDONLY)
     except (OSError, RuntimeError, SafetensorError) as error:
         cause = _cause(error, temporary)
         if cause is None:
@@ -42,6 +55,22 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise unwritable(target, cause) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Deletes what writers that were killed left in a folder that nobody writes to."""
+    for path in folder.glob(".*.tmp"):
+        if _LEFTOVER.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+
+
+def _to_disk(path: Path, mode: int) -> None:
+    """Waits until a file's bytes, or a folder's names, are on the disk."""
+    number = os.open(path, mode)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def unwritable(path: Path, error: Exception) -> OSError:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from shelfkern import files
-from shelfkern.files import replacing
+from shelfkern.files import remove_leftovers, replacing
 
 
 @pytest.fixture(params=[str, Path])
@@ -121,6 +123,24 @@ def test_two_writers_do_not_meet(tmp_path) -> None:
     assert only(tmp_path) == {"file.bin": b"outer"}
 
 
+def test_a_lasting_file_is_on_the_disk_before_its_name(tmp_path, monkeypatch) -> None:
+    """And its name before anything that comes later."""
+    calls = []
+    fsync, replace = os.fsync, Path.replace
+
+    def syncing(number: int) -> None:
+        calls.append("folder" if stat.S_ISDIR(os.fstat(number).st_mode) else "file")
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", syncing)
+    monkeypatch.setattr(Path, "replace", lambda *paths: calls.append("name") or replace(*paths))
+    for lasting, expected in ((False, ["name"]), (True, ["file", "name", "folder"])):
+        calls.clear()
+        with replacing(tmp_path / "file.bin", lasting=lasting) as temporary:
+            temporary.write_bytes(b"new")
+        assert calls == expected and only(tmp_path) == {"file.bin": b"new"}
+
+
 FULL = """
 import resource, sys, torch
 from pathlib import Path
@@ -211,3 +231,6 @@ def test_a_killed_writer_leaves_the_old_file(tmp_path) -> None:
     with replacing(tmp_path / "file.bin") as temporary:
         temporary.write_bytes(b"new")
     assert (tmp_path / "file.bin").read_bytes() == b"new"
+    (tmp_path / ".mine.tmp").touch()
+    remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".mine.tmp", "file.bin"]

@@ -172,7 +172,7 @@ def save_weights(
     classes, palette = classes or model.classes, palette or model.palette
     metadata = _metadata(model, classes, palette, extra or {})
     state = {name: _stored(name, value, dtype) for name, value in model.state_dict().items()}
-    with replacing(path) as temporary:
+    with replacing(path, lasting=True) as temporary:
         save_file(state, temporary, metadata)
 
 

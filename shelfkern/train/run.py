@@ -178,7 +178,7 @@ class Run:
             "images": len(self.source),
         }
         # A file of Python's, which says why it cannot be written.
-        with replacing(path) as temporary, temporary.open("wb") as file:
+        with replacing(path, lasting=True) as temporary, temporary.open("wb") as file:
             torch.save(state, file)
 
     def resume(self, path: Path) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..data import open_dataset
 from ..data.dataset import Dataset, check_labelled
 from ..evaluate import Evaluation, evaluate
+from ..files import remove_leftovers
 from ..nn import save_weights
 from .distributed import Processes
 from .interrupt import uninterrupted
@@ -97,6 +98,8 @@ class _Training:
         """Trains to the stage's end; gives the averaged weights."""
         run, first = self.run, self.processes.is_first
         self.folder.mkdir(parents=True, exist_ok=True)
+        if first:
+            remove_leftovers(self.folder)
         if self.checkpoint.exists():
             run.resume(self.checkpoint)
         if run.step < run.steps or run.due:

@@ -60,6 +60,8 @@ def assert_same_weights(one: Path, other: Path, stage: str = "train") -> None:
 
 def test_what_a_run_leaves(recipe, data, tmp_path) -> None:
     out = tmp_path / "a" / "out"
+    (out / "train").mkdir(parents=True)
+    (out / "train" / f".checkpoint.pt.{'0' * 32}.tmp").touch()
     result = command(recipe, data, out, "--every", "4")
     assert result.exit_code == 0, result.output
     assert result.output.count("validation mIoU") == 2 and "images/s" in result.output
