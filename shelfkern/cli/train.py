@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from ..data import DATASETS
 from ..data import check as check_dataset
 from ..data.dataset import check_labelled
 from ..train import recipe as recipes
@@ -18,10 +19,12 @@ def _roots(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) 
     """The folder of each dataset; one without a name is for all that have none of their own."""
     roots: dict[str, Path] = {}
     for value in values:
-        name, equals, folder = value.rpartition("=")
+        name, _, folder = value.partition("=")
+        if name not in DATASETS:
+            name, folder = "", value
         if not Path(folder).is_dir():
             raise click.BadParameter(f"{folder!r} is not a folder")
-        roots[name if equals else ""] = Path(folder)
+        roots[name] = Path(folder)
     return roots
 
 

@@ -487,6 +487,15 @@ def test_bad_validation_data_is_reported_and_skipped(recipe, data, tmp_path) -> 
     assert [row["step"] for row in rows(tmp_path / "out", "train/validation.csv")] == ["3", "6"]
 
 
+@pytest.mark.parametrize("name", ["", "camvid="])
+def test_a_folder_may_have_an_equals_sign(name: str, recipe, data, tmp_path) -> None:
+    folder = data.rename(tmp_path / "a=b")
+    result = CliRunner().invoke(
+        commands, ["train", str(recipe), "--data", f"{name}{folder}", "--out", "x", "--check"]
+    )
+    assert result.exit_code == 0, result.output
+
+
 def test_data_can_be_checked_first(recipe, data, tmp_path, monkeypatch) -> None:
     result = command(recipe, data, tmp_path / "out", "--check")
     assert result.exit_code == 0, result.output
