@@ -247,13 +247,16 @@ def load(config: str, changes: Sequence[str] = ()) -> Recipe:
 
 def _text(config: str) -> str:
     if config in shipped():
-        return resources.files("shelfkern").joinpath(f"train/recipes/{config}.toml").read_text()
+        return resources.files("shelfkern").joinpath(f"train/recipes/{config}.toml").read_text("utf-8")
     path = Path(config)
     if not path.is_file():
         raise FileNotFoundError(
             f"recipe {config!r} is neither a file nor a shipped name ({', '.join(shipped())})"
         )
-    return path.read_text()
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{config} is no TOML: it is not in UTF-8 ({error})") from error
 
 
 def _parse(what: str, text: str) -> dict[str, Any]:

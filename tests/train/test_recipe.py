@@ -25,7 +25,7 @@ crop = [32, 32]
 
 
 def written(folder: Path, text: str) -> str:
-    (folder / "recipe.toml").write_text(text)
+    (folder / "recipe.toml").write_text(text, "utf-8")
     return str(folder / "recipe.toml")
 
 
@@ -135,6 +135,9 @@ def test_files_that_are_no_recipes(tmp_path) -> None:
         load("nowhere")
     with pytest.raises(ValueError, match=r"recipe\.toml is no TOML: "):
         load(written(tmp_path, "steps = = 3"))
+    (tmp_path / "recipe.toml").write_bytes("name = 'größer'".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"recipe\.toml is no TOML: it is not in UTF-8 \("):
+        load(str(tmp_path / "recipe.toml"))
     with pytest.raises(ValueError, match="stages must be tables"):
         load(written(tmp_path, "stages = 3"))
     with pytest.raises(ValueError, match=r"stage train\.model is missing"):
