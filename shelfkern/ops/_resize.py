@@ -32,12 +32,20 @@ def reasons(op: str, scores: Tensor) -> backends.Reasons:
 def check(op: str, scores: Tensor, size: Size, crop: Size | None) -> Size:
     """Checks the arguments; gives the crop, by default the whole size."""
     common.check_4d(op, "scores", scores)
+    for name, pair in (("size", size), ("crop", crop)):
+        if pair is not None and not _are_integers(pair):
+            raise TypeError(f"{op}: {name} is {pair!r}, it must be a tuple of integers, (height, width)")
     if len(size) != 2 or min(size) < 1:
         raise ValueError(f"{op}: size is {size}, it must be (height, width) of at least 1")
     crop = size if crop is None else crop
     if len(crop) != 2 or min(crop) < 1 or crop[0] > size[0] or crop[1] > size[1]:
         raise ValueError(f"{op}: crop is {crop}, it may be from (1, 1) to size {size}")
     return crop
+
+
+def _are_integers(pair: object) -> bool:
+    kinds = (int, np.integer, torch.SymInt)
+    return isinstance(pair, (tuple, list)) and all(isinstance(extent, kinds) for extent in pair)
 
 
 def step(extent: int, full: int, align_corners: bool) -> float:

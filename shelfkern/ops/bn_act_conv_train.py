@@ -17,6 +17,7 @@ from .bn_act_dropout import (
     bn_act_dropout,
     can_run,
     check_dropout,
+    check_module,
     check_norm,
     draw_noise,
     forward_into,
@@ -102,6 +103,8 @@ def bn_act_conv_train(
         RuntimeError: the backend asked for cannot run.
     """
     common.check_4d(OP, "x", x)
+    check_module(OP, "bn", bn)
+    check_module(OP, "conv", conv)
     common.check_slope(OP, slope)
     check_dropout(OP, p)
     chosen = backends.choose("bn_act_dropout", backend, can_run(x, bn))

@@ -664,6 +664,7 @@ def bn_act_dropout(
         RuntimeError: the backend asked for cannot run.
     """
     common.check_4d(OP, "x", x)
+    check_module(OP, "bn", bn)
     if residual is not None:
         common.check_shape(OP, "residual", residual, tuple(x.shape), f"x of {tuple(x.shape)}")
         if torch.is_autocast_enabled(x.device.type):
@@ -684,19 +685,34 @@ def bn_act_dropout(
     return out
 
 
+def check_module(op: str, name: str, module: object) -> None:
+    """Raises unless it is a module."""
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"{op}: {name} is {type(module).__name__}, it must be a torch.nn.Module")
+
+
 def check_dropout(op: str, p: float) -> None:
     """Raises unless p is a probability."""
+    if not isinstance(p, (int, float, torch.SymFloat)):
+        raise TypeError(f"{op}: p is {p!r}, it must be a number from 0 to 1")
     if not 0 <= p <= 1:
         raise ValueError(f"{op}: p is {p}, it may be from 0 to 1")
 
 
 def check_norm(op: str, x: Tensor, bn: nn.BatchNorm2d, name: str = "bn") -> None:
-    """Raises unless x has the norm's channels, and more than one value in each, as torch's norm does."""
+    """Raises unless x has the norm's channels, and more than one value in each, as torch's norm does.
+
+    A norm that has but one of the running statistics is refused too.
+    """
     c = x.shape[1]
     if bn.num_features != c:
         raise ValueError(f"{op}: {name} has {bn.num_features} channels, x of {tuple(x.shape)} needs {c}")
     if bn.weight is not None:
         common.check_device(op, name, bn.weight, x)
+    if (bn.running_mean is None) != (bn.running_var is None):
+        raise ValueError(
+            f"{op}: {name} has one of running_mean and running_var, it must have both or neither"
+        )
     if x.numel() == c:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
 

@@ -19,6 +19,7 @@ from . import _backends as backends
 from . import _common as common
 from .bn_act_dropout import (
     check_dropout,
+    check_module,
     check_norm,
     draw_noise,
     empty_mask,
@@ -287,6 +288,8 @@ def shared_block_train(
     """
     x = common.autocast(x)
     common.check_4d(OP, "x", x)
+    for name, module in (("conv", conv), ("bn1", bn1), ("bn2", bn2)):
+        check_module(OP, name, module)
     common.check_slope(OP, slope)
     check_dropout(OP, p)
     chosen = backends.choose(OP, backend, can_run(x, conv, bn1, bn2))
@@ -295,10 +298,10 @@ def shared_block_train(
     assert isinstance(conv, nn.Conv2d) and isinstance(bn1, nn.BatchNorm2d) and isinstance(bn2, nn.BatchNorm2d)
     c = x.shape[1]
     common.check_shape(OP, "conv.weight", conv.weight, (c, c, 3, 3), f"x of {tuple(x.shape)}")
-    common.check_device(OP, "conv.weight", conv.weight, x)
+    weight, bias = common.autocast(conv.weight), common.autocast(conv.bias)
+    common.check_same(OP, "conv.weight", weight, x)
     for name, bn in (("bn1", bn1), ("bn2", bn2)):
         check_norm(OP, x, bn, name)
-    weight, bias = common.autocast(conv.weight), common.autocast(conv.bias)
     noise = draw_noise(x, p)
     # Tracers see the registered op.
     call = _Function.apply if type(x) is Tensor and not torch.compiler.is_compiling() else _op

@@ -545,6 +545,8 @@ def upsample_cross_entropy(
             which only torch's calls have, is asked for.
     """
     _check(scores, target, size, weight, label_smoothing)
+    if ohem is not None and not isinstance(ohem, Ohem):
+        raise TypeError(f"{OP}: ohem is {ohem!r}, it must be an Ohem or None")
     chosen = backends.choose(OP, backend, can_run(scores), (weight,))
     if chosen == "reference":
         _check_labels(target, scores.shape[1], ignore_index)

@@ -147,6 +147,10 @@ def test_arguments_that_do_not_fit() -> None:
     x, bn, conv = random(2, 8, 6, 6), norm(8), nn.Conv2d(8, 9, 3)
     with pytest.raises(ValueError, match="p is 2, it may be from 0 to 1"):
         ops.bn_act_conv_train(x, bn, conv, p=2)
+    with pytest.raises(TypeError, match="conv is NoneType, it must be a torch"):
+        ops.bn_act_conv_train(x, bn, None)
+    with pytest.raises(TypeError, match="bn is NoneType, it must be a torch"):
+        ops.bn_act_conv_train(x, None, conv)
     with pytest.raises(ValueError, match="bn has 9 channels"):
         ops.bn_act_conv_train(x, norm(9), conv)
     with pytest.raises(ValueError, match=r"conv\.weight is \(9, 7, 3, 3\)"):

@@ -330,6 +330,12 @@ def test_other_norms_are_called():
     assert ops.bn_act_dropout(x[:0], norm(4)).shape == (0, 4, 3, 3)
 
 
+def without_variance(channels: int) -> nn.BatchNorm2d:
+    bn = nn.BatchNorm2d(channels)
+    bn.running_var = None
+    return bn
+
+
 @pytest.mark.parametrize(
     "change, error, message",
     [
@@ -339,7 +345,10 @@ def test_other_norms_are_called():
         (dict(residual=torch.zeros(2, 3, 4, 4).bfloat16()), TypeError, "residual is torch.bfloat16"),
         (dict(slope=2), ValueError, "slope is 2"),
         (dict(p=1.5), ValueError, "p is 1.5"),
+        (dict(p="x"), TypeError, "p is 'x', it must be a number"),
         (dict(bn=nn.BatchNorm2d(4)), ValueError, "bn has 4 channels"),
+        (dict(bn=None), TypeError, "bn is NoneType, it must be a torch"),
+        (dict(bn=without_variance(3)), ValueError, "bn has one of running_mean and running_var"),
         (dict(backend="gpu"), ValueError, "backend is 'gpu'"),
     ],
 )

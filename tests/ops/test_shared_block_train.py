@@ -198,6 +198,13 @@ def test_other_convolutions_and_norms_are_called():
         (dict(conv=nn.Conv2d(3, 4, 3, padding=1)), ValueError, "conv.weight is"),
         (dict(bn1=nn.BatchNorm2d(4)), ValueError, "bn1 has 4 channels"),
         (dict(bn2=nn.BatchNorm2d(4)), ValueError, "bn2 has 4 channels"),
+        (dict(bn2=None), TypeError, "bn2 is NoneType, it must be a torch"),
+        (dict(conv=None), TypeError, "conv is NoneType, it must be a torch"),
+        (
+            dict(x=torch.zeros(2, 3, 4, 4).bfloat16()),
+            TypeError,
+            "conv.weight is torch.float32, x is torch.bfl",
+        ),
         (dict(slope=-1), ValueError, "slope is -1"),
         (dict(p=-0.5), ValueError, "p is -0.5"),
     ],
