@@ -72,7 +72,7 @@ class Folder(FileDataset):
             labels = labels_of_colours(np.asarray(mask.convert("RGB")), self.map, path)
         else:
             labels = labels_of(indices_of(mask, path), self.table, path, self.fix)
-        check_size(labels, size, path)
+        check_size(labels, size, path, self.items[index].image)
         return Image.fromarray(labels)
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 from .dataset import IGNORE, Colour, Sample
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+EXIF_ORIENTATION = 0x0112
 # What stands in a table of labels for values that no mask may hold.
 REFUSED = -1
 
@@ -71,7 +72,7 @@ class FileDataset:
         if path is None:
             return Image.new("L", size, IGNORE)
         raw = self.raw(path)
-        check_size(raw, size, path)
+        check_size(raw, size, path, self.items[index].image)
         return Image.fromarray(labels_of(raw, self.table, path, self.fix))
 
     def raw(self, path: Path) -> np.ndarray:
@@ -168,14 +169,21 @@ def _decoding(path: Path) -> Iterator[None]:
         raise OSError(f"{path} cannot be decoded, it may be damaged: {error}") from error
 
 
-def check_size(mask: np.ndarray, size: tuple[int, int], path: Path) -> None:
+def check_size(mask: np.ndarray, size: tuple[int, int], path: Path, image: Path) -> None:
     """Raises ValueError unless a mask (H, W) is as large as its image, `size` (width, height)."""
     height, width = mask.shape
-    if (width, height) != size:
-        raise ValueError(
-            f"{path} is {width} x {height}, its image {size[0]} x {size[1]}: "
-            "scale the mask to the image, nearest neighbour"
-        )
+    if (width, height) == size:
+        return
+    cure = "scale the mask to the image, nearest neighbour"
+    if (height, width) == size and _lies_on_its_side(image):
+        cure = "the image is upright by its EXIF alone, save it with its pixels turned"
+    raise ValueError(f"{path} is {width} x {height}, its image {size[0]} x {size[1]}: {cure}")
+
+
+def _lies_on_its_side(image: Path) -> bool:
+    """Whether its EXIF asks for a quarter turn, which the pixels have not had."""
+    with _decoding(image), Image.open(image) as file:
+        return file.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
 
 
 def find_folder(root: str | os.PathLike[str], places: Sequence[str], marker: str) -> Path:
@@ -211,7 +219,9 @@ def images_in(folder: Path) -> list[Path]:
     Raises:
         FileNotFoundError: there are none.
     """
-    found = sorted(path for path in folder.glob("[!.]*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    found = sorted(
+        path for path in folder.glob("[!.]*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+    )
     if not found:
         state = "holds no image" if folder.is_dir() else "is no folder"
         raise FileNotFoundError(f"{folder} {state}, there must be files of {', '.join(IMAGE_SUFFIXES)}")

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from layouts import pixels_of, save, values_of, with_palette
 from numpy.testing import assert_array_equal
+from PIL import Image
 
 from shelfkern.data import IGNORE, check, open_dataset
 from shelfkern.data.folder import Folder
 from shelfkern.data.labelmap import read_label_map
+from shelfkern.data.reading import EXIF_ORIENTATION
 
 needs_toml = pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib comes with Python 3.11")
 
@@ -293,3 +295,25 @@ def test_no_label_map(tmp_path) -> None:
     add(tmp_path / "train", "a", 0)
     with pytest.raises(FileNotFoundError, match=f"{tmp_path} has no labels.toml or labels.json"):
         Folder(tmp_path, "train")
+
+
+@pytest.mark.parametrize("orientation, cure", [(6, "the image is upright by its EXIF alone"), (3, "scale")])
+def test_a_photo_on_its_side_with_an_upright_mask(orientation: int, cure: str, tmp_path) -> None:
+    write_map(tmp_path)
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = orientation
+    (tmp_path / "train" / "images").mkdir(parents=True)
+    Image.fromarray(pixels_of(1)).save(tmp_path / "train" / "images" / "a.jpg", exif=exif)
+    upright = values_of(1, list(MEANS)).T.copy()
+    path = save(tmp_path / "train" / "masks" / "a.png", upright)
+    height, width = upright.shape
+    assert problem_of(tmp_path).startswith(
+        f"{path} is {width} x {height}, its image {height} x {width}: {cure}"
+    )
+
+
+def test_folders_are_no_images(tmp_path) -> None:
+    write_map(tmp_path)
+    add(tmp_path / "train", "a", 1)
+    (tmp_path / "train" / "images" / "b.png").mkdir()
+    assert list(Folder(tmp_path, "train").names) == ["a"]
