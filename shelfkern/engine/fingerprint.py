@@ -21,6 +21,9 @@ class Fingerprint:
     Seen are: tensors or modules replaced, in-place writes that torch's version counters count
     (optimisers, load_state_dict, copy_), and for CPU tensors also writes through `.data`, numpy or
     another process, if they change a tensor's first or last element.
+
+    Raises:
+        RuntimeError: the memory of a tensor was freed.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -36,6 +39,7 @@ class Fingerprint:
         # Tensors made in inference mode cannot be changed outside it and have no counter.
         self._counted = [tensor for tensor in self._tensors if not tensor.is_inference()]
         self._storages = [tensor.detach() for tensor in self._tensors]
+        self._pointers = self._addresses()
         self._words = list(itertools.chain.from_iterable(map(_end_words, self._storages)))
         self._state = self._read()
 
@@ -44,14 +48,17 @@ class Fingerprint:
         # Every call of an accelerated model asks: loops in C, not in Python.
         held = self._contents()
         same = len(held) == len(self._held) and all(map(operator.is_, held, self._held))
-        return same and self._read() == self._state
+        # Storages may have moved, as those of `share_memory` do: words are read only where memory still is.
+        return same and self._addresses() == self._pointers and self._read() == self._state
 
     def _contents(self) -> list[object]:
         return list(itertools.chain.from_iterable(map(_values, self._slots)))
 
+    def _addresses(self) -> list[int]:
+        return list(map(_pointer, self._tensors))
+
     def _read(self) -> list[int]:
-        state = list(map(_pointer, self._tensors))
-        state += map(_version, self._counted)
+        state = list(map(_version, self._counted))
         state += map(_value, self._words)
         return state
 
@@ -59,6 +66,10 @@ class Fingerprint:
 def _end_words(tensor: Tensor) -> list[ctypes._SimpleCData[int]]:
     if tensor.device.type != "cpu" or not tensor.numel() or not tensor.is_contiguous():
         return []
+    needed = (tensor.storage_offset() + tensor.numel()) * tensor.itemsize
+    if tensor.untyped_storage().nbytes() < needed:
+        shape = tuple(tensor.shape)
+        raise RuntimeError(f"model has a tensor of {shape} whose storage was freed, it must hold its values")
     words = (ctypes.c_uint8, ctypes.c_uint16, ctypes.c_uint32, ctypes.c_uint64)
     word: type[ctypes._SimpleCData[int]] = words[tensor.itemsize.bit_length() - 1]
     first = tensor.data_ptr()

@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import mmap
 import pickle
 import threading
 import warnings
@@ -280,6 +281,35 @@ def test_a_changed_model_is_never_stale(change):
         eager = model(x.to(next(model.parameters()).dtype)).float()
     torch.testing.assert_close(after, eager, rtol=1e-4, atol=1e-4 * eager.std().item())
     assert change is _change_dtype or not torch.allclose(before, after, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_memory_that_went_is_not_read():
+    model, x = build(CONFIGS["attention"]), images(1, 64, 64)
+    weight = model.head.classify.weight
+    mapped = torch.frombuffer(mmap.mmap(-1, weight.nbytes), dtype=torch.float32)
+    weight.data = mapped.view(weight.shape).copy_(weight)
+    del mapped
+    fast = shelfkern.accelerate(model)
+    before = fast(x)
+    # Moves all values, and what they were mapped in is unmapped.
+    model.share_memory()
+    assert torch.equal(fast(x), before)
+
+
+@torch.no_grad()
+def test_storages_may_be_freed_and_filled_again():
+    model, x = build(CONFIGS["attention"]), images(1, 64, 64)
+    fast = shelfkern.accelerate(model)
+    before, values = fast(x), [parameter.clone() for parameter in model.parameters()]
+    for parameter in model.parameters():
+        parameter.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"model has a tensor of \(16, 3, 7, 7\) whose storage was freed"):
+        fast(x)
+    for parameter, value in zip(model.parameters(), values, strict=True):
+        parameter.untyped_storage().resize_(value.nbytes)
+        parameter.copy_(value)
+    assert torch.equal(fast(x), before)
 
 
 def test_an_unchanged_model_is_not_folded_again():
