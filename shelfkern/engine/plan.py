@@ -15,8 +15,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..nn.extents import Extents
-from ..ops.quantize import Quantum
+from ..nn.extents import STRIDE, Extents
+from ..ops.quantize import LARGEST, Quantum
+
+# Channels and stride of an activation.
+Form = tuple[int, int | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +37,23 @@ class Value:
     stride: int | None
     codes: torch.dtype | None = None
     quantum: Quantum | None = None
+
+    @property
+    def form(self) -> Form:
+        """Its channels and stride."""
+        return self.channels, self.stride
+
+    def check(self) -> None:
+        """Raises ValueError if there can be no such activation."""
+        # Heights and widths are multiples of STRIDE.
+        whole = self.stride is None or (self.stride > 0 and STRIDE % self.stride == 0)
+        if self.index < 0 or self.channels < 1 or not whole:
+            raise ValueError(f"v{self.index} has {_named(self.form)}")
+        kinds = (None, *LARGEST) if self.quantum is None else (torch.uint8,)
+        if self.codes not in kinds or (self.stride is None and self.codes is not None):
+            raise ValueError(f"v{self.index} has codes of {self.codes} and the quantum {self.quantum}")
+        if self.quantum is not None and not (_is_step(self.quantum.step) and 0 <= self.quantum.zero <= 255):
+            raise ValueError(f"v{self.index} has the quantum {self.quantum}")
 
     def shape(self, n: int, h: int, w: int) -> tuple[int, ...]:
         """Logical NCHW shape for n images seen as h x w."""
@@ -88,6 +108,54 @@ class Step:
         """Activations that live only inside the step."""
         return ()
 
+    def made(self) -> Form:
+        """Channels and stride of what the op makes of its inputs.
+
+        Raises:
+            ValueError: inputs and weights do not fit each other.
+        """
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Raises ValueError unless inputs, weights and what it writes fit each other: kernels rely on it."""
+        made = self.made()
+        for value in (*self.outputs, *self.temporaries):
+            value.check()
+            if value.form != made:
+                raise ValueError(f"{self.name} writes {_named(value.form)}, its inputs make {_named(made)}")
+        if not self._has_kernel():
+            kinds = ", ".join(f"v{value.index} {value.codes}" for value in (*self.inputs, *self.outputs))
+            raise ValueError(f"{self.name} has no kernel for such codes: {kinds}")
+
+    def _has_kernel(self) -> bool:
+        """Whether there is one for what it reads and writes as codes and what floating."""
+        values = (*self.inputs, *self.outputs, *self.temporaries)
+        return {value.codes for value in values if value.stride is not None} in ({None}, {torch.uint8})
+
+    def _reads(self, features: int, gates: int = 0) -> list[tuple[int, int]]:
+        """Channels and stride of the features that it reads, as many as given, then gates."""
+        found = [(value.channels, value.stride) for value in self.inputs if value.stride is not None]
+        if [v.stride is None for v in self.inputs] != [False] * features + [True] * gates:
+            needs = f"{features} and {gates} gates" if gates else f"{features}"
+            raise ValueError(f"{self.name} reads {len(found)} of {len(self.inputs)} inputs, it needs {needs}")
+        return found
+
+    def _expect(self, shape: tuple[int, ...], *weights: Tensor | None) -> None:
+        for weight in weights:
+            if weight is not None and tuple(weight.shape) != shape:
+                raise ValueError(f"{self.name} has weights of {tuple(weight.shape)}, they must be {shape}")
+
+    def _expect_added(self, added: Sequence[Form], made: Form) -> None:
+        for form in added:
+            if form != made:
+                raise ValueError(f"{self.name} adds {_named(form)} to {_named(made)}")
+
+    def _expect_slope(self, act: Activation) -> None:
+        # The kernels for unsigned codes take the larger of x and slope * x.
+        most = 1 if torch.uint8 in {value.codes for value in (*self.inputs, *self.outputs)} else math.inf
+        if act.slope is not None and not (0 <= act.slope <= most and math.isfinite(act.slope)):
+            raise ValueError(f"{self.name} has an activation of the slope {act.slope}")
+
     def macs_per_output(self) -> int:
         """Multiply-adds for each element written."""
         return 0
@@ -122,6 +190,14 @@ class Stem(Step):
     act: Activation
     raw: bool = False
 
+    def made(self) -> Form:
+        self._reads(0)
+        channels = self.output.channels
+        self._expect((channels, 3, 7, 7), self.weight)
+        self._expect((channels,), self.scale, self.shift)
+        self._expect_slope(self.act)
+        return channels, 4
+
     def macs_per_output(self) -> int:
         return 4 * self.weight[0].numel()
 
@@ -153,6 +229,24 @@ class Conv(Step):
         """Padding of every side."""
         return self.weight.shape[2] // 2
 
+    def made(self) -> Form:
+        others = self.residual + self.skip
+        (read, stride), *added = self._reads(1 + others) if self.inputs or others else [(3, 1)]
+        channels, kernel = self.output.channels, self.weight.shape[-1:]
+        self._expect((channels, read, *kernel, *kernel), self.weight)
+        if kernel[0] % 2 == 0 or self.stride not in (1, 2):
+            raise ValueError(f"{self.name} has the kernel {kernel[0]} and the stride {self.stride}")
+        self._expect((channels,), self.scale, self.shift)
+        self._expect_slope(self.act)
+        made = channels, stride * self.stride
+        self._expect_added(added, made)
+        return made
+
+    def _has_kernel(self) -> bool:
+        if {value.codes for value in self.inputs} == {torch.uint8}:
+            return self.output.codes in (None, torch.uint8)
+        return self.output.codes is None and super()._has_kernel()
+
     def macs_per_output(self) -> int:
         return self.weight[0].numel()
 
@@ -167,6 +261,9 @@ class SharedBlockStep(Step):
     """h = act(scale1 * conv(x) + shift1); relu(scale2 * conv(h) + shift2 + x), + x if `skip`."""
 
     op = "shared_block"
+    # In which it reads x.
+    forms: ClassVar[int] = 1
+
     weight: Tensor
     scale1: Tensor
     shift1: Tensor
@@ -179,6 +276,14 @@ class SharedBlockStep(Step):
     @property
     def temporaries(self) -> tuple[Value, ...]:
         return (self.hidden,)
+
+    def made(self) -> Form:
+        (channels, stride), *added = self._reads(self.forms)
+        self._expect((channels, channels, 3, 3), self.weight)
+        self._expect((channels,), self.scale1, self.shift1, self.scale2, self.shift2)
+        self._expect_slope(self.act)
+        self._expect_added(added, (channels, stride))
+        return channels, stride
 
     def macs_per_output(self) -> int:
         return 2 * self.weight[0].numel()
@@ -196,6 +301,13 @@ class AttentionGate(Step):
     scale: Tensor
     shift: Tensor
 
+    def made(self) -> Form:
+        ((read, _),) = self._reads(1)
+        channels = self.output.channels
+        self._expect((channels, read), self.weight)
+        self._expect((channels,), self.scale, self.shift)
+        return channels, None
+
     def macs_per_output(self) -> int:
         return self.weight.shape[1]
 
@@ -205,6 +317,13 @@ class UpsampleAdd(Step):
     """skip + gate * nearest_x2(x); `inputs` is x, skip, gate."""
 
     op = "upsample_add"
+
+    def made(self) -> Form:
+        (channels, stride), skip = self._reads(2, gates=1)
+        if self.inputs[2].channels != channels:
+            raise ValueError(f"{self.name} has a gate of {self.inputs[2].channels} channels for {channels}")
+        self._expect_added([skip], (channels, stride // 2))
+        return skip
 
     def macs_per_output(self) -> int:
         return 1
@@ -217,6 +336,14 @@ class DeconvAdd(Step):
     op = "deconv_add"
     weight: Tensor
     bias: Tensor
+
+    def made(self) -> Form:
+        (read, stride), skip = self._reads(2)
+        channels = self.output.channels
+        self._expect((read, channels, 3, 3), self.weight)
+        self._expect((channels,), self.bias)
+        self._expect_added([skip], (channels, stride // 2))
+        return skip
 
     def macs_per_output(self) -> int:
         # Nine taps reach four output pixels.
@@ -231,6 +358,13 @@ class MaxPool(Step):
     """3x3 maximum, stride 2, padding 1: only where the features before it are used too."""
 
     op = "max_pool"
+
+    def made(self) -> Form:
+        ((channels, stride),) = self._reads(1)
+        return channels, 2 * stride
+
+    def _has_kernel(self) -> bool:
+        return self.output.codes is None and super()._has_kernel()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,6 +385,17 @@ class _OnCodes(Step):
     @property
     def outputs(self) -> tuple[Value, ...]:
         return (self.output,) if self.copy is None else (self.output, self.copy)
+
+    def check(self) -> None:
+        super().check()
+        if not (_is_step(self.x_step) and _is_step(self.codes_step)):
+            raise ValueError(f"{self.name} has codes of the steps {self.x_step} and {self.codes_step}")
+
+    def _has_kernel(self) -> bool:
+        kinds = {value.codes for value in (*self.inputs[:1], *self.outputs)} - {None}
+        added = {value.codes for value in self.inputs[1:]}
+        only_copy = self.copy is None or (self.output.codes is None and self.copy.codes is not None)
+        return len(kinds) == 1 and kinds <= LARGEST.keys() and added <= {None} and only_copy
 
     def written(self, outputs: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
         """The floating result and its codes among the tensors of `outputs`, None where there is no such."""
@@ -282,7 +427,17 @@ class QuantizedBlock(_OnCodes, SharedBlockStep):
         hidden_step: what one step of the codes of `hidden` is.
     """
 
+    forms = 2
     hidden_step: float = 1.0
+
+    def check(self) -> None:
+        super().check()
+        if not _is_step(self.hidden_step):
+            raise ValueError(f"{self.name} has hidden codes of the step {self.hidden_step}")
+
+    def _has_kernel(self) -> bool:
+        kind = self.inputs[0].codes
+        return kind is not None and kind is self.hidden.codes and super()._has_kernel()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,8 +451,31 @@ class Quantize(Step):
     op = "quantize"
     codes_step: float = 1.0
 
+    def made(self) -> Form:
+        (form,) = self._reads(1)
+        return form
+
+    def check(self) -> None:
+        super().check()
+        if not _is_step(self.codes_step):
+            raise ValueError(f"{self.name} has codes of the step {self.codes_step}")
+
+    def _has_kernel(self) -> bool:
+        return self.inputs[0].codes is None and self.output.codes is not None
+
     def detail(self) -> str:
         return f"to {_kind(self.output)}"
+
+
+def _is_step(step: float) -> bool:
+    return 0 < step < math.inf
+
+
+def _named(form: Form) -> str:
+    channels, stride = form
+    return (
+        f"{channels} channels of a gate" if stride is None else f"{channels} channels at the stride {stride}"
+    )
 
 
 def _kind(value: Value) -> str:
@@ -328,6 +506,31 @@ class Plan:
     def scores(self) -> Value:
         """The class scores before the final resize."""
         return self.steps[-1].output
+
+    def check(self, codes: torch.dtype | None = None) -> None:
+        """Raises ValueError unless all steps fit what they read and write: kernels rely on it.
+
+        codes: the dtype of codes: on a CPU uint8; None of a plan that has none.
+        """
+        if not self.steps:
+            raise ValueError("there are no steps")
+        known: set[Value] = set()
+        taken: set[int] = set()
+        for step in self.steps:
+            if not known.issuperset(step.inputs):
+                raise ValueError(f"{step.name} reads what no step before it wrote")
+            step.check()
+            for value in (*step.outputs, *step.temporaries):
+                if value.index in taken:
+                    raise ValueError(f"{step.name} writes v{value.index}, which is written already")
+                taken.add(value.index)
+            known.update(step.outputs)
+        found = {value.codes for value in known} - {None}
+        if found != {codes} - {None}:
+            raise ValueError(f"the steps have codes of {', '.join(map(str, found))}, not of {codes}")
+        scores = self.scores
+        if scores.stride is None or scores.codes is not None or scores.channels != self.num_classes:
+            raise ValueError(f"the scores have {_named(scores.form)}, of {self.num_classes} classes")
 
     def last_uses(self) -> dict[Value, int]:
         """Index of the last step that reads each value; the scores outlive all steps."""

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import mmap
 import os
+import types
+import typing
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -17,14 +20,17 @@ from torch import Tensor
 
 from ..files import replacing
 from ..nn.extents import Extents
+from ..nn.shelfnet import MOST_ENLARGED, MOST_PARTS
 from ..normalisation import Normalisation
 from ..ops.quantize import Quantum
 from . import plan as p
+from .quantization import KINDS
 
 # Version of the layout that `_encoded` writes; files of other versions are refused.
 FORMAT = 1
 KEY = "shelfkern_plan"
 
+FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 STEPS = (
     p.Stem,
     p.Conv,
@@ -59,6 +65,9 @@ class Facts:
 RECORDS = {
     kind.__name__: kind for kind in (*STEPS, p.Value, p.Activation, Quantum, Extents, Facts, Normalisation)
 }
+# Of what a file holds, and of the fields of each record.
+PARTS = dict(steps=tuple, num_classes=int, extents=Extents, dtype=torch.dtype, on_gpu=bool, facts=Facts)
+TYPES = {name: typing.get_type_hints(kind) for name, kind in RECORDS.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,11 +140,8 @@ def read_saved(path: str | os.PathLike[str]) -> Saved:
         raise RuntimeError(f"{path} has the format {found}, this version reads {FORMAT}: save it again")
     try:
         mapped = _Mapped(path)
-        found = _decoded(about, mapped.tensors)
-        _check(found["steps"])
-        plan = p.Plan(found["steps"], found["num_classes"], found["extents"])
-        return Saved(plan, found["dtype"], found["on_gpu"], found["facts"], mapped)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        return _checked(_decoded(about, mapped.tensors), mapped)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise RuntimeError(
             f"{path} is an accelerated network whose parts do not fit together ({error})"
         ) from error
@@ -216,28 +222,51 @@ def _decoded(value: Any, tensors: dict[str, Tensor]) -> Any:
     if value.keys() == {"fraction"}:
         return Fraction(*value["fraction"])
     parts = {name: _decoded(part, tensors) for name, part in value.items() if name != "record"}
-    return RECORDS[value["record"]](**parts) if "record" in value else parts
+    if "record" not in value:
+        return parts
+    record = RECORDS[value["record"]](**parts)
+    _check_fields(record)
+    return record
 
 
-def _check(steps: tuple[Any, ...]) -> None:
-    """Raises ValueError unless the weights and strides of all steps fit together: kernels rely on it."""
-    known: set[p.Value] = set()
-    for step in steps:
+def _check_fields(record: Any) -> None:
+    """Raises ValueError unless what a record holds is of the types that it declares."""
+    name = type(record).__name__
+    for field in dataclasses.fields(record):
+        value = getattr(record, field.name)
+        if not _is_of(value, TYPES[name][field.name]):
+            raise ValueError(f"{name} has the {field.name} {value!r:.100}")
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a decoded value is of a type: numbers are finite, and booleans none."""
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    parts = typing.get_args(kind)
+    if isinstance(kind, types.UnionType):
+        return any(_is_of(value, part) for part in parts)
+    if typing.get_origin(kind) is tuple:
+        if not isinstance(value, tuple):
+            return False
+        wanted = parts[:1] * len(value) if parts[-1] is Ellipsis else parts
+        return len(value) == len(wanted) and all(map(_is_of, value, wanted))
+    return type(value) is kind
+
+
+def _checked(parts: dict[str, Any], file: _Mapped) -> Saved:
+    """What is read. Raises ValueError unless its parts fit together: kernels rely on it."""
+    for name, kind in PARTS.items():
+        if type(parts[name]) is not kind:
+            raise ValueError(f"its {name} is {parts[name]!r:.100}")
+    for step in parts["steps"]:
         if not isinstance(step, STEPS):
             raise ValueError(f"a step is {type(step).__name__}")
-        if not known.issuperset(step.inputs):
-            raise ValueError(f"{step.name} reads what no step before it wrote")
-        known.update(step.outputs)
-        read = step.inputs[0].channels if step.inputs else 3
-        written = step.output.channels
-        square = (read, written) if isinstance(step, p.DeconvAdd) else (written, read)
-        for weight in step.weights():
-            if tuple(weight.shape[:2]) != (square if weight.ndim > 1 else (written,)):
-                raise ValueError(f"{step.name} has weights of {tuple(weight.shape)}")
-        if isinstance(step, p.Conv) and step.output.stride != step.stride * _stride(step):
-            raise ValueError(f"{step.name} writes at the stride {step.output.stride}")
-
-
-def _stride(step: p.Step) -> int:
-    """Stride of the activation that a step reads."""
-    return (step.inputs[0].stride or 0) if step.inputs else 1
+    dtype, on_gpu, extents = parts["dtype"], parts["on_gpu"], parts["extents"]
+    if not 1 <= extents.scale <= MOST_ENLARGED or extents.scale.denominator > MOST_PARTS:
+        raise ValueError(f"images are enlarged {extents.scale} times")
+    if dtype not in (*FLOATING, *(KINDS if on_gpu else [torch.int8])):
+        raise ValueError(f"its dtype is {dtype}")
+    plan = p.Plan(parts["steps"], parts["num_classes"], extents)
+    signed_or_not = dtype if on_gpu else torch.uint8
+    plan.check(signed_or_not if dtype in KINDS else None)
+    return Saved(plan, dtype, on_gpu, parts["facts"], file)

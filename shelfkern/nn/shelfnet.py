@@ -23,7 +23,8 @@ from .fused import fuse_for_training
 from .images import as_batch, check_image_size, check_label_classes, image_size, normalised
 from .shelf import MERGES, Shelf
 
-# Largest denominator of `input_scale`: images are padded to multiples of at most 32 * MOST_PARTS.
+# Largest `input_scale`, and its largest denominator: images are padded to multiples of at most 32 times it.
+MOST_ENLARGED = 4
 MOST_PARTS = 8
 
 
@@ -88,9 +89,9 @@ class ShelfNetConfig:
 
     def _check_input_scale(self) -> None:
         scale = self.input_scale
-        fits = _is_number(scale) and 1 <= scale <= 4
+        fits = _is_number(scale) and 1 <= scale <= MOST_ENLARGED
         if not fits or float(self.extents.scale) != scale:
-            may = f"a ratio of integers from 1 to 4 with a denominator up to {MOST_PARTS}"
+            may = f"a ratio of integers from 1 to {MOST_ENLARGED} with a denominator up to {MOST_PARTS}"
             raise ValueError(f"input_scale is {scale!r}, it may be {may}")
 
     @property
