@@ -309,6 +309,56 @@ def test_kernels_run_on_the_threads_of_torch_or_on_their_own():
     assert (own == expected).float().mean() > 0.999
 
 
+LITTLE_MEMORY = """
+import resource, torch
+from shelfkern import native, ops
+
+def resized(channels, width):
+    x = torch.randn(1, channels, 8, width, generator=torch.Generator().manual_seed(0))
+    return x.contiguous(memory_format=torch.channels_last), (64, width)
+
+def leave(mib):
+    present = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (present + mib * 2**20, -1))
+
+few, many = resized(4, 64), resized(256, 40000)
+expected = ops.upsample_argmax(*few)
+torch.set_num_threads(3)
+{runtime}
+"""
+
+
+@needs_native
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc")
+@pytest.mark.parametrize("runtime", ["", "native.module.set_parallel_runtime(0)"], ids=["torch's", "own"])
+def test_too_little_memory_in_threads_raises_in_the_caller(runtime):
+    # Threads work in 40 MB each.
+    done = in_new_process(f"""{LITTLE_MEMORY.format(runtime=runtime)}
+ops.upsample_argmax(*few)
+leave(mib=20)
+try:
+    ops.upsample_argmax(*many)
+except MemoryError:
+    print("MemoryError")
+resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+print(all(torch.equal(ops.upsample_argmax(*few), expected) for _ in range(20)))
+""")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["MemoryError", "True"]
+
+
+@needs_native
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc")
+def test_threads_that_cannot_start_are_done_without():
+    # Less than one's stack takes.
+    done = in_new_process(f"""{LITTLE_MEMORY.format(runtime="native.module.set_parallel_runtime(0)")}
+leave(mib=1)
+print(torch.equal(ops.upsample_argmax(*few), expected))
+""")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["True"]
+
+
 @needs_native
 def test_the_environment_chooses_the_isa():
     isa = native.module.isas()[-1]

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <exception>
 #include <memory>
 #include <new>
 #include <thread>
@@ -41,21 +42,40 @@ struct Work {
     int64_t count;
     void (*body)(void*, int64_t);
     void* context;
+    std::atomic_flag failed = ATOMIC_FLAG_INIT;
+    std::exception_ptr error{};  // the first
 };
 
-// Threads take the next piece when they are free: pieces differ in cost, and cores may be shared.
-void take_pieces(void* data) {
+// Threads take the next piece when they are free: pieces differ in cost, and cores may be shared. What one
+// throws waits for the caller: frames of a runtime do not unwind, and others still use the caller's stack.
+void take_pieces(void* data) noexcept {
     Work& work = *static_cast<Work*>(data);
-    for (int64_t i; (i = work.next.fetch_add(1, std::memory_order_relaxed)) < work.count;) {
-        work.body(work.context, i);
+    try {
+        for (int64_t i; (i = work.next.fetch_add(1, std::memory_order_relaxed)) < work.count;) {
+            work.body(work.context, i);
+        }
+    } catch (...) {
+        if (!work.failed.test_and_set()) work.error = std::current_exception();
+        work.next.store(work.count, std::memory_order_relaxed);
     }
 }
 
 void run_on_own_threads(int threads, Work& work) {
     std::vector<std::thread> others;
-    for (int t = 1; t < threads; ++t) others.emplace_back(take_pieces, &work);
+    try {
+        others.reserve(threads - 1);
+        for (int t = 1; t < threads; ++t) others.emplace_back(take_pieces, &work);
+    } catch (const std::exception&) {
+        // The work is done by those that could be started.
+    }
     take_pieces(&work);
     for (std::thread& thread : others) thread.join();
+}
+
+void run_on(int threads, Work& work) {
+    if (threads <= 1) return take_pieces(&work);
+    if (OpenMPParallel entry = runtime.load()) return entry(take_pieces, &work, threads, 0);
+    run_on_own_threads(threads, work);
 }
 
 struct Free {
@@ -77,10 +97,8 @@ void run_parallel(int threads, int64_t count, void (*body)(void*, int64_t), void
     work.body = body;
     work.context = context;
     const Places places(static_cast<int>(std::min<int64_t>(threads, count)));
-    threads = places.threads();
-    if (threads <= 1) return take_pieces(&work);
-    if (OpenMPParallel entry = runtime.load()) return entry(take_pieces, &work, threads, 0);
-    run_on_own_threads(threads, work);
+    run_on(places.threads(), work);
+    if (work.error) std::rethrow_exception(work.error);
 }
 
 void* thread_scratch(int slot, int64_t bytes) {

@@ -13,7 +13,8 @@ using OpenMPParallel = void (*)(void (*)(void*), void*, unsigned threads, unsign
 void set_parallel_runtime(OpenMPParallel entry);
 
 // Calls body(context, i) for i in [0, count), each i once, on up to `threads` threads: fewer while other
-// calls are at work, so that all together are no more than the one that wants most.
+// calls are at work, so that all together are no more than the one that wants most. Of what calls throw the
+// first is thrown here, when all threads have stopped; pieces that were not begun are left out.
 void run_parallel(int threads, int64_t count, void (*body)(void*, int64_t), void* context);
 
 template <typename Body>
