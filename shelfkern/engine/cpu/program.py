@@ -191,6 +191,10 @@ class Program:
         return self._run(images, lambda scores, full, size: scores.clone())
 
     def _run(self, images: Tensor, finish: Callable[[Tensor, Extent, Extent], Tensor]) -> Tensor:
+        if torch.is_autocast_enabled("cpu"):
+            # The library's calls would take another dtype than the program's.
+            with torch.autocast("cpu", enabled=False):
+                return self._run(images, finish)
         n, h, w = image_size(images)
         full, seen = self.plan.extents.padded(h, w), self.plan.extents.seen(h, w)
         with self.pool.borrow(((n, *seen), torch.get_num_threads())) as workspace:

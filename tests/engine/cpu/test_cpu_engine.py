@@ -27,6 +27,19 @@ def cache(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.parametrize("backend", ["auto", "library"])
+@torch.no_grad()
+def test_autocast_of_the_caller_does_not_matter(backend):
+    model, x = build(CONFIGS["attention"]), images(1, 64, 64)
+    fast = shelfkern.accelerate(model, backend=backend)
+    expected, labels = fast(x), fast.predict(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        # What is packed there, too.
+        for module in (fast, shelfkern.accelerate(model, backend=backend)):
+            assert torch.equal(module(x), expected) and torch.equal(module.predict(x), labels)
+        assert torch.is_autocast_enabled("cpu")
+
+
 class Clock:
     """Finds candidates the faster, the earlier their names begin one of `order`; runs each once."""
 
