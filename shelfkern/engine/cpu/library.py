@@ -45,7 +45,9 @@ def onednn_reason() -> str | None:
 
 
 class _FusedConv:
-    """act(conv(x) + bias + residual) in one oneDNN primitive.
+    """act(conv(x) + bias + residual) in one oneDNN primitive; relu after it, for oneDNN's makes 0 of NaN.
+
+    In float32 the pass of relu takes 0 to 3 % of the time of 3x3 convolutions, 1 to 10 % of 1x1.
 
     Weights are laid out for x of `shape`. For another oneDNN may want another layout, and makes it anew at
     each call, which takes up to forty times as long as the convolution.
@@ -63,22 +65,16 @@ class _FusedConv:
         self.slope = act.slope
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        attr, scalars = self._attribute()
         if residual is None:
-            return torch.ops.mkldnn._convolution_pointwise(
+            attr, scalars = ("leaky_relu", [self.slope]) if self.slope else ("none", [])
+            out = torch.ops.mkldnn._convolution_pointwise(
                 x, self.weight, self.bias, *self.geometry, attr, scalars, ""
             )
-        # Only relu is taken after a sum.
-        unary = "relu" if self.slope == 0 else None
+            return out if self.slope else _activate_(out, self.slope)
         out = torch.ops.mkldnn._convolution_pointwise.binary(
-            x, residual, self.weight, self.bias, *self.geometry, "add", 1.0, unary, [], None
+            x, residual, self.weight, self.bias, *self.geometry, "add", 1.0, None, [], None
         )
-        return out if unary or self.slope is None else F.leaky_relu_(out, self.slope)
-
-    def _attribute(self) -> tuple[str, list[float]]:
-        if self.slope is None:
-            return "none", []
-        return ("leaky_relu", [self.slope]) if self.slope else ("relu", [])
+        return _activate_(out, self.slope)
 
 
 class _PlainConv:

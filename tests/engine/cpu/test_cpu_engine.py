@@ -40,6 +40,18 @@ def test_autocast_of_the_caller_does_not_matter(backend):
         assert torch.is_autocast_enabled("cpu")
 
 
+@pytest.mark.parametrize("backend", ["auto", "library"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["attention", "deconv"])
+@torch.no_grad()
+def test_what_is_no_number_stays_none(name, dtype, backend):
+    model, x = build(CONFIGS[name]), images(1, 96, 128)
+    x[0, 1, 20, 30] = torch.nan
+    found = shelfkern.accelerate(model, dtype, backend=backend)(x).isnan()
+    # Winograd's transforms spread it over their tiles.
+    assert found[model(x).isnan()].all() and found.any()
+
+
 class Clock:
     """Finds candidates the faster, the earlier their names begin one of `order`; runs each once."""
 
