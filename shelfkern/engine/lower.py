@@ -57,6 +57,21 @@ class Lowering:
             kind = type(module).__qualname__
             raise TypeError(f"model has a {kind} at {self.name(module)!r}, which has no fused form")
 
+    def expect_geometry(self, module: nn.Module, **needed: Any) -> None:
+        """Raises TypeError unless attributes of a convolution or a pool are as the fused form has them."""
+        for attribute, value in needed.items():
+            found = getattr(module, attribute)
+            if found != value:
+                kind, name = type(module).__qualname__, self.name(module)
+                has = f"model has a {kind} at {name!r} whose {attribute} is {found!r}"
+                raise TypeError(f"{has}, which has no fused form: it must be {value!r}")
+
+    def expect_conv(self, conv: nn.Conv2d, stride: int, kernel: int) -> None:
+        """Raises TypeError unless it is a plain convolution that pads half its kernel."""
+        self.expect(conv, nn.Conv2d)
+        size = dict(kernel_size=(kernel, kernel), stride=(stride, stride), padding=(kernel // 2,) * 2)
+        self.expect_geometry(conv, **size, dilation=(1, 1), groups=1, padding_mode="zeros")
+
     def conv(
         self,
         conv: nn.Conv2d,
@@ -67,9 +82,9 @@ class Lowering:
         skip: p.Value | None = None,
     ) -> p.Value:
         """act(bn(conv(x)) + residual) + skip."""
-        self.expect(conv, nn.Conv2d)
-        scale, shift = _affine(conv, bn)
         stride = conv.stride[0]
+        self.expect_conv(conv, stride, conv.kernel_size[0])
+        scale, shift = _affine(conv, bn)
         inputs = tuple(v for v in (x, residual, skip) if v is not None)
         source_stride = 1 if x is None or x.stride is None else x.stride
         return self.emit(
@@ -92,7 +107,7 @@ def lower(model: ShelfNet) -> p.Plan:
     """The plan of a ShelfNet's scores in eval mode, before the final resize.
 
     Raises:
-        TypeError: a module has no fused form or has hooks.
+        TypeError: a module has no fused form or has hooks, or blocks do not fit each other.
     """
     _refuse_hooks(model)
     lowering = Lowering(model)
@@ -100,7 +115,12 @@ def lower(model: ShelfNet) -> p.Plan:
     features = lowering.lower(model.backbone, model.config.levels)
     levels = lowering.lower(model.shelf, features)
     lowering.lower(model.head, levels[0])
-    return p.Plan(tuple(lowering.steps), model.config.num_classes, model.config.extents)
+    plan = p.Plan(tuple(lowering.steps), model.config.num_classes, model.config.extents)
+    try:
+        plan.check()
+    except ValueError as error:
+        raise TypeError(f"model has no fused form, its blocks do not fit each other: {error}") from error
+    return plan
 
 
 def _refuse_hooks(model: nn.Module) -> None:
@@ -136,6 +156,9 @@ NONE, RELU = p.Activation(None), p.Activation(0.0)
 
 def _resnet(lowering: Lowering, module: ResNet, levels: int) -> list[p.Value]:
     """Features of the last `levels` strides."""
+    pool = module.maxpool
+    lowering.expect(pool, nn.MaxPool2d)
+    lowering.expect_geometry(pool, kernel_size=3, stride=2, padding=1, dilation=1, ceil_mode=False)
     if levels == 5:
         first = lowering.conv(module.conv1, module.bn1, module.act, None)
         pooled = p.MaxPool(lowering.name(module.maxpool), (first,), lowering.value(first.channels, 4))
@@ -152,6 +175,7 @@ def _resnet(lowering: Lowering, module: ResNet, levels: int) -> list[p.Value]:
 
 
 def _stem(lowering: Lowering, module: ResNet) -> p.Value:
+    lowering.expect_conv(module.conv1, 2, 7)
     scale, shift = fold_batch_norm(module.bn1)
     output = lowering.value(module.conv1.out_channels, 4)
     name = lowering.name(module.conv1)
@@ -185,6 +209,7 @@ def _conv_bn_act(lowering: Lowering, block: blocks.ConvBNAct, x: p.Value) -> p.V
 
 
 def _shared_block(lowering: Lowering, block: blocks.SharedBlock, x: p.Value) -> p.Value:
+    lowering.expect_conv(block.conv, 1, 3)
     scale1, shift1 = fold_batch_norm(block.bn1, block.conv.bias)
     scale2, shift2 = fold_batch_norm(block.bn2, block.conv.bias)
     step = p.SharedBlockStep(
@@ -208,7 +233,7 @@ def _attention_refinement(
 ) -> tuple[p.Value, p.Value]:
     """The features and their gate: the merge multiplies them while it upsamples."""
     x = lowering.lower(block.features, x)
-    lowering.expect(block.gate_conv, nn.Conv2d)
+    lowering.expect_conv(block.gate_conv, 1, 1)
     scale, shift = fold_batch_norm(block.gate_bn)
     weight = _float(block.gate_conv.weight).flatten(1)
     gate = lowering.value(x.channels, None)
@@ -226,6 +251,8 @@ def _attention_merge(lowering: Lowering, block: blocks.AttentionMerge, x: p.Valu
 def _deconv_merge(lowering: Lowering, block: blocks.DeconvMerge, x: p.Value, skip: p.Value) -> p.Value:
     deconv = block.deconv
     lowering.expect(deconv, nn.ConvTranspose2d)
+    size = dict(kernel_size=(3, 3), stride=(2, 2), padding=(1, 1), output_padding=(1, 1), dilation=(1, 1))
+    lowering.expect_geometry(deconv, **size, groups=1)
     merged = lowering.value(skip.channels, skip.stride)
     name = lowering.name(deconv)
     bias = deconv.weight.new_zeros(deconv.out_channels) if deconv.bias is None else deconv.bias

@@ -2,6 +2,7 @@ import copy
 import dataclasses
 import mmap
 import pickle
+import re
 import threading
 import warnings
 from types import SimpleNamespace
@@ -258,6 +259,14 @@ def _change_dtype(model):
     model.double()
 
 
+def _change_eps(model):
+    model.shelf.columns[0].bottom.bn2.eps = 0.5
+
+
+def _change_slope(model):
+    model.head.features.act.negative_slope = 0.7
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -268,6 +277,8 @@ def _change_dtype(model):
         _replace_parameter,
         _replace_module,
         _change_dtype,
+        _change_eps,
+        _change_slope,
     ],
 )
 def test_a_changed_model_is_never_stale(change):
@@ -281,6 +292,46 @@ def test_a_changed_model_is_never_stale(change):
         eager = model(x.to(next(model.parameters()).dtype)).float()
     torch.testing.assert_close(after, eager, rtol=1e-4, atol=1e-4 * eager.std().item())
     assert change is _change_dtype or not torch.allclose(before, after, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "name, module, attribute, value, message",
+    [
+        ("attention", "backbone.layer1.0.conv1", "dilation", (2, 2), "it must be (1, 1)"),
+        ("attention", "head.classify", "padding", (0, 0), "it must be (1, 1)"),
+        ("attention", "head.classify", "padding_mode", "circular", "it must be 'zeros'"),
+        ("attention", "backbone.conv1", "groups", 3, "it must be 1"),
+        ("attention", "backbone.layer2.0.conv1", "stride", (1, 1), "do not fit each other"),
+        ("attention", "shelf.columns.0.bottom.conv", "stride", (2, 2), "it must be (1, 1)"),
+        ("attention", "shelf.columns.0.merges.0.refine.gate_conv", "groups", 2, "it must be 1"),
+        ("attention", "backbone.maxpool", "ceil_mode", True, "it must be False"),
+        ("deconv", "shelf.columns.0.merges.0.deconv", "output_padding", (0, 0), "it must be (1, 1)"),
+    ],
+)
+@torch.no_grad()
+def test_geometry_that_changes_is_seen(name, module, attribute, value, message):
+    model, x = build(CONFIGS[name]), images(1, 64, 64)
+    fast = shelfkern.accelerate(model)
+    before, changed = fast(x), model.get_submodule(module)
+    original = getattr(changed, attribute)
+    setattr(changed, attribute, value)
+    for call in (lambda: fast(x), lambda: fast.predict(x), lambda: shelfkern.accelerate(model)):
+        with pytest.raises(TypeError, match=f"model has .*{re.escape(message)}"):
+            call()
+    setattr(changed, attribute, original)
+    assert torch.equal(fast(x), before)
+
+
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_that_come_later_are_refused(register):
+    model, x = build(CONFIGS["attention"]), images(1, 64, 64)
+    fast = shelfkern.accelerate(model)
+    before = fast(x)
+    handle = getattr(model.head.classify, register)(lambda *arguments: None)
+    with pytest.raises(TypeError, match=r"model has forward hooks at 'head\.classify'"):
+        fast(x)
+    handle.remove()
+    assert torch.equal(fast(x), before)
 
 
 @torch.no_grad()
