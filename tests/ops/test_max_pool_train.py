@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from parity import layouts, needs_native, random
+from parity import each_isa, layouts, needs_native, random
 from torch import nn
 
 from shelfkern import native, ops
@@ -24,17 +24,21 @@ def plain(x: torch.Tensor, pool: nn.Module) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(2, 64, 8, 10), (1, 19, 7, 9), (2, 3, 1, 1), (1, 33, 2, 5), (1, 5, 6, 1)])
-def test_result_and_gradient_are_torchs(shape, dtype) -> None:
+def test_result_and_gradient_of_every_isa_are_torchs(shape, dtype) -> None:
     n, c, h, w = shape
     # Few values, so that some are equal: the first counts.
     x, grad = random(*shape).mul(2).round().to(dtype), random(n, c, (h + 1) // 2, (w + 1) // 2, seed=1)
     grad = grad.to(dtype)
     expected, exact = trained(plain, x, grad)[0], trained(plain, x.double(), grad.double())[1]
-    for _, given in layouts(x):
-        result, gradient = trained(ops.max_pool_train, given, grad)
-        assert torch.equal(result, expected)
-        rounding = 2**-8 if dtype is torch.bfloat16 else 1e-6
-        torch.testing.assert_close(gradient.double(), exact, rtol=rounding, atol=1e-6)
+    rounding = 2**-8 if dtype is torch.bfloat16 else 1e-6
+
+    def check(isa: str) -> None:
+        for _, given in layouts(x):
+            result, gradient = trained(ops.max_pool_train, given, grad)
+            assert torch.equal(result, expected), isa
+            torch.testing.assert_close(gradient.double(), exact, rtol=rounding, atol=1e-6)
+
+    each_isa(check)
 
 
 def test_values_that_are_not_finite() -> None:

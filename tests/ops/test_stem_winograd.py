@@ -136,7 +136,7 @@ def test_weights_are_transformed_once_in_float64(k):
 @pytest.mark.parametrize("raw", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n, h, w, k, size", SHAPES + WIDE)
-def test_is_within_its_bound(n, h, w, k, size, dtype, raw):
+def test_every_isa_is_within_its_bound(n, h, w, k, size, dtype, raw):
     image, args = pixels(n, h, w), parameters(k, dtype)
     image = image if raw else normalise(image, MEAN, STD).contiguous()
     each_isa(lambda isa: assert_within_bound(run(image, args, size, 0.01), image, args, size, 0.01))
@@ -145,7 +145,7 @@ def test_is_within_its_bound(n, h, w, k, size, dtype, raw):
 @needs_native
 @pytest.mark.parametrize("raw", [False, True])
 @pytest.mark.parametrize("n, h, w, k, padded, size", ENLARGED)
-def test_enlarged_images(n, h, w, k, padded, size, raw):
+def test_every_isa_enlarges_images(n, h, w, k, padded, size, raw):
     image, args = pixels(n, h, w), parameters(k)
     image = image if raw else normalise(image, MEAN, STD).contiguous()
 
@@ -209,7 +209,7 @@ def test_what_is_not_finite_spoils_the_tiles_that_see_it_and_no_others(value):
 
 @needs_native
 @pytest.mark.parametrize("n, h, w, k, size", SHAPES)
-def test_codes_are_those_of_the_floats(n, h, w, k, size):
+def test_codes_of_every_isa_are_those_of_the_floats(n, h, w, k, size):
     image, (weight, scale, shift) = pixels(n, h, w), parameters(k)
     quantum = Quantum(0.03, 5)
     norms = [F.pad(t / quantum.step, (0, -k % 16)) for t in (scale, shift)]
