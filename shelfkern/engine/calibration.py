@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -112,7 +112,7 @@ def _is_raw(images: Tensor, normalisation: Normalisation) -> bool:
     """Whether images may have been raw, before they were normalised."""
     if images.dtype is torch.uint8:
         return True
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (normalisation.mean, normalisation.std))
+    mean, std = (torch.tensor(v, device="cpu").view(3, 1, 1) for v in (normalisation.mean, normalisation.std))
     values = 255 * (images.float() * std + mean)
     return bool((values > -0.5).all() and (values < 255.5).all())
 
@@ -185,7 +185,7 @@ class Histogram:
     """
 
     def __init__(self) -> None:
-        self.counts = torch.zeros(BINS, dtype=torch.int64)
+        self.counts = torch.zeros(BINS, dtype=torch.int64, device="cpu")
         self.largest = self.lowest = self.highest = 0.0
         self._top = 0.0
 
@@ -226,14 +226,17 @@ class Histogram:
             return ranges.clamp(max=self.highest) + ranges.clamp(max=-self.lowest)
 
         largest = self._least_error(lambda ranges: spans(ranges) / 255)
-        step = spans(torch.tensor(largest, dtype=torch.float64)).item() / 255
+        step = spans(self._float64([largest])).item() / 255
         return Quantum(step, round(min(largest, -self.lowest) / step))
+
+    def _float64(self, values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=self.counts.device)
 
     def _least_error(self, steps_of: Callable[[Tensor], Tensor]) -> float:
         """The range that loses least, of those whose steps are given."""
-        ranges = self.largest * torch.arange(1, CANDIDATES + 1, dtype=torch.float64)[:, None] / CANDIDATES
+        ranges = self.largest * self._float64(range(1, CANDIDATES + 1))[:, None] / CANDIDATES
         steps = steps_of(ranges)
-        values = (torch.arange(BINS, dtype=torch.float64) + 0.5) * self._top / BINS
+        values = (self._float64(range(BINS)) + 0.5) * self._top / BINS
         # Rounding is off by up to half a step, evenly; but what is nearest to 0 becomes 0.
         inside = torch.where(values < steps / 2, values.square(), steps.square() / 12)
         errors = torch.where(values > ranges, (values - ranges).square(), inside)

@@ -15,7 +15,8 @@ Extent = tuple[int, int]
 
 def statistics(normalisation: Normalisation, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """Mean and deviation of the colours, (3,) float32."""
-    mean, std = torch.tensor([normalisation.mean, normalisation.std], dtype=torch.float32, device=device)
+    rows = [normalisation.mean, normalisation.std]
+    mean, std = torch.tensor(rows, dtype=torch.float32, device=device or "cpu")
     return mean, std
 
 

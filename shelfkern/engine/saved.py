@@ -168,7 +168,7 @@ class _Mapped:
             raise ValueError(f"a weight is {entry['dtype']}")
         count = (end - begin) // torch.float32.itemsize
         if not count:
-            return torch.empty(shape)
+            return torch.empty(shape, device="cpu")
         return torch.frombuffer(self._map, dtype=torch.float32, count=count, offset=start + begin).view(shape)
 
     def forget(self, tensor: Tensor) -> None:

@@ -36,9 +36,9 @@ def onednn_reason() -> str | None:
         if not hasattr(torch.ops.mkldnn, name):
             return f"this torch has no mkldnn::{name}"
     try:
-        x = torch.ones(1, 8, 4, 4).contiguous(memory_format=torch.channels_last)
-        weight = torch.ones(8, 8, 1, 1)
-        result = _FusedConv(weight, torch.ones(8), 1, p.Activation(0.0), tuple(x.shape))(x, x)
+        x, weight, bias = (torch.ones(shape, device="cpu") for shape in ((1, 8, 4, 4), (8, 8, 1, 1), (8,)))
+        x = x.contiguous(memory_format=torch.channels_last)
+        result = _FusedConv(weight, bias, 1, p.Activation(0.0), tuple(x.shape))(x, x)
     except (RuntimeError, TypeError) as error:
         return f"mkldnn::_convolution_pointwise failed: {str(error).splitlines()[0]}"
     return None if bool((result == 10).all()) else "mkldnn::_convolution_pointwise gave a wrong result"

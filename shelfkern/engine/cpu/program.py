@@ -191,9 +191,12 @@ class Program:
         return self._run(images, lambda scores, full, size: scores.clone())
 
     def _run(self, images: Tensor, finish: Callable[[Tensor, Extent, Extent], Tensor]) -> Tensor:
+        # The caller's autocast and default device are not for what the program makes and calls.
         if torch.is_autocast_enabled("cpu"):
-            # The library's calls would take another dtype than the program's.
             with torch.autocast("cpu", enabled=False):
+                return self._run(images, finish)
+        if torch.get_default_device().type != "cpu":
+            with torch.device("cpu"):
                 return self._run(images, finish)
         n, h, w = image_size(images)
         full, seen = self.plan.extents.padded(h, w), self.plan.extents.seen(h, w)

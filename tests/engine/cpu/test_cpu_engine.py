@@ -52,6 +52,29 @@ def test_what_is_no_number_stays_none(name, dtype, backend):
     assert found[model(x).isnan()].all() and found.any()
 
 
+@pytest.mark.parametrize(
+    "backend, dtype",
+    [
+        ("auto", torch.float32),
+        ("library", torch.float32),
+        pytest.param("auto", torch.int8, marks=needs_native),
+    ],
+)
+def test_the_default_device_does_not_matter(backend, dtype):
+    model, x = build(CONFIGS["attention"]), images(1, 64, 64)
+    raw = torch.randint(0, 256, (1, 64, 64, 3), dtype=torch.uint8)
+    options = dict(backend=backend, calibration=raw if dtype is torch.int8 else None)
+    fast = shelfkern.accelerate(model, dtype, **options)
+    expected, labels, coarse = fast(x), fast.predict(raw), fast.coarse_scores(x)
+    with torch.device("meta"):
+        library.onednn_reason.cache_clear()
+        again = shelfkern.accelerate(model, dtype, **options)
+        assert again.plan.describe() == fast.plan.describe()
+        for module in (fast, again):
+            assert torch.equal(module(x), expected) and torch.equal(module.predict(raw), labels)
+            assert torch.equal(module.coarse_scores(x), coarse)
+
+
 class Clock:
     """Finds candidates the faster, the earlier their names begin one of `order`; runs each once."""
 
