@@ -313,7 +313,7 @@ class FastShelfNet(nn.Module):
 
         Raises:
             ValueError: x is not (N, 3, H, W) with H, W >= 32, or is not on the module's device.
-            TypeError: x is not floating.
+            TypeError: x is not floating, or is sparse.
             RuntimeError: the module is in train mode.
         """
         if isinstance(x, Tensor) and x.dtype is torch.uint8:
@@ -476,6 +476,8 @@ class FastShelfNet(nn.Module):
             raise RuntimeError("the accelerated module is in train mode, it only runs in eval mode")
         if not isinstance(images, Tensor):
             raise TypeError(f"images is {type(images).__name__}, it must be a tensor")
+        if images.layout is not torch.strided:
+            raise TypeError(f"images has the layout {images.layout}, it must be dense")
         if images.device != self.device:
             raise ValueError(f"images is on {images.device}, it must be on {self.device}")
 

@@ -490,6 +490,11 @@ def test_bad_arguments(call, error, message):
         (torch.zeros(3, 64, 64), ValueError, r"x is \(3, 64, 64\)"),
         (torch.zeros(1, 3, 64, 64, dtype=torch.int32), TypeError, "images is torch.int32"),
         (torch.zeros(1, 64, 64, 3, dtype=torch.uint8), TypeError, r"x is torch\.uint8, it must be"),
+        (
+            torch.zeros(1, 3, 64, 64).to_sparse(),
+            TypeError,
+            r"images has the layout torch\.sparse_coo, it must be dense",
+        ),
     ],
 )
 def test_bad_inputs(bad, error, message):
