@@ -560,7 +560,8 @@ def test_labels_are_refused_once_the_model_has_too_many_classes():
     model = build(dataclasses.replace(TINY, num_classes=5))
     fast = shelfkern.accelerate(model)
     assert fast.predict(images(1, 32, 32)).max() < 5
-    model.head = build(dataclasses.replace(TINY, num_classes=300)).head
+    larger = build(dataclasses.replace(TINY, num_classes=300))
+    model.head, model.config = larger.head, larger.config
     with pytest.raises(ValueError, match="num_classes is 300"):
         fast.predict(images(1, 32, 32))
 

@@ -31,6 +31,8 @@ needs_emulation = pytest.mark.skipif(
 )
 DTYPES = [torch.float32, torch.bfloat16, pytest.param(torch.int8, marks=needs_native)]
 
+DO_NOT_FIT = "is an accelerated network whose parts do not fit together"
+
 
 def pictures(n: int, h: int, w: int) -> torch.Tensor:
     return torch.randint(0, 256, (n, h, w, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -225,13 +227,13 @@ def _no_field(about, tensors):
     "change, message",
     [
         (_other_format, "has the format 2, this version reads 1: save it again"),
-        (_no_tensor, "is an accelerated network whose parts do not fit together"),
-        (_other_shape, "is an accelerated network whose parts do not fit together .*has weights of"),
-        (_other_dtype, "is an accelerated network whose parts do not fit together .*a weight is F16"),
-        (_unknown_step, "is an accelerated network whose parts do not fit together"),
-        (_too_early, "is an accelerated network whose parts do not fit together .*reads what no step before it wrote"),
-        (_other_stride, "is an accelerated network whose parts do not fit together .*writes .* at the stride"),
-        (_no_field, "is an accelerated network whose parts do not fit together .*normalisation"),
+        (_no_tensor, DO_NOT_FIT),
+        (_other_shape, DO_NOT_FIT + " .*has weights of"),
+        (_other_dtype, DO_NOT_FIT + " .*a weight is F16"),
+        (_unknown_step, DO_NOT_FIT),
+        (_too_early, DO_NOT_FIT + " .*reads what no step before it wrote"),
+        (_other_stride, DO_NOT_FIT + " .*writes .* at the stride"),
+        (_no_field, DO_NOT_FIT + " .*normalisation"),
     ],
 )
 def test_files_that_do_not_fit_together(change, message, path):
@@ -494,7 +496,7 @@ def test_plans_that_kernels_cannot_run(name, kind, change, message, path):
     about, tensors = copy.deepcopy(_written(name, kind))
     change(about, tensors)
     _write(path, about, tensors)
-    with pytest.raises(RuntimeError, match=f"is an accelerated network whose parts do not fit together .*{message}"):
+    with pytest.raises(RuntimeError, match=f"{DO_NOT_FIT} .*{message}"):
         saved.read_saved(path)
 
 
