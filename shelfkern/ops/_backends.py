@@ -15,10 +15,10 @@ from . import _triton
 _logger = logging.getLogger("shelfkern")
 
 # native: C++ on the CPU. cuda: CUDA C++. triton: Triton, on a GPU or interpreted. emulated: the CUDA C++
-# kernels on the CPU, thread by thread. reference: torch's own calls.
+# kernels run on the CPU, thread by thread. reference: torch's own calls.
 BACKENDS = ("auto", "native", "cuda", "triton", "emulated", "reference")
 
-# Every op and the backends that have a kernel of it, on each device the one that "auto" prefers first.
+# Every op and the backends that implement it, in order of preference for "auto" on each device.
 KERNELS = {
     "attention_gate": ("native", "cuda", "emulated"),
     "bn_act_dropout": ("native", "triton"),
@@ -38,12 +38,12 @@ NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIN_CAPABILITY = (8, 0)
 
-# For every backend that has a kernel of an op, in order of preference: why it cannot run, None if it can.
+# For each backend that implements an op, in order of preference: why it cannot run, None if it can.
 Reasons = dict[str, str | None]
 
 
 def unavailable(op: str, backend: str) -> str | None:
-    """Why an op's kernel cannot run in this process, whatever the tensors; None if it can."""
+    """Reason why an op's kernel cannot run in this process, whatever the tensors; None if it can."""
     if backend == "native":
         return native.reason(op)
     if backend == "triton":
@@ -54,7 +54,7 @@ def unavailable(op: str, backend: str) -> str | None:
 
 
 def reasons(op: str, x: Tensor, name: str = "x") -> Reasons:
-    """Why each of an op's kernels cannot take x, the argument `name`; None for those that can."""
+    """Reason why each of an op's kernels cannot take x, the argument `name`; None for those that can."""
     return {backend: unavailable(op, backend) or _unfit(backend, x, name) for backend in KERNELS[op]}
 
 
@@ -78,16 +78,16 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 
 def choose(op: str, backend: str, why: Reasons, without_gradient: Sequence[Tensor | None] = ()) -> str:
-    """The backend that runs: the one asked for if it can, with "auto" the first that can.
+    """The backend that runs: the requested one if it can, or for "auto" the first that can.
 
-    Emulated and interpreted kernels are thousands of times slower than torch: they run by name only.
+    Emulated and interpreted kernels are thousands of times slower than torch, so they run only by name.
 
     Args:
-        without_gradient: the inputs for which the op's kernels register no gradient. Where autograd needs
+        without_gradient: the inputs for which the op's kernels register no gradient. If autograd needs
             one of them, only torch's own calls can run.
 
     Raises:
-        ValueError: backend is none of `BACKENDS`.
+        ValueError: backend is not one of `BACKENDS`.
         RuntimeError: the backend asked for cannot run, or autograd would need its gradient.
     """
     if backend not in BACKENDS:
@@ -113,7 +113,7 @@ _logged: set[tuple[str, str]] = set()
 
 
 def _log_once(op: str, why: Reasons) -> None:
-    # torch.compile traces through here and would break its graph at a call of the logger.
+    # torch.compile traces this function, and calling the logger would break its graph.
     if torch.compiler.is_compiling():
         return
     for name, because in why.items():
@@ -125,8 +125,9 @@ def _log_once(op: str, why: Reasons) -> None:
 def call_cuda(backend: str, overlap: bool, op: str, x: Tensor, *arguments: Any) -> None:
     """Calls an op's CUDA C++ kernel on the device and current stream of x, or on the emulator.
 
-    overlap: the kernel may start before the one ahead of it in the stream has ended. It reads weights
-    without waiting: only where they were written long before. The emulator always checks the waits.
+    overlap: whether the kernel may start before its predecessor in the stream has ended. It then reads
+        weights without waiting, so they must have been written long before. The emulator always checks the
+        waits.
     """
     if backend == "emulated":
         getattr(native.emulation, op)(*arguments, (0, True))
@@ -136,21 +137,21 @@ def call_cuda(backend: str, overlap: bool, op: str, x: Tensor, *arguments: Any) 
 
 
 def multiprocessors(x: Tensor) -> int:
-    """Of the GPU that x is on; emulated kernels see an H200's."""
+    """Multiprocessors of x's GPU; an H200's for the emulator."""
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 132
 
 
 def shared_bytes(x: Tensor) -> int:
-    """Shared memory that a block may have on the GPU that x is on; elsewhere an H200's."""
+    """Shared memory available to a block on x's GPU; an H200's elsewhere."""
     if not x.is_cuda:
         return 227 * 1024
-    properties: Any = torch.cuda.get_device_properties(x.device)  # its stub lacks the name
+    properties: Any = torch.cuda.get_device_properties(x.device)  # the type stub lacks the attribute
     return properties.shared_memory_per_block_optin
 
 
 def custom_op(name: str, mutates_args: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Any]:
     """Registers a function as shelfkern::name, which torch.compile and torch.export see as one op."""
-    # On other devices' tensors the kernels would take their addresses for their own.
+    # The kernels would misread the addresses of tensors on other devices.
     return torch.library.custom_op(
         f"shelfkern::{name}", mutates_args=tuple(mutates_args), device_types=("cpu", "cuda")
     )

@@ -1,4 +1,4 @@
-"""What every op shares: checks of tensors, and layouts. BACKENDS (native, triton, ...): see _backends.py."""
+"""Helpers shared by the ops: argument checks and memory layouts. For the backends see _backends.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import native
 
-# Bytes. Mapping smaller tensors, of 2 MiB too, takes a step 2 to 4 percent longer.
+# Bytes. Mapping tensors of 2 MiB or less too would make a step 2 to 4 percent slower.
 MAPPED = 8 * 1024 * 1024
 
 
@@ -30,27 +30,27 @@ def check_4d(op: str, name: str, x: Tensor) -> None:
 
 
 def check_shape(op: str, name: str, x: Tensor, shape: tuple[int, ...], why: str) -> None:
-    """Raises unless x has this shape; `why` says what asks for it."""
+    """Raises unless x has this shape; `why` says what requires it."""
     check_tensor(op, name, x)
     if tuple(x.shape) != tuple(shape):
         raise ValueError(f"{op}: {name} is {tuple(x.shape)}, {why} needs {tuple(shape)}")
 
 
 def check_device(op: str, name: str, x: Tensor, like: Tensor) -> None:
-    """Raises unless x is where `like`, the op's input, is."""
+    """Raises unless x is on the device of `like`, the op's input."""
     if x.device != like.device:
         raise ValueError(f"{op}: {name} is on {x.device}, it must be on the input's {like.device}")
 
 
 def check_same(op: str, name: str, x: Tensor, like: Tensor) -> None:
-    """Raises unless x has the device and dtype of `like`, which the op calls x."""
+    """Raises unless x has the device and dtype of `like`, which is the op's argument x."""
     check_device(op, name, x, like)
     if x.dtype != like.dtype:
         raise TypeError(f"{op}: {name} is {x.dtype}, x is {like.dtype}: they must have one dtype")
 
 
 def autocast(x: object) -> Any:
-    """An activation as torch.autocast, where it is on for x's device, gives it to a convolution."""
+    """The activation in the dtype that torch.autocast, if on for x's device, would give a convolution."""
     if not isinstance(x, Tensor) or not torch.amp.is_autocast_available(x.device.type):
         return x
     if not torch.is_autocast_enabled(x.device.type):
@@ -75,27 +75,27 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def channels_innermost(x: Tensor) -> Tensor:
-    """x itself if its channels are neighbours in memory, otherwise a copy in NHWC storage."""
+    """x itself if its channel stride is 1, otherwise a copy in NHWC storage."""
     return x if x.stride(1) == 1 or x.shape[1] == 1 else channels_last(x)
 
 
 def strides(x: Tensor | None) -> tuple[int, int, int]:
-    """Strides of n, h and w, as GPU kernels take a tensor whose channels are neighbours; zeros for None."""
+    """Strides of n, h and w, as passed to GPU kernels for a tensor with channel stride 1; zeros for None."""
     return (0, 0, 0) if x is None else (x.stride(0), x.stride(2), x.stride(3))
 
 
 def empty_channels_last(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """An uninitialised (N, C, H, W) tensor in NHWC storage, of x's dtype."""
     _, c, h, w = shape
-    # No view of another tensor: autograd adds to it in place where gradients meet.
+    # Not a view of another tensor: autograd accumulates gradients into it in place.
     return x.new_empty_strided(shape, (h * w * c, 1, w * c, c))
 
 
 def keep_channels_last(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The same for what is kept for a gradient, on a CPU in mappings of its own if it is large.
+    """`empty_channels_last` for a tensor kept for a gradient; on a CPU, if large, in its own memory mapping.
 
-    Such memory goes back to the system at once. In the C library's heap, between smaller pieces, it would
-    leave holes that what comes later does not fit.
+    Such memory returns to the system at once. In the C library's heap, between smaller blocks, it would leave
+    gaps too small for later allocations.
     """
     if math.prod(shape) * x.dtype.itemsize < MAPPED:
         return empty_channels_last(x, shape)
@@ -103,7 +103,7 @@ def keep_channels_last(x: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def borrow_channels_last(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The same for what is needed for moments, on a CPU in memory that is reused."""
+    """`empty_channels_last` for a short-lived tensor; on a CPU in memory that is reused."""
     return _of_buffer(x, shape, pooled=True)
 
 
@@ -115,22 +115,22 @@ def _of_buffer(x: Tensor, shape: tuple[int, ...], pooled: bool) -> Tensor:
 
 
 def wide(x: Tensor) -> Tensor:
-    """x in float32, in float64 if it is that."""
+    """x in float32, or in float64 if it already is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def float32(x: Tensor) -> Tensor:
-    """x as the contiguous float32 that kernels take parameters in."""
+    """x as a contiguous float32 tensor, as kernels take parameters."""
     return x.detach().to(torch.float32).contiguous()
 
 
 def activate(x: Tensor, slope: float | None) -> Tensor:
-    """relu for slope 0, leaky relu, or with None nothing."""
+    """relu for slope 0, leaky relu up to 1, no activation for None."""
     if slope is None:
         return x
     return torch.nn.functional.leaky_relu(x, slope) if slope else torch.relu(x)
 
 
 def native_slope(slope: float | None) -> float:
-    """A slope as kernels take it: 1 is no activation."""
+    """A slope as the native kernels take it: 1 means no activation."""
     return 1.0 if slope is None else slope

@@ -1,4 +1,4 @@
-"""Convolutions of unsigned codes on a CPU: what the native kernel multiplies by and adds."""
+"""uint8 convolutions on a CPU: packing of int8 weights, and folding of norms and quantization."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from .quantize import Quantum, quantize_weight
 
 @dataclasses.dataclass(frozen=True)
 class CodedFilters:
-    """A convolution's weights in codes.
+    """A convolution's quantized weights.
 
     Attributes:
-        packed: of int8, or transformed from them.
-        step: (K,) float32, what one step of each output channel's weights is.
+        packed: int8 weights, or weights transformed from them.
+        step: (K,) float32, quantization step of each output channel's weights.
     """
 
     packed: PackedConv | PackedWinograd
@@ -34,11 +34,11 @@ class CodedFilters:
 
 @dataclasses.dataclass(frozen=True)
 class Folded:
-    """What a convolution of codes does with its sums, in the steps of its result.
+    """Epilogue of a quantized convolution, in quantization steps of its result.
 
     Attributes:
-        scale, shift: of whole panels, float32.
-        codes: what the native kernels need beside them.
+        scale, shift: whole panels, float32.
+        codes: the remaining parameters of the native kernels.
     """
 
     scale: Tensor
@@ -47,7 +47,7 @@ class Folded:
 
 
 def pack_conv_codes(w: Tensor, stride: int = 1, padding: int = 0) -> CodedFilters:
-    """Makes codes of weights (K, C, kernel_h, kernel_w), each output channel's largest 127 steps.
+    """Quantizes weights (K, C, kernel_h, kernel_w): each output channel's largest magnitude is 127 steps.
 
     Raises:
         ValueError: a weight is not finite, or sums could overflow 32 bits.
@@ -57,24 +57,24 @@ def pack_conv_codes(w: Tensor, stride: int = 1, padding: int = 0) -> CodedFilter
 
 
 def pack_winograd_codes(w: Tensor) -> CodedFilters:
-    """The same of 3x3 kernels of stride 1 and padding 1, for Winograd's minimal filtering."""
+    """`pack_conv_codes` for 3x3 kernels of stride 1 and padding 1, for Winograd's minimal filtering."""
     codes, step = _codes(w)
     if keeps_transformed(w, product=torch.int16):
         return CodedFilters(pack_winograd(codes, product=torch.int16), step)
-    # Which has digits enough for codes.
+    # bfloat16 represents int8 values exactly.
     taps = codes.bfloat16()
     return CodedFilters(as_winograd(pack_conv(taps, 1, 1, dtype=torch.bfloat16), w=taps), step)
 
 
 def pack_deconv_codes(w: Tensor) -> tuple[CodedFilters, ...]:
-    """The same of weights (C, K, 3, 3) of a transposed convolution, as `pack_deconv`."""
+    """`pack_conv_codes` for weights (C, K, 3, 3) of a transposed convolution, as `pack_deconv`."""
     codes, step = _codes(w.transpose(0, 1))
     kernels = parity_kernels(codes)
     return tuple(CodedFilters(pack_conv(kernel, dtype=torch.int8), step) for kernel in kernels)
 
 
 def _codes(w: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes in the shape of the weights, and their steps."""
+    """Quantized weights in their original shape, and their steps."""
     codes, step = quantize_weight(w, torch.int8)
     return codes.unflatten(1, w.shape[2:]).permute(0, 3, 1, 2), step
 
@@ -88,7 +88,7 @@ def fold(
     residual: Quantum | None = None,
     skip: Quantum | None = None,
 ) -> Folded:
-    """Folds a norm, and what the codes of x, residual, skip and the result are, out None for floats."""
+    """Folds a norm and the quantization of x, residual, skip and out; out is None for a floating result."""
     sums = filters.packed.sums if isinstance(filters.packed, PackedConv) else None
     unit, zero = (1.0, 0) if out is None else (out.step, out.zero)
     scales = filters.step.double() * (x.step / unit)
@@ -116,11 +116,12 @@ def conv_codes_native(
     out: Tensor,
     slope: float | None,
 ) -> None:
-    """The native kernel into `out`, unchecked: as `conv_bn_act_native`, x, residual and skip uint8.
+    """Runs the native kernel into `out`, unchecked: like `conv_bn_act_native`, with x, residual and skip
+    uint8.
 
-    out: uint8: the nearest codes, ties to even, within [0, 255], what is no number 0; or, of a direct
-        convolution, whose sums are exact, float32. Winograd's sums are rounded at 14 bits of the largest, a
-        fifth of a code at most in the networks.
+    out: uint8: rounded to nearest, ties to even, clamped to [0, 255], NaN becomes 0; or float32 from a direct
+        convolution, whose sums are exact. Winograd's sums are rounded at 14 bits below the largest, in the
+        networks at most a fifth of a uint8 step.
     """
     others = folded.scale, folded.shift, residual, skip, out, slope, folded.codes
     if isinstance(packed, PackedWinograd):
@@ -132,6 +133,6 @@ def conv_codes_native(
 def deconv_codes_native(
     x: Tensor, packed: tuple[CodedFilters, ...], folded: tuple[Folded, ...], skip: Tensor, out: Tensor
 ) -> None:
-    """`deconv_add_native` of codes, uint8."""
+    """`deconv_add_native` for uint8 tensors."""
     for taps, after, added, part in zip(packed, folded, parities(skip), parities(out), strict=True):
         conv_codes_native(x, taps.packed, after, None, added, part, None)

@@ -1,20 +1,21 @@
 """3x3 convolutions by Winograd's minimal filtering, on the CPU.
 
-Lavin & Gray, "Fast Algorithms for Convolutional Neural Networks" (arXiv 1509.09308). F(m x m, 3 x 3) makes
-m x m outputs of stride 1 from the m + 2 x m + 2 inputs under them by (m + 2)^2 products for each pair of
-channels, where a direct convolution takes 9 m^2: 2.25 times fewer for m = 2, 4 times fewer for m = 4. There
-is none for m = 6: at its best points, 0, 1/2, 1, 2 and their opposites, it has 4.2 times the error of m = 4,
+Lavin & Gray, "Fast Algorithms for Convolutional Neural Networks" (arXiv 1509.09308). F(m x m, 3 x 3) computes
+m x m outputs of stride 1 from the m + 2 x m + 2 inputs under them with (m + 2)^2 products for each pair of
+channels, where a direct convolution takes 9 m^2: 2.25 times fewer for m = 2, 4 times fewer for m = 4. m = 6
+is not implemented: at its best points, 0, 1/2, 1, 2 and their opposites, it has 4.2 times the error of m = 4,
 and layers of 128 channels take 0.9 of the time, of 64 and 256 as long, of 512 1.4 times as long.
 
-Of a convolution of stride 2 the middle tap meets every second input and the other two those between. In one
-dimension 4 outputs take 4 products of the one and, by F(4, 2), 5 of the others, where 12 are direct: 1.78
-times fewer in two. A transposed convolution of stride 2 is the same with its even and odd outputs. All 4
-products of the middle tap have one weight, so that transformed weights are 4 times as many, as of F(4 x 4).
+In a convolution of stride 2 the middle tap reads every second input and the other two the inputs between. In
+one dimension 4 outputs take 4 products for the middle tap and, by F(4, 2), 5 for the others, where a direct
+convolution takes 12: 1.78 times fewer in two dimensions. A transposed convolution of stride 2 is the same
+with its even and odd outputs. All 4 products of the middle tap share one weight, so transformed weights have
+4 times the original size, as with F(4 x 4).
 
-Products of bfloat16 activations are float32, or whole numbers of 16 bits where the CPU has instructions for
-them, at twice the rate. Transformed values rounded to bfloat16, of 8 bits, would make 4 to 7 times eager's
-error in bfloat16 with F(4x4). Whole numbers have 14 bits below the largest value of a tile, and the weights'
-are as fine as sums of 64 channels in 32 bits allow: the error is at most 1.4 times eager's.
+For bfloat16 activations, products are float32, or int16 where the CPU has instructions for it, at twice the
+rate. Transformed values rounded to bfloat16, of 8 bits, would have 4 to 7 times eager's bfloat16 error with
+F(4x4). int16 values have 14 bits below the largest value of a tile, and the weights are as fine as int32 sums
+of 64 channels allow: the error is at most 1.4 times eager's.
 """
 
 from __future__ import annotations
@@ -31,23 +32,23 @@ from .. import native
 from . import _common as common
 from .conv_bn_act import FLOATS, PANEL, ConvCodes, PackedConv
 
-# Where polynomials are evaluated, beside infinity; as csrc/cpu/winograd_filters.h. The usual 1 and 2 in place
-# of 5/8 and 3/2 make twice the error, and so do 0, 1, -1 and 2 in place of those of two taps.
+# Evaluation points of the polynomials, besides infinity; as in csrc/cpu/winograd_filters.h. The usual 1 and 2
+# in place of 5/8 and 3/2 have twice the error, and so have 0, 1, -1 and 2 in place of those for two taps.
 POINTS = {
     2: (Fraction(0), Fraction(1), Fraction(-1)),
     4: (Fraction(0), Fraction(5, 8), Fraction(-5, 8), Fraction(3, 2), Fraction(-3, 2)),
 }
 POINTS_OF_TWO_TAPS = (Fraction(3, 8), Fraction(-3, 8), Fraction(5, 4), Fraction(-5, 4))
 
-# By stride: with fewer the transforms take a good part of the time, and what is gained is not worth the
-# digits. Of stride 2 that is 1.35 times with 64 channels, 1.2 from 32 to 64, and nothing with 32.
+# By stride: with fewer channels the transforms take much of the time, and the gain is not worth the
+# precision. For stride 2 the speedup is 1.35 with 64 channels, 1.2 from 32 to 64, and none with 32.
 LEAST_CHANNELS = {1: 32, 2: 64}
-# Bytes. More transformed weights than these would come from memory at each call; transforming a quarter of
-# them takes 0.8 of the time for 512 channels at 16 x 16, for 256 channels 0.9 there and 1.05 at 32 x 32, but
-# from 128 channels to 256 1.15. Products of int16 take half as long, so that 512 channels take 1.05 and 1.1
-# of the time at 16 x 16 and 32 x 32, but a quarter of the memory; 256 channels would take 1.1 to 1.2.
+# Bytes. Larger transformed weights would come from memory at each call; transforming a quarter of them takes
+# 0.8 of the time for 512 channels at 16 x 16, for 256 channels 0.9 there and 1.05 at 32 x 32, but from 128
+# channels to 256 1.15. int16 products take half as long, so that 512 channels take 1.05 and 1.1 of the time
+# at 16 x 16 and 32 x 32, but a quarter of the memory; 256 channels would take 1.1 to 1.2.
 MOST_TRANSFORMED = 8 * 1024 * 1024
-# Channels whose products are summed before they join the rest: kTerms in csrc/cpu/winograd_products.h.
+# Channels whose products are summed before they join the total: kTerms in csrc/cpu/winograd_products.h.
 TERMS = 64
 
 
@@ -56,18 +57,19 @@ class PackedWinograd:
     """Weights of a 3x3 convolution for the native kernel.
 
     Attributes:
-        data: float32. If transformed (panels, frequencies, in_channels, 16): panels of 16 output channels,
-            zeros beyond the last; the rows of the transformed kernels, then their columns, (tile + 2)^2 in
-            all; or int16 (panels, frequencies, pairs of in_channels, 16, 2). Else that of `PackedConv`.
-        out_channels, in_channels: of the convolution.
+        data: float32 (panels, frequencies, in_channels, 16) if transformed: panels of 16 output channels,
+            zero-padded beyond the last; rows, then columns of the transformed kernels, (tile + 2)^2 in all;
+            or int16 (panels, frequencies, pairs of in_channels, 16, 2). Otherwise the data of a `PackedConv`.
+        out_channels, in_channels: sizes of the convolution.
         tile: outputs of a tile in each dimension, 2 or 4; inputs if transposed.
         stride: 1 or 2.
-        transposed: the convolution is a transposed one, of padding 1 and output padding 1.
-        chunk: 0 if they are transformed; else that of `PackedConv`, and the kernel transforms them: those of
-            float32, or for products of int16 of bfloat16.
-        units: where products are int16, what 1 is worth, float32 (panels, frequencies, 16); else None.
-        levels: there by what each channel of the input is multiplied, for its weights are divided by it,
-            float32 (in_channels,).
+        transposed: whether the convolution is transposed, with padding 1 and output padding 1.
+        chunk: 0 if data is transformed; else the chunk of the `PackedConv`, whose weights the kernel
+            transforms: float32, or bfloat16 for int16 products.
+        units: for int16 products, quantization step of the weights, float32 (panels, frequencies, 16); else
+            None.
+        levels: for int16 products, factor of each input channel, by which its weights are divided, float32
+            (in_channels,).
     """
 
     data: Tensor
@@ -82,12 +84,12 @@ class PackedWinograd:
 
     @property
     def product(self) -> torch.dtype:
-        """What is multiplied."""
+        """dtype of the products."""
         return torch.float32 if self.units is None else torch.int16
 
 
 def evaluations(points: Sequence[Fraction], taps: int) -> Tensor:
-    """G of some taps: powers of each point, over the product of its distances to the others, and infinity."""
+    """G for some taps: powers of each point over the product of its distances to the others, and infinity."""
     rows = []
     for point in points:
         distances = Fraction(1)
@@ -99,7 +101,7 @@ def evaluations(points: Sequence[Fraction], taps: int) -> Tensor:
 
 
 def weight_transform(tile: int, stride: int = 1, transposed: bool = False) -> Tensor:
-    """G, float64 (tile + 2, 3): of stride 2 the middle tap, then the evaluations of the other two.
+    """G, float64 (tile + 2, 3): for stride 2 the middle tap, then the evaluations of the other two.
 
     Raises:
         ValueError: there is no such algorithm.
@@ -113,7 +115,7 @@ def weight_transform(tile: int, stride: int = 1, transposed: bool = False) -> Te
         )
     g = torch.zeros(6, 3, dtype=torch.float64)
     g[0, 1] = 1
-    # The input after an odd output of a transposed convolution meets the first tap.
+    # The input after an odd output of a transposed convolution is multiplied by the first tap.
     g[1:, [2, 0] if transposed else [0, 2]] = evaluations(POINTS_OF_TWO_TAPS, 2)
     return g
 
@@ -127,10 +129,10 @@ def pack_winograd(
 ) -> PackedWinograd:
     """Transforms weights (K, C, 3, 3), (C, K, 3, 3) if transposed, for the native kernel.
 
-    G w Gt is float64, rounded once.
+    G w Gt is computed in float64 and rounded once.
 
     Args:
-        product: what is multiplied, float32 or, of bfloat16 activations in tiles of 4, int16.
+        product: dtype of the products, float32 or, for bfloat16 activations in tiles of 4, int16.
 
     Raises:
         ValueError: w is not of 3x3 kernels, or there is no such algorithm.
@@ -161,24 +163,24 @@ def pack_winograd(
 
 
 def _levels(w: Tensor, transposed: bool) -> Tensor:
-    """Of each input channel the size of its weights, root mean square, in that of the largest; float32.
+    """Root mean square of each input channel's weights, relative to the largest; float32.
 
-    A channel's largest values cost the others digits, so they are made alike by what becomes of them.
+    A channel with large values costs the others precision, so channels are equalised by their contribution.
     """
     squares = torch.zeros(w.shape[0 if transposed else 1], dtype=torch.float64)
-    # Some output channels at a time: all of a large layer in float64 would be twice its size.
+    # Some output channels at a time: a large layer in float64 would take twice its size.
     for kernels in (w.transpose(0, 1) if transposed else w).detach().cpu().split(PANEL):
         squares += kernels.double().square().sum((0, 2, 3))
     levels = squares.sqrt()
-    # A weight that is not finite spoils what it makes, but not all that its channel does.
+    # A non-finite weight spoils its own output, but not everything that its input channel contributes to.
     levels = levels.where(levels.isfinite(), 1)
     return (levels / levels.max().clamp_min(torch.finfo(torch.float64).tiny)).float()
 
 
 def _transformed(w: Tensor, g: Tensor, transposed: bool, levels: Tensor | None = None) -> Iterator[Tensor]:
-    """Panels of g w gt, float64 (frequencies, in_channels, 16), divided by the levels of input channels.
+    """Panels of g w gt, float64 (frequencies, in_channels, 16), divided by the levels of the input channels.
 
-    One at a time: all of a large layer in float64 would be eight times the size of what is kept.
+    One at a time: a large layer in float64 would take eight times the size of the result.
     """
     transform = torch.kron(g, g)
     for kernels in (w.transpose(0, 1) if transposed else w).detach().cpu().split(PANEL):
@@ -199,10 +201,10 @@ def _check_whole(tile: int, product: torch.dtype) -> None:
 
 
 def _units(values: Tensor) -> Tensor:
-    """What 1 is worth of a panel's weights in 16 bits, float32 (frequencies, 16).
+    """Quantization step of a panel's int16 weights, float32 (frequencies, 16).
 
-    Inputs have 14 bits and a sign, and the kernel sums up to 64 neighbouring channels in 32 bits, so that the
-    sizes of so many weights may add up to 2^17, less half of each that rounding may add.
+    Inputs have 14 bits and a sign, and the kernel sums up to 64 adjacent channels in int32, so the magnitudes
+    of 64 weights may add up to 2^17, less half of each for rounding.
     """
     sums = F.pad(values, (0, 0, 1, 0)).abs_().cumsum_(1)
     window = min(TERMS, values.shape[1])
@@ -213,7 +215,7 @@ def _units(values: Tensor) -> Tensor:
 
 
 def keeps_transformed(w: Tensor, tile: int = 4, product: torch.dtype = torch.float32) -> bool:
-    """Whether weights of 3x3 kernels are better kept transformed than transformed at each call."""
+    """Whether transformed weights of 3x3 kernels are better kept than recomputed at each call."""
     return w.shape[0] * w.shape[1] * (tile + 2) ** 2 * product.itemsize <= MOST_TRANSFORMED
 
 
@@ -227,12 +229,12 @@ def as_winograd(
     """Weights in the memory of `packed`, which the kernel transforms in float32 at each call.
 
     Args:
-        packed: of weights (K, C, 3, 3); of a transposed convolution's as well, though they come as
-            (C, K, 3, 3). Products are float32 where it is that, int16 where it is bfloat16.
-        w: the weights, which are read where products are int16.
+        packed: weights (K, C, 3, 3), also for a transposed convolution, whose own are (C, K, 3, 3). Products
+            are float32 if it is float32, int16 if it is bfloat16.
+        w: the weights, which are read for int16 products.
 
     Raises:
-        ValueError: packed is not of 3x3 kernels, of another dtype or of other weights than w, or there is no
+        ValueError: packed has other than 3x3 kernels, another dtype or other weights than w, or there is no
             such algorithm.
     """
     k, c = packed.out_channels, packed.in_channels
@@ -251,7 +253,7 @@ def as_winograd(
     _check_whole(tile, torch.int16)
     w = w.bfloat16()
     levels = _levels(w, transposed)
-    # Made first: what stays keeps the memory of a panel's values from being used again.
+    # Allocated first: data that outlives the loop would otherwise keep a panel's memory from being reused.
     units = torch.empty(len(packed.data), len(g) ** 2, PANEL)
     for panel, values in enumerate(_transformed(w, g, transposed, levels)):
         units[panel] = _units(values)
@@ -259,21 +261,21 @@ def as_winograd(
 
 
 def can_pay(w: Tensor, stride: int, padding: int) -> bool:
-    """Whether tiles of 4 with these weights are faster than a direct convolution on inputs of some size.
+    """Whether tiles of 4 with these weights are faster than a direct convolution for inputs of some size.
 
-    Of a transposed convolution these are the stride and the padding too.
+    stride, padding: also for a transposed convolution.
     """
     filtered = tuple(w.shape[2:]) == (3, 3) and stride in LEAST_CHANNELS and padding == 1
     return filtered and min(w.shape[:2]) >= LEAST_CHANNELS[stride]
 
 
 def pays(shape: Sequence[int], stride: int = 1, transposed: bool = False) -> bool:
-    """Whether they are faster with outputs of this shape, (N, K, H, W), if transposed with inputs.
+    """Whether tiles of 4 are faster for outputs of this shape, (N, K, H, W); of inputs if transposed.
 
-    A tile takes the time of 5 to 6 pixels convolved directly, of stride 2 that of 11 to 12, however few of
-    its 16 pixels are within the image. Reading the weights of 512 channels takes that of 27. Of stride 2 one
-    tile gains nothing for that reason and four 1.2 times; if transposed one gains 1.3 times, for there are
-    four direct convolutions in its place.
+    A tile takes the time of 5 to 6 pixels convolved directly, with stride 2 of 11 to 12, however few of its
+    16 pixels are within the image. Reading the weights of 512 channels takes the time of 27. For that reason
+    one tile with stride 2 gains nothing and four gain 1.2 times; one transposed tile gains 1.3 times, because
+    it replaces four direct convolutions.
     """
     n, _, h, w = shape
     pixels, tiles = n * h * w, n * -(-h // 4) * -(-w // 4)
@@ -296,24 +298,23 @@ def conv_winograd_native(
     """act(scale * conv(x, w) + shift + residual) + skip into `out`, unchecked, as `conv_bn_act_native`.
 
     Arithmetic is float32. Against float64, as root mean squares, the error of F(4x4) is at most 4.5 times
-    that of eager torch's direct convolution in float32, 7 times with one channel; that of F(2x2) 1.7 and
-    2.2 times; of stride 2, 2.2 and 4 times; of a transposed one, whose taps eager sums apart, 3.2 and 4.5
-    times. With up to 16 channels a sixth more where the kernel transforms the weights, in float32. With
-    products of int16 the error of any is at most 1.4 times eager's in bfloat16.
+    that of eager torch's direct convolution in float32, 7 times with one channel; that of F(2x2) 1.7 and 2.2
+    times; with stride 2, 2.2 and 4 times; transposed, where eager sums the taps separately, 3.2 and 4.5
+    times. With up to 16 channels it is a sixth more where the kernel transforms the weights, in float32. With
+    int16 products the error of any is at most 1.4 times eager's in bfloat16.
 
-    What is not finite in x spoils the outputs of every tile whose window holds it, nothing beyond. Tiles are
-    tile x tile outputs counted from the top left, 8 x 8 if transposed, and a window is what their taps meet,
-    of a transposed one the 5 x 5 inputs from the first. An infinity may become NaN.
+    A non-finite value in x spoils the outputs of every tile whose window contains it, nothing beyond. Tiles
+    are tile x tile outputs counted from the top left, 8 x 8 if transposed, and a window is the inputs that
+    their taps read, if transposed the 5 x 5 inputs from the first. An infinity may become NaN.
 
     Args:
-        x: (N, C, H, W) in NHWC storage, float32 or bfloat16, the latter where products are int16; padding
-            is 1.
+        x: (N, C, H, W) in NHWC storage, float32 or bfloat16, the latter for int16 products; padding is 1.
         scale, shift: float32 (K,), or None.
-        residual, skip, out: (N, K, H', W') of x's dtype, with one stride of channels, 1, and the same other
-            strides; they need not be dense. H' is ceil(H / stride), if transposed 2 H; so is W'.
-        slope: of the activation: 0 relu, up to 1 leaky relu, None nothing.
-        codes: where x, residual, skip and out are codes, uint8, and products int16; scale and shift are of
-            whole panels there.
+        residual, skip, out: (N, K, H', W') in x's dtype, with channel stride 1 and equal other strides; they
+            need not be dense. H' is ceil(H / stride), 2 H if transposed; so is W'.
+        slope: slope of the activation for negative values: 0 is relu, up to 1 leaky relu, None no activation.
+        codes: quantization parameters where x, residual, skip and out are uint8 and products int16; scale and
+            shift then cover whole panels.
     """
     n, c, h, w = x.shape
     _, k, out_h, out_w = out.shape
@@ -357,16 +358,17 @@ def shared_block_winograd_native(
     slope: float | None,
     skip: bool,
 ) -> None:
-    """A shared block into `out`, unchecked: both convolutions at once, the second close behind the first.
+    """Runs a shared block into `out`, unchecked: both convolutions at once, the second close behind the
+    first.
 
-    Equal bit for bit to one `conv_winograd_native` after the other.
+    Bit-identical to one `conv_winograd_native` after the other.
 
     Args:
         x, out: (N, C, H, W) in NHWC storage, float32 or bfloat16.
-        hidden: memory of x's shape and dtype for what lies between.
+        hidden: memory of x's shape and dtype for the intermediate tensor.
         packed: transformed weights of stride 1 and tiles of 4.
         scale1, shift1, scale2, shift2: float32 (C,).
-        slope: of the first activation, as of `conv_winograd_native`.
+        slope: slope of the first activation, as in `conv_winograd_native`.
         skip: whether x is added again after the second activation.
     """
     n, c, h, w = x.shape

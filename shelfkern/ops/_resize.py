@@ -1,4 +1,4 @@
-"""Sizes and checks that the ops which resize scores share."""
+"""Sizes and checks shared by the ops that resize scores."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ Size = tuple[int, int]
 
 
 def reference(scores: Tensor, size: Size, crop: Size, align_corners: bool) -> Tensor:
-    """The bilinear resize to `size`, then its first `crop` rows and columns."""
+    """The bilinear resize to `size`, cropped to its first `crop` rows and columns."""
     full = F.interpolate(scores, size, mode="bilinear", align_corners=align_corners)
     return full[:, :, : crop[0], : crop[1]]
 
 
 def reasons(op: str, scores: Tensor) -> backends.Reasons:
-    """Why each kernel cannot take scores; None for those that can."""
+    """Reason why each kernel cannot take scores; None for those that can."""
     if scores.shape[2] * scores.shape[3] == 0:
         return dict.fromkeys(backends.KERNELS[op], "scores has no pixels")
     return backends.reasons(op, scores, "scores")
 
 
 def check(op: str, scores: Tensor, size: Size, crop: Size | None) -> Size:
-    """Checks the arguments; gives the crop, by default the whole size."""
+    """Checks the arguments; returns the crop, by default the whole size."""
     common.check_4d(op, "scores", scores)
     for name, pair in (("size", size), ("crop", crop)):
         if pair is not None and not _are_integers(pair):
@@ -49,14 +49,14 @@ def _are_integers(pair: object) -> bool:
 
 
 def step(extent: int, full: int, align_corners: bool) -> float:
-    """Source pixels from one result pixel to the next, rounded to float32 as torch does."""
+    """Distance in source pixels between adjacent result pixels, rounded to float32 as torch does."""
     if align_corners:
         return float(np.float32(extent - 1) / np.float32(full - 1)) if full > 1 else 0.0
     return float(np.float32(extent) / np.float32(full))
 
 
 def run_native(op: str, scores: Tensor, size: Size, out: Tensor, align_corners: bool, *others: Any) -> None:
-    """The native kernel into `out` (..., crop), unchecked; others are arguments of its own."""
+    """Runs the native kernel into `out` (..., crop), unchecked; others: further arguments of the kernel."""
     n, c, h, w = scores.shape
     getattr(native.module, op)(
         scores.data_ptr(),
@@ -74,7 +74,7 @@ def run_native(op: str, scores: Tensor, size: Size, out: Tensor, align_corners: 
 def run_cuda(
     backend: str, op: str, scores: Tensor, size: Size, out: Tensor, align_corners: bool, *others: Any
 ) -> None:
-    """The same of the CUDA kernel, whose scores may have any strides but that of channels, which is 1."""
+    """`run_native` for the CUDA kernel: scores need channel stride 1, any other strides."""
     n, c, h, w = scores.shape
     backends.call_cuda(
         backend,

@@ -1,7 +1,7 @@
-"""What `selftest` tests on unsigned codes of 8 bits, the activations of the CPU engine in int8.
+"""Cases of `selftest` for uint8 activations, those of the CPU engine in int8.
 
-A right kernel gives the reference's very codes: numbers are whole, those of them that a slope of a half meets
-even, so that no result lies near the middle of two codes.
+A correct kernel matches the reference exactly: all numbers are integers, even where a slope of a half
+applies, so that no result is near the midpoint between two values.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from .quantize import Quantum, quantize_native
 from .stem import StemCodes, fold_raw, normalised_values, pack_stem_rows, stem_native, stem_reference
 from .upsample_add import upsample_add_native, upsample_add_reference
 
-# Of convolutions: their x, residual, skip and result.
+# For convolutions: quantization of x, residual, skip and result.
 X, RESIDUAL, SKIP, OUT = Quantum(1.0, 1), Quantum(2.0, 7), Quantum(1.0, 3), Quantum(1.0, 128)
 SLOPE = 0.5
-# Of images to a stem: normalised, pixels are whole numbers too, and what lies beyond them is a pixel.
+# For stems: normalised pixels are integers too, and the padding is an exact pixel value.
 MEAN, STD = (torch.full((3,), value / 255, dtype=torch.float64) for value in (115, 64))
 SIZE = (32, 64)
-# Of a merge, whose gates are quarters: what is upsampled, the skip and the result.
+# For a merge, whose gates are quarters: quantization of the upsampled tensor, the skip and the result.
 DEEP, FINE, MERGED = Quantum(4.0, 9), Quantum(1.0, 40), Quantum(1.0, 100)
 GATED = Quantum(1 / 64, 120)
 
 
 def cases() -> dict[str, tuple[Any, ...]]:
-    """What runs kernels, reference, tensors and other arguments, for each op that takes or gives codes."""
+    """Kernel runner, reference, tensors and other arguments of each op that takes or returns uint8 values."""
     x, every = _codes(4, 2, 33, 7, 9), _codes(255, 2, 19, 7, 9)
     maps, larger = (2, 21, 7, 9), (2, 6, 14, 18)
     norm = _scales(21), _shifts(21)
@@ -82,7 +82,7 @@ def _codes(highest: int, *shape: int) -> Tensor:
 
 
 def _weights(*shape: int) -> Tensor:
-    """Of three codes: those of 0 and of the largest."""
+    """Weights of three values: 0 and both extremes."""
     return _integers(-1, 1, *shape).double()
 
 
@@ -105,7 +105,7 @@ def _values(quantum: Quantum, codes: Tensor) -> Tensor:
 def _convs(
     x: Tensor, w: Tensor, scale: Tensor, shift: Tensor, residual: Tensor, skip: Tensor, backend: str
 ) -> list[Tensor]:
-    """A direct convolution to codes and to floats, and by Winograd's filtering to codes."""
+    """A direct convolution to uint8 and to float, and one by Winograd's filtering to uint8."""
     direct, filtered, found = pack_conv_codes(w, padding=1), pack_winograd_codes(w), []
     for filters, out in ((direct, OUT), (direct, None), (filtered, OUT)):
         folded = fold(filters, scale, shift, X, out, RESIDUAL, SKIP)
@@ -134,7 +134,7 @@ def _deconv_reference(x: Tensor, w: Tensor, bias: Tensor, skip: Tensor) -> list[
 
 
 def _stems(image: Tensor, w: Tensor, scale: Tensor, shift: Tensor, backend: str) -> list[Tensor]:
-    """By products of raw pixels, and of normalised ones, directly and by Winograd's filtering."""
+    """Products of raw pixels, and of normalised ones, directly and by Winograd's filtering."""
     floating = torch.bfloat16 if native.has_product(torch.bfloat16) else torch.float32
     norm = whole_panels(scale), whole_panels(shift)
     ways: list[tuple[PackedConv | PackedStemWinograd, Tensor, Tensor, StemCodes]] = [

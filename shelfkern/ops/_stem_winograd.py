@@ -13,41 +13,42 @@ from .. import native
 from ._conv_winograd import evaluations
 from .conv_bn_act import PANEL
 
-# As csrc/cpu/stem_winograd.cpp: those that the polynomials are evaluated at, beside infinity, and the taps in
-# each dimension of the convolution of stride 1 over quads of pixels.
+# As in csrc/cpu/stem_winograd.cpp: evaluation points of the polynomials, besides infinity, and taps in each
+# dimension of the stride-1 convolution over quads of pixels.
 POINTS = tuple(Fraction(point) for point in ("0", "1", "-1", "2", "-2", "1/2"))
 TAPS = 4
-# With fewer, transforming the image takes as long as the products: what is gained is not worth the digits.
+# With fewer channels, transforming the image takes as long as the products: the gain is not worth the
+# precision.
 LEAST_CHANNELS = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class PackedStemWinograd:
-    """Weights of a stem, transformed.
+    """Transformed weights of a stem.
 
     Attributes:
-        data: float32 (panels, 7 * 7, 12, 16): panels of 16 output channels, zeros beyond the last; rows and
-            columns of frequencies; the colours of a quad's first row of two pixels, then of its second.
+        data: float32 (panels, 7 * 7, 12, 16): panels of 16 output channels, zero-padded beyond the last; rows
+            and columns of frequencies; the colours of a quad's first row of two pixels, then of its second.
     """
 
     data: Tensor
 
 
 def can_pay(w: Tensor) -> bool:
-    """Whether weights (K, 3, 7, 7) are of enough channels for it to be faster than the direct kernel."""
+    """Whether weights (K, 3, 7, 7) have enough channels for this to be faster than the direct kernel."""
     return w.shape[0] >= LEAST_CHANNELS
 
 
 def weight_transform() -> Tensor:
-    """G of tiles of 4 outputs, float64 (7, 4)."""
+    """G for tiles of 4 outputs, float64 (7, 4)."""
     return evaluations(POINTS, TAPS)
 
 
 def quad_kernels(w: Tensor) -> Tensor:
-    """Kernels (K, 3, 7, 7) of stride 2 as those of stride 1 over quads, (K, 12, 4, 4).
+    """Stride-2 kernels (K, 3, 7, 7) as stride-1 kernels over quads, (K, 12, 4, 4).
 
-    Output y meets the rows 2 y - 3 to 2 y + 3 of pixels, in the rows y - 2 to y + 1 of quads: of the first of
-    those the second row of pixels only.
+    Output y reads pixel rows 2 y - 3 to 2 y + 3, in quad rows y - 2 to y + 1: only the second pixel row of
+    the first of these.
     """
     taps = F.pad(w, (1, 0, 1, 0)).unflatten(3, (TAPS, 2)).unflatten(2, (TAPS, 2))
     return taps.permute(0, 3, 5, 1, 2, 4).flatten(1, 3)

@@ -1,4 +1,4 @@
-"""Triton where it is installed, and what the Triton kernels share."""
+"""Triton, if installed, and helpers shared by the Triton kernels."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .. import native
 
-# Triton takes longer to import than the rest of shelfkern: only where its kernels can be of use. Set to 0
-# the variable asks for it too, to compile kernels for a GPU that need not be there.
+# Triton takes longer to import than the rest of shelfkern, so it is imported only where its kernels can be
+# used. Setting the variable to 0 also requests it, to compile kernels for a GPU that need not be present.
 _WANTED = torch.version.cuda is not None or "TRITON_INTERPRET" in os.environ
 
 triton: Any = None
@@ -35,35 +35,35 @@ if _WANTED:
 
 # Interpreted kernels run on the CPU, operation by operation, in numpy.
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret
-# The interpreter multiplies bfloat16 as if its bits were whole numbers, and does not round to nearest.
+# The interpreter multiplies bfloat16 bit patterns as if they were integers, and does not round to nearest.
 WIDEN = None if tl is None else tl.constexpr(INTERPRETED)
 
 
 def jit(kernel: Callable[..., Any]) -> Any:
-    """triton.jit, or without Triton the function itself, so that the module imports."""
+    """triton.jit, or without Triton the function itself, so that the module can be imported."""
     return kernel if triton is None else triton.jit(kernel)
 
 
 def reason() -> str | None:
-    """Why Triton kernels cannot run in this process, None if they can."""
+    """Reason why Triton kernels cannot run in this process, None if they can."""
     if why_not is not None or INTERPRETED or torch.cuda.is_available():
         return why_not
     return native.NO_GPU
 
 
 def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Within it, launches go to the GPU that x is on, to torch's current stream there."""
+    """Context in which launches go to the GPU that x is on, to torch's current stream there."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def overlaps_launches(x: Tensor) -> bool:
-    """Whether kernels on x's GPU can start before the one ahead of them has ended."""
+    """Whether kernels on x's GPU can start before their predecessor has ended."""
     return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
 
 
 @jit
 def rounded(values, pointer):
-    """float32 values in the dtype that the pointer points to: the nearest, of two the even."""
+    """float32 values in the dtype that the pointer points to, rounded to nearest, ties to even."""
     if WIDEN and pointer.dtype.element_ty == tl.bfloat16:
         bits = values.to(tl.int32, bitcast=True)
         near = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536

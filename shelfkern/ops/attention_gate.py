@@ -12,20 +12,20 @@ from .quantize import Quantum
 
 OP = "attention_gate"
 
-# As csrc/cuda/attention_gate.cu: what a block reads at once, of as many pixels' channels.
+# As in csrc/cuda/attention_gate.cu: bytes of one pixel's channels that a block reads at once.
 CUDA_BLOCK_BYTES = 128
 CUDA_BLOCK_PIXELS = 32
 
 
 def attention_gate_reference(x: Tensor, w: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """The same in torch calls, for any device and dtype; differentiable. Half dtypes compute in float32."""
+    """attention_gate in torch calls, for any device and dtype; differentiable. Half dtypes use float32."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     pooled = x.to(dtype).mean((2, 3))
     return torch.sigmoid(scale.to(dtype) * (pooled @ w.to(dtype).T) + shift.to(dtype))
 
 
 def can_run(x: Tensor) -> backends.Reasons:
-    """Why each kernel cannot take x; None for those that can."""
+    """Reason why each kernel cannot take x; None for those that can."""
     if x.shape[2] * x.shape[3] == 0:
         return dict.fromkeys(backends.KERNELS[OP], "x has no pixels")
     return backends.reasons(OP, x)
@@ -34,9 +34,9 @@ def can_run(x: Tensor) -> backends.Reasons:
 def attention_gate_native(
     x: Tensor, w: Tensor, scale: Tensor, shift: Tensor, out: Tensor, quantum: Quantum | None = None
 ) -> None:
-    """The native kernel into `out` (N, K) float32, unchecked: NHWC storage, parameters float32.
+    """Runs the native kernel into `out` (N, K) float32, unchecked: NHWC storage, parameters float32.
 
-    quantum: of x's codes where they are uint8.
+    quantum: quantization of x where x is uint8.
     """
     n, c, height, width = x.shape
     quantum = quantum or Quantum(1.0)
@@ -55,7 +55,7 @@ def attention_gate_native(
 
 
 def pixel_slices(x: Tensor) -> int:
-    """Into how many parts the CUDA kernel cuts an image's pixels: the GPU is filled, with work for each."""
+    """Slices of an image's pixels for the CUDA kernel: enough to fill the GPU, none of them empty."""
     n, c, h, w = x.shape
     blocks = n * -(-c * x.element_size() // CUDA_BLOCK_BYTES)
     return max(1, min(-(-h * w // CUDA_BLOCK_PIXELS), backends.multiprocessors(x) // max(1, blocks)))
@@ -71,9 +71,10 @@ def attention_gate_cuda(
     slices: int | None = None,
     overlap: bool = False,
 ) -> None:
-    """The CUDA kernels into `out`, unchecked: channels of x contiguous, parameters float32.
+    """Runs the CUDA kernels into `out`, unchecked: channel stride 1 in x, parameters float32.
 
-    slices: of an image's pixels, by default `pixel_slices`; overlap: as of `call_cuda`.
+    slices: slices of an image's pixels, by default `pixel_slices`.
+    overlap: see `call_cuda`.
     """
     n, c, height, width = x.shape
     slices = slices or pixel_slices(x)

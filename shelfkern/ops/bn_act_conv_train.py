@@ -1,7 +1,7 @@
 """bn_act_conv_train: batch norm, activation, Dropout2d and the convolution that follows, in training.
 
-Between forward and backward it keeps x alone, beside the norm's statistics and a bit an element: what is
-convolved is made again in the backward pass, in one pass over memory.
+Between forward and backward it keeps only x, the norm's statistics and one bit per element: the convolution's
+input is recomputed in the backward pass, in one pass over memory.
 """
 
 from __future__ import annotations
@@ -82,21 +82,21 @@ def bn_act_conv_train(
 ) -> Tensor:
     """conv(dropout2d(act(bn(x)))) in training, with its gradient.
 
-    The norm and what follows it are `bn_act_dropout`'s, whose seeds and statistics these are, the convolution
-    is `conv_train`'s. Those two are called one after the other where the kernels cannot run, conv is no
-    nn.Conv2d, autocast would round x, or a compiler traces, which decides itself what to keep.
+    The norm, activation and dropout are those of `bn_act_dropout`, with the same seeds and statistics; the
+    convolution is that of `conv_train`. These two are called in turn where the kernels cannot run, conv is
+    not an nn.Conv2d, autocast would round x, or a compiler traces, which itself decides what to keep.
 
     Args:
         x: (N, C, H, W), floating; channels_last is fastest, any strides work.
         bn: an nn.BatchNorm2d(C) in train mode with float32 parameters.
         conv: an nn.Conv2d of C channels.
-        slope: of the activation: 0 relu, up to 1 leaky relu, None nothing.
+        slope: slope of the activation for negative values: 0 is relu, up to 1 leaky relu, None no activation.
         p: probability with which a channel of an image is dropped before the convolution.
         backend: one of `BACKENDS`, for the norm; "auto" takes the best kernel that can run, else torch's own
             calls.
 
     Returns:
-        What conv gives, dtype of x; channels_last from the kernels.
+        Result of conv, dtype of x; channels_last from the kernels.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.

@@ -1,9 +1,9 @@
 """bn_act_dropout: batch norm by the batch's own statistics, a residual, an activation and Dropout2d.
 
-For training. Between forward and backward it keeps x, the statistics, a bit an element that says where the
-activation's argument was positive, and the dropout's noise, a number a channel of an image: neither the
-activations nor the residual. All sums are taken over fixed pieces in a fixed order, so that a seed gives the
-same bits at every run.
+For training. Between forward and backward it keeps x, the statistics, one bit per element that says whether
+the activation's argument was positive, and the dropout's noise, one number per channel of an image: neither
+the activations nor the residual. All sums are taken over fixed pieces in a fixed order, so that runs with the
+same seed are bit-identical.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from . import _conv_triton as conv
 from . import _triton
 from ._triton import jit, rounded, tl
 
-# On a CPU "auto" takes the native kernel at any size: forward and gradient together are 1.05 to 1.3 times as
-# fast as torch's calls from 65 thousand to a million elements, 2.6 to 4 times at four million of float32, and
-# at worst, bfloat16 without residual and dropout, level (2 threads, AVX-512). A network's step in bfloat16
-# with the plain loss takes 1 to 3 percent longer, and keeps 2 to 5 percent less for the gradient.
+# On a CPU "auto" takes the native kernel at any size: forward plus backward is 1.05 to 1.3 times as fast as
+# torch's calls from 65 thousand to a million elements, 2.6 to 4 times at four million float32 elements, and
+# in the worst case, bfloat16 without residual and dropout, equally fast (2 threads, AVX-512). A network's
+# step in bfloat16 with the plain loss takes 1 to 3 percent longer, and keeps 2 to 5 percent less for the
+# gradient.
 OP = "bn_act_dropout"
-# Elements of a tile: 16 a thread.
+# Elements of a tile: 16 per thread.
 TRITON_TILE = 2048
-# Pieces whose sums are taken side by side, each by one program a block of channels: enough for every
-# multiprocessor, and few beside the pixels.
+# Pieces that are summed in parallel, each by one program per block of channels: enough for every
+# multiprocessor, and few compared with the pixels.
 TRITON_PIECES = 512
 
 
@@ -41,7 +42,7 @@ def bn_act_dropout_reference(
     slope: float | None = 0.0,
     p: float = 0.0,
 ) -> Tensor:
-    """The same in torch calls, for any device, dtype and norm, in eval mode too; differentiable."""
+    """bn_act_dropout in torch calls, for any device, dtype and norm, also in eval mode; differentiable."""
     y = bn(x)
     if residual is not None:
         y = y + residual
@@ -49,12 +50,12 @@ def bn_act_dropout_reference(
 
 
 def can_run(x: Tensor, bn: nn.Module | None = None) -> backends.Reasons:
-    """Why each kernel cannot take x and the norm bn, None for any that fits; None for those that can."""
+    """Reason why each kernel cannot take x and the norm bn (None: any that fits); None for those that can."""
     return norm_reasons(x, bn, "bn")
 
 
 def norm_reasons(x: Tensor, bn: nn.Module | None, name: str) -> backends.Reasons:
-    """The same for a norm that is the argument `name`."""
+    """`can_run` for a norm passed as the argument `name`."""
     unfit = "x has no pixels" if x.numel() == 0 else None if bn is None else _unfit(bn, name)
     return dict.fromkeys(backends.KERNELS[OP], unfit) if unfit else backends.reasons(OP, x)
 
@@ -85,9 +86,9 @@ def bn_act_dropout_native(
     mask: Tensor | None,
     given: bool = False,
 ) -> None:
-    """The native kernel into the last four, unchecked: NHWC storage; parameters and noise float32.
+    """Runs the native kernel into the last four, unchecked: NHWC storage; parameters and noise float32.
 
-    given: whether mean and var are, so that only `out` and `mask` are made.
+    given: whether mean and var are inputs, so that only `out` and `mask` are computed.
     """
     n, c, h, w = x.shape
     native.module.bn_act_dropout(
@@ -116,7 +117,7 @@ def bn_act_dropout_backward_native(
     grad_weight: Tensor,
     grad_bias: Tensor,
 ) -> None:
-    """The native kernel of the gradient into the last four, unchecked: NHWC storage."""
+    """Runs the native gradient kernel into the last four, unchecked: NHWC storage."""
     n, c, h, w = x.shape
     outputs = (grad_x, grad_residual, grad_weight, grad_bias)
     native.module.bn_act_dropout_backward(
@@ -131,7 +132,7 @@ def bn_act_dropout_backward_native(
 
 @jit
 def tile_at(first, pixels, channels, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Of BLOCK_M pixels from `first` and a program's channels: pixels, channels, elements, and which are."""
+    """Pixels, channels, offsets and valid mask of BLOCK_M pixels from `first` and the program's channels."""
     rows = first + tl.arange(0, BLOCK_M)
     columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     valid = (rows < pixels)[:, None] & (columns < channels)[None, :]
@@ -142,7 +143,7 @@ def tile_at(first, pixels, channels, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexp
 def moments_kernel(
     x, means, squares, pixels, channels, tiles, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
-    """Mean of a piece of `tiles` tiles, and the sum of squared distances from it."""
+    """Mean of a piece of `tiles` tiles, and the sum of squared deviations from it."""
     piece = tl.program_id(0)
     mean = tl.zeros((BLOCK_C,), tl.float32)
     square = tl.zeros((BLOCK_C,), tl.float32)
@@ -155,7 +156,7 @@ def moments_kernel(
         centre = tl.sum(values, 0) / tl.maximum(found, 1.0)
         away = tl.where(valid, values - centre[None, :], 0.0)
         before = tile * BLOCK_M * 1.0
-        # What rounding has left out of the mean.
+        # Corrects the rounding error of the mean.
         centre += tl.sum(away, 0) / tl.maximum(found, 1.0)
         share = found / (before + tl.maximum(found, 1.0))
         apart = centre - mean
@@ -171,7 +172,7 @@ def merge_moments_kernel(
     means, squares, mean, var, pieces, piece_pixels, pixels, channels,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Mean and variance of all pixels from those of pieces of `piece_pixels`."""
+    """Mean and variance of all pixels, merged from pieces of `piece_pixels` pixels."""
     columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     total = tl.zeros((BLOCK_C,), tl.float64)
     for first in range(0, pieces, BLOCK_M):
@@ -200,7 +201,7 @@ def apply_kernel(
     AFFINE: tl.constexpr, RESIDUAL: tl.constexpr, NOISE: tl.constexpr, ACT: tl.constexpr, MASK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the result, and its bits."""
+    """A tile of the result, and its mask bits."""
     rows, columns, at, valid = tile_at(tl.program_id(0) * BLOCK_M, pixels, channels, BLOCK_M, BLOCK_C)
     inside = columns < channels
     scale = 1.0 / tl.sqrt_rn(tl.load(var + columns, mask=inside, other=1.0) + eps)
@@ -223,7 +224,7 @@ def apply_kernel(
             mask + to, byte.to(tl.uint8), mask=(rows < pixels)[:, None] & (positions < row_bytes)[None, :]
         )
     if ACT != "none":
-        # Comparing so keeps NaN.
+        # This order of comparison keeps NaN.
         values = tl.where(values < 0, values * slope if ACT == "leaky" else 0.0, values)
     if NOISE:
         dropped = (rows // image_pixels)[:, None] * channels + columns[None, :]
@@ -236,7 +237,7 @@ def gradient_at(
     grad, noise, mask, rows, columns, at, valid, channels, image_pixels, slope,
     NOISE: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
-    """The gradient before the activation."""
+    """The gradient of the activation's argument."""
     values = tl.load(grad + at, mask=valid, other=0.0).to(tl.float32)
     if NOISE:
         dropped = (rows // image_pixels)[:, None] * channels + columns[None, :]
@@ -254,7 +255,7 @@ def gradient_sums_kernel(
     grad, x, mean, noise, mask, sums, products, pixels, channels, image_pixels, tiles, slope,
     NOISE: tl.constexpr, ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Sums over a piece of the gradient before the activation, and of its products with x - mean."""
+    """Sums over a piece of the gradient of the activation's argument, and of its products with x - mean."""
     piece = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     centre = tl.load(mean + columns, mask=columns < channels, other=0.0)
@@ -279,7 +280,7 @@ def merge_sums_kernel(
     sums, products, var, grad_weight, grad_bias, pieces, channels, eps,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The pieces' sums added up: gradients of weight and bias."""
+    """Adds up the pieces' sums: gradients of weight and bias."""
     columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     total = tl.zeros((BLOCK_C,), tl.float64)
     product = tl.zeros((BLOCK_C,), tl.float64)
@@ -301,7 +302,7 @@ def gradient_kernel(
     AFFINE: tl.constexpr, RESIDUAL: tl.constexpr, NOISE: tl.constexpr, ACT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the gradients of x and of the residual."""
+    """A tile of the gradients of x and residual."""
     rows, columns, at, valid = tile_at(tl.program_id(0) * BLOCK_M, pixels, channels, BLOCK_M, BLOCK_C)
     values = gradient_at(
         grad, noise, mask, rows, columns, at, valid, channels, image_pixels, slope, NOISE, ACT
@@ -321,13 +322,13 @@ def gradient_kernel(
 
 
 def _pieces(pixels: int, block_m: int) -> tuple[int, int]:
-    """Into how many pieces pixels are cut, and the tiles of each: from sizes alone, never the device."""
+    """Number of pieces, and tiles per piece: depends on sizes alone, not on the device."""
     tiles = conv.cdiv(conv.cdiv(pixels, block_m), TRITON_PIECES)
     return conv.cdiv(pixels, block_m * tiles), tiles
 
 
 def _blocks(x: Tensor) -> tuple[int, int]:
-    """Pixels and channels of a tile; eight channels have a byte of bits."""
+    """Pixels and channels of a tile; eight channels share a byte of the mask."""
     block_c = max(8, min(64, 1 << (x.shape[1] - 1).bit_length()))
     return TRITON_TILE // block_c, block_c
 
@@ -346,9 +347,9 @@ def bn_act_dropout_triton(
     mask: Tensor | None,
     given: bool = False,
 ) -> None:
-    """Three launches into the last four, unchecked: NHWC storage; parameters and noise float32.
+    """Runs the three kernels into the last four, unchecked: NHWC storage; parameters and noise float32.
 
-    given: whether mean and var are, so that one launch makes only `out` and `mask`.
+    given: whether mean and var are inputs, so that one launch computes only `out` and `mask`.
     """
     n, c, h, w = x.shape
     pixels = n * h * w
@@ -386,7 +387,7 @@ def bn_act_dropout_backward_triton(
     grad_weight: Tensor,
     grad_bias: Tensor,
 ) -> None:
-    """Three launches of the gradient into the last four, unchecked: NHWC storage."""
+    """Runs the three gradient kernels into the last four, unchecked: NHWC storage."""
     n, c, h, w = x.shape
     pixels = n * h * w
     block_m, block_c = _blocks(x)
@@ -410,7 +411,7 @@ def bn_act_dropout_backward_triton(
 
 
 def empty_mask(x: Tensor, slope: float | None) -> Tensor:
-    """Memory for a bit an element, each pixel's in whole bytes; none where nothing is activated."""
+    """Memory for one bit per element, padded to whole bytes per pixel; empty without an activation."""
     n, c, h, w = x.shape
     shape = (n, h, w, (c + 7) // 8) if conv.activation(slope)[0] != "none" else (0,)
     return x.new_empty(shape, dtype=torch.uint8)
@@ -426,7 +427,7 @@ def forward(
     slope: float | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The result in NHWC storage, mean, biased variance, and the bits (no elements where slope is None)."""
+    """The result in NHWC storage, mean, biased variance, and mask bits (empty where slope is None)."""
     return forward_into(
         common.keep_channels_last(x, tuple(x.shape)), x, weight, bias, residual, noise, eps, slope, backend
     )
@@ -443,7 +444,7 @@ def forward_into(
     slope: float | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same as `forward` into `out`."""
+    """Like `forward`, with the result in `out`."""
     mask = empty_mask(x, slope)
     mean, var = (x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(2))
     kernel = bn_act_dropout_triton if backend == "triton" else bn_act_dropout_native
@@ -469,7 +470,7 @@ def repeat(
     slope: float | None,
     backend: str,
 ) -> Tensor:
-    """The result of `forward` without a residual once more, by the statistics that it found."""
+    """Recomputes the result of `forward` without a residual, from the statistics it found."""
     out = common.borrow_channels_last(x, tuple(x.shape))
     kernel = bn_act_dropout_triton if backend == "triton" else bn_act_dropout_native
     kernel(
@@ -514,7 +515,7 @@ def gradients(
     with_residual: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, the residual (no elements without one), weight and bias, from that of the result."""
+    """Gradients of x, residual (empty without one), weight and bias, from the gradient of the result."""
     grad_x, grad_residual = _empty_gradients(x, with_residual)
     residual = grad_residual if with_residual else None
     grad = common.channels_last(grad)
@@ -536,7 +537,7 @@ def gradients_into(
     slope: float | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of weight and bias; those of x and the residual into the first two, grad_x may be grad.
+    """Returns the gradients of weight and bias, and writes those of x and residual; grad_x may be grad.
 
     grad_x, grad_residual, grad: in NHWC storage.
     """
@@ -609,7 +610,7 @@ def _saved(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 def _unpacked(ctx: Any, found: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-    """Results of `gradients` as the gradients of the inputs of `forward`."""
+    """Results of `gradients` as gradients of the inputs of `forward`."""
     grad_x, grad_residual, grad_weight, grad_bias = found
     parameters = (grad_weight, grad_bias) if ctx.affine else (None, None)
     return grad_x, *parameters, grad_residual if ctx.with_residual else None, None, None, None, None
@@ -619,7 +620,7 @@ _op.register_autograd(_backward, setup_context=_save)
 
 
 class _Function(torch.autograd.Function):
-    """The op without the dispatcher, which takes 0.15 ms for a call and its gradient; this takes 0.05."""
+    """The op without the dispatcher, which takes 0.15 ms for forward and backward; this takes 0.05."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -650,9 +651,9 @@ def bn_act_dropout(
     Args:
         x: (N, C, H, W), floating; channels_last is fastest, any strides work.
         bn: an nn.BatchNorm2d(C) in train mode with float32 parameters. Any other norm, or one in eval mode,
-            is called and followed by torch's own calls.
+            is called itself, followed by torch's own calls.
         residual: shape and device of x, or None. Under autocast it is rounded to x's dtype.
-        slope: of the activation: 0 relu, up to 1 leaky relu, None nothing.
+        slope: slope of the activation for negative values: 0 is relu, up to 1 leaky relu, None no activation.
         p: probability with which a channel of an image is dropped.
         backend: one of `BACKENDS`; "auto" takes the best kernel that can run, else torch's own calls.
 
@@ -675,10 +676,10 @@ def bn_act_dropout(
     chosen = backends.choose(OP, backend, can_run(x, bn))
     if chosen == "reference":
         return bn_act_dropout_reference(x, bn, residual, slope=slope, p=p)
-    assert isinstance(bn, nn.BatchNorm2d)  # what can_run said
+    assert isinstance(bn, nn.BatchNorm2d)  # checked by can_run
     check_norm(OP, x, bn)
     noise = draw_noise(x, p)
-    # Tracers see the registered op.
+    # Tracers need the registered op.
     call = _Function.apply if type(x) is Tensor and not torch.compiler.is_compiling() else _op
     out, mean, var, _ = call(x, bn.weight, bn.bias, residual, noise, bn.eps, slope, chosen)
     track_statistics(bn, mean, var, x.numel() // x.shape[1])
@@ -700,9 +701,9 @@ def check_dropout(op: str, p: float) -> None:
 
 
 def check_norm(op: str, x: Tensor, bn: nn.BatchNorm2d, name: str = "bn") -> None:
-    """Raises unless x has the norm's channels, and more than one value in each, as torch's norm does.
+    """Raises unless x has the norm's channels and more than one value in each, as torch's norm does.
 
-    A norm that has but one of the running statistics is refused too.
+    A norm with only one of the two running statistics is refused too.
     """
     c = x.shape[1]
     if bn.num_features != c:
@@ -718,19 +719,19 @@ def check_norm(op: str, x: Tensor, bn: nn.BatchNorm2d, name: str = "bn") -> None
 
 
 def draw_noise(x: Tensor, p: float) -> Tensor | None:
-    """By what Dropout2d multiplies each channel of each image, (N, C) float32; None where p is 0."""
+    """Dropout2d's factor for each channel of each image, (N, C) float32; None where p is 0."""
     if p == 0:
         return None
     if p == 1:
         return x.new_zeros(x.shape[:2], dtype=torch.float32)
-    # Drawn and rounded in x's dtype, as torch does.
+    # Drawn and rounded in x's dtype, as in torch.
     noise = x.new_empty((*x.shape[:2], 1, 1)).bernoulli_(1 - p).div_(1 - p)
     return noise.flatten(1).float()
 
 
 @torch.no_grad()
 def track_statistics(bn: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
-    """Moves the running statistics towards a batch's mean and biased variance over `count` values."""
+    """Updates the running statistics with a batch's mean and biased variance over `count` values."""
     if not bn.track_running_stats or bn.running_mean is None or bn.running_var is None:
         return
     momentum: float | Tensor | None = bn.momentum

@@ -18,28 +18,29 @@ from .quantize import quantize_reference
 
 OP = "conv_bn_act"
 PANEL = 16
-# Products that are summed from zero before they join the rest. A running sum of 576 is off from float64
-# by up to 1.7 times what eager's blocked sums are, one of 1152 by 2.5 times, one of 288 no more than they.
+# Products summed from zero before the partial sum joins the total. Relative to float64, one running sum of
+# 576 products has up to 1.7 times the error of eager's blocked sums, one of 1152 2.5 times; 288 is on par.
 MAX_TERMS = 288
-# Products of unsigned codes, at most 255, and of weights' codes, at least -128, that 32 bits hold.
+# The most products of uint8 activations (at most 255) and int8 weights (at least -128) that fit in int32.
 MAX_CODE_TERMS = 2**31 // (255 * 128)
 
-# A tile of the second kernel of a split sum: small, for it only reads and adds.
+# Tile of the second kernel of a split sum: small, since it only reads and adds.
 SUM_BLOCK_M, SUM_BLOCK_N = 16, 64
 
 
 @dataclasses.dataclass(frozen=True)
 class PackedConv:
-    """A convolution's weights as the native kernels read them, in words of 32 bits.
+    """A convolution's weights in the layout that the native kernels read, in 32-bit words.
 
     Attributes:
         data: per panel of 16 output channels and chunk of input channels: kernel_h x kernel_w x chunk x 16
-            words, zeros beyond the last output channel. A word is one float32, two bfloat16 or four int8 of
-            neighbouring input channels, zeros beyond the last.
-        out_channels, in_channels, kernel: of the convolution.
-        stride, padding: of both sides, at the top and left; what lies beyond the input is zero.
+            words, zero-padded beyond the last output channel. A word is one float32, two bfloat16 or four
+            int8 of adjacent input channels, zero-padded beyond the last.
+        out_channels, in_channels, kernel: sizes of the convolution.
+        stride: stride in both dimensions.
+        padding: zero padding at the top and left; positions beyond the input always read as zero.
         chunk: words in a chunk; the last may have fewer.
-        sums: of int8, int32: the sum of each output channel's weights, zeros up to whole panels.
+        sums: int32, for int8 weights only: each output channel's sum of weights, zero-padded to whole panels.
     """
 
     data: Tensor
@@ -54,15 +55,15 @@ class PackedConv:
 
 @dataclasses.dataclass(frozen=True)
 class ConvCodes:
-    """What the native kernels need for codes.
+    """Quantization parameters of the native kernels.
 
-    act(scale * (sum + start) + shift + residual_scale * residual) + skip_scale * skip + bias, of the codes
-    of residual and skip: leaky relus let positive factors through.
+    They compute act(scale * (sum + start) + shift + residual_scale * residual) + skip_scale * skip + bias,
+    with the uint8 values of residual and skip: positive factors commute with a leaky relu.
 
     Attributes:
-        start: less what the zero of x adds to sums, of whole panels, int32; None where that is 0, or the zero
-            is taken from x.
-        x_zero: the code of 0 in x, what lies beyond it.
+        start: int32, in whole panels: minus the contribution of x's zero point to each sum; None where that
+            is 0, or where the kernel subtracts the zero point from x.
+        x_zero: zero point of x, also used as its padding.
     """
 
     start: Tensor | None = None
@@ -72,7 +73,7 @@ class ConvCodes:
     bias: float = 0.0
 
 
-# Of what are no codes.
+# For floating-point tensors.
 FLOATS = ConvCodes()
 
 
@@ -81,11 +82,11 @@ def pack_conv(
 ) -> PackedConv:
     """Packs weights (K, C, kernel_h, kernel_w) for the native kernels, which sum `terms` words at once.
 
-    dtype: of the products: float32, bfloat16 for activations of bfloat16, or int8 for codes by codes, of
-        which w is an int8 tensor.
+    dtype: dtype of the multiplied values: float32, bfloat16 for bfloat16 activations, or int8 for quantized
+        activations, in which case w is an int8 tensor.
 
     Raises:
-        ValueError: sums of codes could overflow 32 bits.
+        ValueError: int8 products could overflow an int32 sum.
     """
     k, c, kernel_h, kernel_w = w.shape
     if dtype is torch.int8 and w[0].numel() > MAX_CODE_TERMS:
@@ -99,7 +100,7 @@ def pack_conv(
     size = kernel_h * kernel_w * words * PANEL * per_word
     data = native.empty((panels, size), dtype, pooled=False)
     sums = torch.zeros(panels * PANEL, dtype=torch.int32, device=w.device) if dtype is torch.int8 else None
-    # A panel at a time: what else is made is small beside the result.
+    # One panel at a time, so that temporaries stay small compared with the result.
     for index, filters in enumerate(w.detach().split(PANEL)):
         _pack_panel(filters, data[index], chunk, per_word)
         if sums is not None:
@@ -109,7 +110,7 @@ def pack_conv(
 
 
 def _pack_panel(filters: Tensor, panel: Tensor, chunk: int, per_word: int) -> None:
-    """Up to 16 filters (K, C, kernel_h, kernel_w) into a panel of `PackedConv.data`."""
+    """Packs up to 16 filters (K, C, kernel_h, kernel_w) into a panel of `PackedConv.data`."""
     k, c = filters.shape[:2]
     padded = F.pad(filters.to(panel.dtype), (0, 0, 0, 0, 0, -c % per_word, 0, PANEL - k))
     words = padded.unflatten(1, (-1, per_word)).permute(3, 4, 1, 0, 2)
@@ -120,12 +121,12 @@ def _pack_panel(filters: Tensor, panel: Tensor, chunk: int, per_word: int) -> No
 
 
 def whole_panels(values: Tensor) -> Tensor:
-    """Values of output channels in float32, with zeros up to whole panels."""
+    """Per-output-channel values in float32, zero-padded to whole panels."""
     return F.pad(values, (0, -len(values) % PANEL)).float()
 
 
 def product_dtype(weights: torch.dtype, activations: torch.dtype) -> torch.dtype:
-    """What the native kernels multiply: bfloat16 where both are and the CPU has instructions for it."""
+    """dtype that the native kernels multiply: bfloat16 if both are and the CPU supports it, else float32."""
     both = weights is activations is torch.bfloat16
     return torch.bfloat16 if both and native.has_product(torch.bfloat16) else torch.float32
 
@@ -141,7 +142,7 @@ def conv_bn_act_reference(
     padding: int = 0,
     slope: float | None = 0.0,
 ) -> Tensor:
-    """The same in torch calls, for any device and dtype; differentiable."""
+    """conv_bn_act in torch calls, for any device and dtype; differentiable."""
     y = F.conv2d(x, w.to(x.dtype), None, stride, padding)
     if scale is not None:
         y = y * scale.to(x.dtype)[:, None, None]
@@ -167,9 +168,9 @@ def conv_bn_act_codes_reference(
     codes_step: float = 1.0,
     codes_dtype: torch.dtype = torch.int8,
 ) -> tuple[Tensor, Tensor]:
-    """What `conv_bn_act_triton` makes of the same arguments, in float64: the result, and its codes.
+    """The result of `conv_bn_act_triton` for the same arguments, in float64, and its quantized values.
 
-    x and weight, (K, taps, C), may be codes or floating. Sums of products of int8 are exact.
+    x and weight, (K, taps, C), may be quantized or floating. Sums of int8 products are exact.
     """
     w = weight.double().unflatten(1, kernel).permute(0, 3, 1, 2)
     a, b, r, s = (None if t is None else t.double() for t in (scale, shift, residual, skip))
@@ -178,7 +179,7 @@ def conv_bn_act_codes_reference(
 
 
 def can_run(x: Tensor) -> backends.Reasons:
-    """Why each kernel cannot take x; None for those that can."""
+    """Reason why each kernel cannot take x; None for those that can."""
     return backends.reasons(OP, x)
 
 
@@ -193,11 +194,11 @@ def conv_bn_act_native(
     slope: float | None,
     codes: ConvCodes = FLOATS,
 ) -> None:
-    """The native kernel into `out`, unchecked: x in NHWC storage, one dtype, parameters float32.
+    """Runs the native kernel into `out`, unchecked: x in NHWC storage, one dtype, parameters float32.
 
-    out, residual and skip have one stride of channels, 1, and the same other strides; they need not be
-    dense. Where weights are int8, x, residual and skip are codes, uint8, out is codes or float32, and scale
-    and shift are of whole panels, in its steps.
+    out, residual and skip have channel stride 1 and share their other strides; they need not be dense. With
+    int8 weights, x, residual and skip are uint8, out is uint8 or float32, and scale and shift cover whole
+    panels and are in quantization steps of out.
     """
     n, c, h, w = x.shape
     _, k, out_h, out_w = out.shape
@@ -231,7 +232,7 @@ def conv_bn_act_native(
 
 
 def out_shape(x: Tensor, w: Tensor, stride: int, padding: int) -> tuple[int, int, int, int]:
-    """(N, K, H', W') of a convolution."""
+    """(N, K, H', W') of a convolution's result."""
     extents = [(x.shape[i] + 2 * padding - w.shape[i]) // stride + 1 for i in (2, 3)]
     return x.shape[0], w.shape[0], extents[0], extents[1]
 
@@ -244,7 +245,7 @@ def _finish_tile(
     HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_SKIP: tl.constexpr,
     HAS_OUT: tl.constexpr, HAS_CODES: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
-    """Everything after the sum, and the stores."""
+    """Applies everything after the sum and stores the result."""
     image, y, x = conv.pixel_of(rows, out_h, out_w)
     mask = (rows < pixels)[:, None] & (columns < channels)[None, :]
     acc = conv.finish(
@@ -273,7 +274,7 @@ def conv_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr, SWAP: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the convolution, or with SPLIT one part of its sums."""
+    """One tile of the convolution, or with SPLIT one part of its sum."""
     if OVERLAP:
         gdc_launch_dependents()
         conv.prefetch(weight, channels * (KERNEL_H * KERNEL_W * C))
@@ -347,7 +348,7 @@ def sum_kernel(
     HAS_OUT: tl.constexpr, HAS_CODES: tl.constexpr, ACT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Adds the parts of every sum in their order, so that repeats are equal bit for bit, and finishes."""
+    """Adds the parts of each sum in a fixed order, so that runs are bit-identical; applies the epilogue."""
     if OVERLAP:
         gdc_launch_dependents()
         gdc_wait()
@@ -385,20 +386,21 @@ def conv_bn_act_triton(
     codes: Tensor | None = None,
     codes_step: float = 1.0,
 ) -> None:
-    """The Triton kernel into `out` and `codes`, unchecked: channels contiguous, any other strides.
+    """Runs the Triton kernel into `out` and `codes`, unchecked: channel stride 1, any other strides.
 
     Args:
-        x: floating, or codes: int8 for compute capability 8.0, float8_e4m3fn for 8.9 and later.
-        weight: of `pack_weight`, or of `quantize_weight` where x is codes: x's dtype.
-        scale, shift: float32; of codes the scale holds the steps of x and of the weights.
-        residual, skip: floating, whatever x is.
-        out: the result, floating; or None.
+        x: floating, or quantized: int8 from compute capability 8.0, float8_e4m3fn from 8.9.
+        weight: result of `pack_weight`, or of `quantize_weight` where x is quantized; x's dtype.
+        scale, shift: float32; where x is quantized, scale includes the steps of x and of the weights.
+        residual, skip: floating, also where x is quantized.
+        out: the floating result, or None.
         config: one of `configurations`, by default the first.
-        precision: of float32 products, "tf32" or "ieee"; by default as torch's own convolutions.
-        overlap: starts before the kernel ahead has ended and waits for it, on GPUs that can; the weights
-            are on their way to the L2 cache meanwhile.
+        precision: "tf32" or "ieee" for float32 products; by default as torch's own convolutions.
+        overlap: whether the kernel starts before its predecessor has ended, on GPUs that support it; it
+            prefetches the weights into the L2 cache, then waits for the predecessor.
         parts: memory of at least `scratch_bytes` for split sums, float32 or int32; by default allocated.
-        codes, codes_step: the result divided by the step as codes, int8 or float8_e4m3fn; or None.
+        codes: the result divided by `codes_step`, as int8 or float8_e4m3fn; or None.
+        codes_step: quantization step of `codes`.
 
     Raises:
         ValueError: neither out nor codes is given, or parts is too small.
@@ -504,9 +506,9 @@ def conv_bn_act(
         w: (K, C, kernel_h, kernel_w). The public op packs it at every call; the engine packs once.
         scale, shift: (K,), a folded batch norm; None for 1 and 0.
         residual: (N, K, H', W'), added before the activation, dtype and device of x, or None.
-        skip: the same, added after the activation.
-        stride, padding: of both sides.
-        slope: of the activation: 0 relu, up to 1 leaky relu, None nothing.
+        skip: tensor like residual, added after the activation, or None.
+        stride, padding: stride and padding in both dimensions.
+        slope: slope of the activation for negative values: 0 is relu, up to 1 leaky relu, None no activation.
         backend: one of `BACKENDS`; "auto" takes the best kernel that can run, else torch's own calls.
 
     Returns:

@@ -1,12 +1,12 @@
 """conv_train: convolutions in training on a CPU.
 
-3x3 of stride 1 and the gradient of their input are by Winograd, in one kernel, the gradient's with the
-weights turned and transposed. In float32 oneDNN's direct convolutions take 2.7 to 3.4 times as long (64 to
-256 channels, 4096 to 256 pixels an image, batches of 4, 2 threads); in bfloat16 1.5 times, which transforming
-the weights at every step spends.
+3x3 convolutions of stride 1 and their input gradients use Winograd's filtering, with one kernel; the gradient
+uses the rotated and transposed weights. In float32 oneDNN's direct convolutions take 2.7 to 3.4 times as long
+(64 to 256 channels, 4096 to 256 pixels per image, batches of 4, 2 threads); in bfloat16 1.5 times, which is
+lost again to transforming the weights at every step.
 
-With few pixels the weights' gradient of any convolution is a product of matrices, in the layout in which
-weights are kept. oneDNN makes it in a layout of its own and copies it: for 512 x 512 channels 18 MiB more.
+With few pixels, any convolution's weight gradient is computed as one matrix product, in the layout of the
+weights. oneDNN computes it in its own layout and copies it: for 512 x 512 channels 18 MiB more.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from . import _common as common
 from ._conv_winograd import PackedWinograd, can_pay, conv_winograd_native, pays, weight_transform
 from .conv_bn_act import PANEL
 
-# Weights change at every step and are transformed for each pass: for 256 x 256 channels in 1.2 ms where so
-# many pixels are convolved 7 ms sooner. With a quarter of them a ShelfNet50's step is no faster.
+# Weights change at every step and are transformed for each pass: for 256 x 256 channels this takes 1.2 ms and
+# saves 7 ms at this many pixels. With a quarter of them a ShelfNet50's step is no faster.
 LEAST_PIXELS = 2048
-# Bytes. Transformed weights of 512 x 512 channels leave the caches, and take 15 ms.
+# Bytes. Transformed weights of 512 x 512 channels do not fit in the caches, and take 15 ms.
 MOST_TRANSFORMED = 16 * 1024 * 1024
-# What products of matrices are made of.
+# dtypes for which the weight gradient can be a matrix product.
 PRODUCT_DTYPES = (torch.float32, torch.bfloat16)
 TRANSFORM = torch.kron(weight_transform(4), weight_transform(4)).float()
 
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """What a convolution does beside its weights; by rows and columns."""
+    """Stride, padding and similar parameters of a convolution, each as (rows, columns)."""
 
     stride: tuple[int, ...] = (1, 1)
     padding: tuple[int, ...] = (1, 1)
@@ -45,7 +45,7 @@ class Geometry:
 
     @classmethod
     def of(cls, conv: nn.Module) -> Geometry | None:
-        """Of an nn.Conv2d that pads so many zeros; None of other modules."""
+        """Geometry of an nn.Conv2d with zero padding; None for other modules."""
         if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
             return None
         return cls(conv.stride, conv.padding, conv.dilation, conv.groups)
@@ -57,12 +57,12 @@ class Geometry:
         return h, w
 
 
-# Of `is_3x3`.
+# The geometry that `is_3x3` accepts.
 SAME_3X3 = Geometry()
 
 
 def takes_winograd(x: Tensor, weight: Tensor) -> bool:
-    """Whether a 3x3 convolution of stride 1 and padding 1 is faster by Winograd's, weights and all."""
+    """Whether Winograd's filtering is faster for a 3x3, stride 1, padding 1 convolution, packing included."""
     n, _, h, w = x.shape
     fits = x.device.type == "cpu" and x.dtype is weight.dtype is torch.float32
     if not fits or native.reason("conv_train") is not None or not can_pay(weight, 1, 1):
@@ -72,7 +72,7 @@ def takes_winograd(x: Tensor, weight: Tensor) -> bool:
 
 
 def pack(weight: Tensor) -> PackedWinograd:
-    """Weights (K, C, 3, 3) transformed in float32: for one pass, in a tenth of the time of float64."""
+    """Packs weights (K, C, 3, 3) for one pass, transformed in float32: float64 takes 10 times as long."""
     k, c = weight.shape[:2]
     panels = -(-k // PANEL)
     padded = F.pad(weight.detach().flatten(2), (0, 0, 0, 0, 0, panels * PANEL - k))
@@ -93,10 +93,10 @@ def _is_filtered(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
 
 
 def takes_products(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
-    """Whether the gradient of a convolution's weights is better a product of matrices.
+    """Whether a convolution's weight gradient should be computed as a matrix product.
 
-    With no more pixels in the result than channels it takes 0.3 to 1.1 of oneDNN's time, with twice as many
-    1 to 1.4 (1x1 and 3x3, 256 to 2048 channels, float32 and bfloat16, 2 threads).
+    With no more output pixels than channels it takes 0.3 to 1.1 of oneDNN's time, with twice as many pixels 1
+    to 1.4 (1x1 and 3x3, 256 to 2048 channels, float32 and bfloat16, 2 threads).
     """
     h, w = geometry.size(x, weight)
     fits = x.device.type == "cpu" and weight.dtype in PRODUCT_DTYPES and geometry.groups == 1
@@ -104,7 +104,7 @@ def takes_products(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
 
 
 def _columns(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    """What each pixel of the result meets, (pixels, taps * C): x itself for 1x1 of stride 1, else a copy."""
+    """im2col of x, (pixels, taps * C): x itself for 1x1 with stride 1, else a copy."""
     n, c = x.shape[:2]
     h, w = geometry.size(x, weight)
     (down, across), (gap_y, gap_x), (top, left) = geometry.stride, geometry.dilation, geometry.padding
@@ -120,7 +120,7 @@ def _columns(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
 def _weight_gradient(
     grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, total: Tensor | None
 ) -> Tensor:
-    """In NHWC storage, by a product; added to `total` where there is one."""
+    """The weight gradient in NHWC storage, as a matrix product; added to `total` if given."""
     k, c, *kernel = weight.shape
     channels = grad.permute(0, 2, 3, 1).reshape(-1, k).t()
     columns = _columns(x, weight, geometry)
@@ -131,7 +131,7 @@ def _weight_gradient(
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry = SAME_3X3) -> Tensor:
-    """The convolution's result in NHWC storage. Not recorded by autograd where by Winograd."""
+    """The convolution's result in NHWC storage. The Winograd path is not recorded by autograd."""
     if _is_filtered(x, weight, geometry):
         return _filtered(x, weight, bias)
     options = geometry.stride, geometry.padding, geometry.dilation, geometry.groups
@@ -148,11 +148,11 @@ def convolve_backward(
     total: Tensor | None = None,
     overwrite: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, weight and bias, those that are needed.
+    """The gradients of x, weight and bias that are needed.
 
     Args:
         total: another gradient of weight, to which this one is added in place.
-        overwrite: whether x, in NHWC storage, is not needed any more: its gradient may take its memory.
+        overwrite: whether x, in NHWC storage, is no longer needed, so that its gradient may reuse its memory.
     """
     grad = common.channels_last(grad)
     needs_x, needs_weight, needs_bias = needed[0], needed[1], with_bias and needed[2]
@@ -160,7 +160,7 @@ def convolve_backward(
     multiplied = needs_weight and takes_products(x, weight, geometry)
     grad_x = grad_weight = grad_bias = None
     if multiplied:
-        # Before torch takes and leaves memory, of which some would fit between, but not this.
+        # Before torch allocates and frees memory, which would leave gaps too small for this.
         grad_weight = _weight_gradient(grad, x, weight, geometry, total)
     mask = [needs_x and not filtered, needs_weight and not multiplied, needs_bias and not multiplied]
     if any(mask):
@@ -171,7 +171,7 @@ def convolve_backward(
         if mask[1]:
             grad_weight = found[1] if total is None else total.add_(found[1])
     if multiplied and needs_bias:
-        # Of torch it would cost the gradient of weight.
+        # Asking torch for it would also compute the gradient of weight.
         grad_bias = grad.sum((0, 2, 3))
     if filtered:
         turned = weight.flip(2, 3).transpose(0, 1)
@@ -195,17 +195,17 @@ class _Function(torch.autograd.Function):
 
 
 def conv_train(x: Tensor, conv: nn.Module) -> Tensor:
-    """conv(x) on a CPU, by Winograd's filtering where that is faster, or with less memory for its gradient.
+    """conv(x) on a CPU, with Winograd's filtering where that is faster, or with less memory for its gradient.
 
-    In float32 the error of Winograd's is at most 4.5 times that of a direct convolution.
+    In float32 Winograd's filtering has at most 4.5 times the error of a direct convolution.
 
     Args:
         x: (N, C, H, W), floating; channels_last is fastest, any strides work.
-        conv: any module; faster is an nn.Conv2d of 3x3, stride 1 and padding 1 with 32 or more channels
-            in float32, or any that makes no more pixels than channels.
+        conv: any module; accelerated are nn.Conv2d of 3x3, stride 1 and padding 1 with 32 or more channels
+            in float32, and those with no more output pixels than channels.
 
     Returns:
-        What conv gives; channels_last where it is not called.
+        Result of conv; channels_last where conv itself is not called.
     """
     geometry = Geometry.of(conv)
     if geometry is None or type(x) is not Tensor or torch.compiler.is_compiling():
@@ -223,7 +223,7 @@ def conv_train(x: Tensor, conv: nn.Module) -> Tensor:
 
 
 def is_3x3(conv: nn.Module) -> bool:
-    """Whether it is a plain 3x3 convolution of stride 1, padded with zeros to keep the size."""
+    """Whether conv is a plain 3x3 convolution of stride 1 with zero padding that keeps the size."""
     if type(conv) is not nn.Conv2d:
         return False
     found = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)

@@ -1,7 +1,8 @@
 """deconv_add: a 3x3 transposed convolution of stride 2, plus bias, plus skip: the merge of ShelfNet50/101.
 
-Every output pixel sees 1, 2, 2 or 4 of the nine taps, by the parity of its row and column. Four small
-convolutions of the input, one a parity, write every second pixel: no zeros are multiplied.
+Each output pixel is reached by 1, 2, 2 or 4 of the nine taps, depending on the parity of its row and column.
+Four small convolutions of the input, one per parity, each write every second pixel: no multiplications by
+inserted zeros.
 """
 
 from __future__ import annotations
@@ -18,19 +19,19 @@ from ._triton import gdc_launch_dependents, gdc_wait, jit, rounded, tl
 from .conv_bn_act import PackedConv, conv_bn_act_native, pack_conv
 
 OP = "deconv_add"
-# Taps of the transposed kernel that reach even and odd outputs, for the input at and after it.
+# Taps of the transposed kernel that reach even and odd outputs, for the input at that position and the next.
 TAPS = ([1], [2, 0])
 
-# Eager sums every tap apart, so that fewer products than a convolution's make one running sum.
+# Eager sums each tap separately, so its running sums have fewer products than a convolution's.
 MAX_TERMS = 128
 
 PackedDeconv = tuple[PackedConv, PackedConv, PackedConv, PackedConv]
 
 
 def pack_deconv(w: Tensor, dtype: torch.dtype = torch.float32) -> PackedDeconv:
-    """Packs weights (C, K, 3, 3) as four convolutions, for even and odd rows and columns.
+    """Packs weights (C, K, 3, 3) as four convolutions, one per combination of even/odd row and column.
 
-    dtype: of the products, float32 or bfloat16.
+    dtype: dtype of the multiplied values, float32 or bfloat16.
     """
     kernels = parity_kernels(w.transpose(0, 1))
     a, b, c, d = (pack_conv(kernel, terms=MAX_TERMS, dtype=dtype) for kernel in kernels)
@@ -38,27 +39,27 @@ def pack_deconv(w: Tensor, dtype: torch.dtype = torch.float32) -> PackedDeconv:
 
 
 def parity_kernels(w: Tensor) -> list[Tensor]:
-    """Of weights (K, C, 3, 3) the taps that reach each parity of outputs: even and odd rows and columns."""
+    """The taps of weights (K, C, 3, 3) that reach each output parity: even and odd rows and columns."""
     return [w[:, :, rows][:, :, :, columns] for rows in TAPS for columns in TAPS]
 
 
 def parities(x: Tensor) -> list[Tensor]:
-    """Every second pixel, in the order of `parity_kernels`."""
+    """x subsampled by 2, once per parity, in the order of `parity_kernels`."""
     return [x[:, :, row::2, column::2] for row in range(2) for column in range(2)]
 
 
 def deconv_add_reference(x: Tensor, w: Tensor, bias: Tensor, skip: Tensor) -> Tensor:
-    """The same in torch calls, for any device and dtype; differentiable."""
+    """deconv_add in torch calls, for any device and dtype; differentiable."""
     return F.conv_transpose2d(x, w.to(x.dtype), bias.to(x.dtype), 2, 1, 1) + skip
 
 
 def can_run(x: Tensor) -> backends.Reasons:
-    """Why each kernel cannot take x; None for those that can."""
+    """Reason why each kernel cannot take x; None for those that can."""
     return backends.reasons(OP, x)
 
 
 def deconv_add_native(x: Tensor, packed: PackedDeconv, bias: Tensor, skip: Tensor, out: Tensor) -> None:
-    """The native kernel into `out`, unchecked: NHWC storage, bias float32."""
+    """Runs the native kernel into `out`, unchecked: NHWC storage, bias float32."""
     for taps, residual, part in zip(packed, parities(skip), parities(out), strict=True):
         conv_bn_act_native(x, taps, None, bias, residual, None, part, None)
 
@@ -70,13 +71,13 @@ def deconv_kernel(
     C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     SWAP: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the output pixels of one parity: BLOCK_M input pixels, of which it sees the next too."""
+    """One tile of output pixels of one parity: from BLOCK_M input pixels and the pixels after them."""
     if OVERLAP:
         gdc_launch_dependents()
         conv.prefetch(weight, channels * (9 * C))
         gdc_wait()
     tiles_m, tiles_n = tl.cdiv(pixels, BLOCK_M), tl.cdiv(channels, BLOCK_N)
-    # Four taps before two and one: the longest programs start first.
+    # Parities with four taps come before those with two and one: the longest programs start first.
     parity = 3 - tl.program_id(0) // (tiles_m * tiles_n)
     odd_y, odd_x = parity // 2, parity % 2
     tile_m, tile_n = conv.tile_of(tl.program_id(0) % (tiles_m * tiles_n), tiles_m, tiles_n, 8)
@@ -89,7 +90,8 @@ def deconv_kernel(
     blocks: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
     acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
     for step in range(0, (1 + odd_y) * (1 + odd_x) * blocks):
-        # The input at and after; of an even row or column the middle tap, of an odd one the last and first.
+        # Inputs here and at the next position; even rows or columns use the middle tap, odd ones last and
+        # first.
         down, right = step // blocks // (1 + odd_x), step // blocks % (1 + odd_x)
         tap = 3 * (1 + odd_y - 2 * down) + 1 + odd_x - 2 * right
         k = step % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -119,7 +121,7 @@ def deconv_kernel(
 
 @jit
 def _finish(acc, bias, skip, out, rows, columns, skip_rows, out_rows, pixels, channels):
-    """Bias, skip and the store."""
+    """Adds bias and skip, and stores."""
     mask = (rows < pixels)[:, None] & (columns < channels)[None, :]
     acc += tl.load(bias + columns, mask=columns < channels, other=0.0)[None, :]
     acc += conv.load_rows(skip, skip_rows, columns, mask)
@@ -127,7 +129,7 @@ def _finish(acc, bias, skip, out, rows, columns, skip_rows, out_rows, pixels, ch
 
 
 def pack_deconv_triton(w: Tensor, dtype: torch.dtype, precision: str = "ieee") -> Tensor:
-    """Packs weights (C, K, 3, 3) as (K, 9, C) of the kernel's dtype, as `pack_weight`."""
+    """Packs weights (C, K, 3, 3) as (K, 9, C) in the kernel's dtype, like `pack_weight`."""
     return conv.pack_weight(w.transpose(0, 1), dtype, precision)
 
 
@@ -141,13 +143,13 @@ def deconv_add_triton(
     precision: str | None = None,
     overlap: bool = False,
 ) -> None:
-    """The Triton kernel into `out`, unchecked: channels contiguous, any other strides.
+    """Runs the Triton kernel into `out`, unchecked: channel stride 1, any other strides.
 
     Args:
-        weight: of `pack_deconv_triton`, x's dtype.
+        weight: result of `pack_deconv_triton`, x's dtype.
         bias: float32.
-        config: one of `configurations` that is not split, by default the first.
-        precision, overlap: as of `conv_bn_act_triton`.
+        config: one of `configurations` without a split sum, by default the first.
+        precision, overlap: see `conv_bn_act_triton`.
     """
     n, c, h, w = x.shape
     pixels, k = n * h * w, out.shape[1]
@@ -155,7 +157,7 @@ def deconv_add_triton(
         return
     problem = conv.Problem(pixels, k, 9, c, x.dtype, conv.is_aligned(x, skip, out))
     precision = precision or conv.default_precision(x.dtype)
-    # Four parities fill a GPU without splitting their sums.
+    # The four parities fill a GPU without split sums.
     config = config or conv.best(problem, precision, x, split=False)
     overlap = overlap and _triton.overlaps_launches(x)
     tiles = conv.cdiv(pixels, config.block_m) * conv.cdiv(k, config.block_n)

@@ -1,7 +1,7 @@
 """max_pool_train: the stem's pooling in training on a CPU.
 
-Between forward and backward it keeps a byte for each result, the tap that was largest, where torch keeps the
-input and eight bytes a result.
+Between forward and backward it keeps one byte per output, the index of the largest tap, where torch keeps the
+input and eight bytes per output.
 """
 
 from __future__ import annotations
@@ -57,13 +57,13 @@ class _Function(torch.autograd.Function):
 
 
 def max_pool_train(x: Tensor, pool: nn.Module) -> Tensor:
-    """pool(x), equal bit for bit, keeping less for its gradient: on a CPU, and what is not traced.
+    """pool(x), bit-identical, keeping less memory for its gradient on a CPU when not traced.
 
     Args:
         x: (N, C, H, W), floating; channels_last is fastest, any strides work.
         pool: any module; an nn.MaxPool2d(3, 2, 1) has a kernel, for float32 and bfloat16.
 
     Returns:
-        (N, C, ceil(H / 2), ceil(W / 2)), channels_last from the kernel; of other modules what they give.
+        (N, C, ceil(H / 2), ceil(W / 2)), channels_last from the kernel; for other modules, their result.
     """
     return _Function.apply(x) if takes_kernel(x, pool) else pool(x)

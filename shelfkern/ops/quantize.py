@@ -1,4 +1,4 @@
-"""quantize: a tensor's codes of 8 bits, of which each counts steps: int8, or float8_e4m3fn."""
+"""quantize: a tensor as 8-bit multiples of a step: int8, or float8_e4m3fn."""
 
 from __future__ import annotations
 
@@ -16,36 +16,36 @@ from . import _triton
 from ._triton import gdc_launch_dependents, gdc_wait, jit, tl
 
 OP = "quantize"
-# Elements that a Triton program takes: 16 a thread, whose codes are stored together.
+# Elements per Triton program: 16 per thread, whose results are stored together.
 TRITON_TILE = 2048
-# Output channels of weights that are quantized at once.
+# Output channels of weights that are quantized at a time.
 QUANTIZED_CHANNELS = 64
-# The largest number of steps that a weight's code counts: int8 leaves out -128, so that signs are alike.
+# Largest magnitude of a quantized weight, in steps: int8 leaves out -128 to be symmetric.
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 
 @dataclasses.dataclass(frozen=True)
 class Quantum:
-    """What unsigned codes of 8 bits stand for, those of activations on a CPU: step * (code - zero).
+    """Quantization of uint8 values, used for activations on a CPU: step * (code - zero).
 
-    Activations that are never negative have no use for signs: with `zero` 0 their steps are half as large.
+    Non-negative activations need no sign: with `zero` 0 their steps are half as large.
     """
 
     step: float
     zero: int = 0
 
     def codes(self, x: Tensor) -> Tensor:
-        """The nearest codes of a floating tensor, of two the even one; uint8."""
+        """Nearest uint8 values of a floating tensor, ties to even."""
         codes = torch.where(x.isnan(), 0.0, x / self.step) + self.zero
         return codes.round().clamp(0, 255).to(torch.uint8)
 
     def values(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """What codes stand for."""
+        """The values that `codes` represent."""
         return (codes.to(dtype) - self.zero) * self.step
 
 
 def quantize_reference(x: Tensor, step: float | Tensor, dtype: torch.dtype = torch.int8) -> Tensor:
-    """The same in torch calls, for any device and dtype; in float64 for it, otherwise in float32."""
+    """quantize in torch calls, for any device and dtype; in float64 for float64, otherwise in float32."""
     values = common.wide(x) / step
     if dtype is torch.int8:
         values = torch.where(values.isnan(), 0.0, values.clamp(-128, 127)).round()
@@ -55,12 +55,12 @@ def quantize_reference(x: Tensor, step: float | Tensor, dtype: torch.dtype = tor
 
 
 def quantize_weight(w: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Codes of weights (K, C, kernel_h, kernel_w), and what one of each output channel's steps is.
+    """Quantizes weights (K, C, kernel_h, kernel_w), with one step per output channel.
 
-    Symmetric: the largest of an output channel is 127 or 448 steps. A channel of zeros has step 1.
+    Symmetric: the largest magnitude of an output channel is 127 or 448 steps. A channel of zeros has step 1.
 
     Returns:
-        (K, taps, C) of `dtype`, as `conv_bn_act_triton` takes them, and (K,) float32.
+        (K, taps, C) in `dtype`, as `conv_bn_act_triton` takes them, and the steps, (K,) float32.
 
     Raises:
         ValueError: dtype is neither int8 nor float8_e4m3fn, or a weight is not finite.
@@ -74,7 +74,7 @@ def quantize_weight(w: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     step = torch.where(step > 0, step, 1.0)
     k, c, kernel_h, kernel_w = w.shape
     codes = torch.empty((k, kernel_h * kernel_w, c), dtype=dtype, device=w.device)
-    # A few channels at a time: what else is made is small beside a large layer.
+    # A few channels at a time, so that temporaries stay small compared with a large layer.
     parts = zip(w.split(QUANTIZED_CHANNELS), step.split(QUANTIZED_CHANNELS), strict=True)
     for part, (filters, steps) in zip(codes.split(QUANTIZED_CHANNELS), parts, strict=True):
         quantized = quantize_reference(common.float32(filters), steps[:, None, None, None], dtype)
@@ -83,7 +83,7 @@ def quantize_weight(w: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def can_run(x: Tensor, dtype: torch.dtype = torch.int8) -> backends.Reasons:
-    """Why each kernel cannot take x; None for those that can."""
+    """Reason why each kernel cannot take x; None for those that can."""
     why = backends.reasons(OP, x)
     if why["native"] is None and dtype is not torch.int8:
         why["native"] = f"dtype is {dtype}, the native kernel makes int8"
@@ -95,9 +95,9 @@ def can_run(x: Tensor, dtype: torch.dtype = torch.int8) -> backends.Reasons:
 
 
 def quantize_native(x: Tensor, step: float, codes: Tensor, zero: int = 0) -> None:
-    """The native kernel into `codes`, unchecked: both in one dense order of their elements.
+    """Runs the native kernel into `codes`, unchecked: both dense, with the same element order.
 
-    codes: int8, or uint8, of which `zero` is the code of 0.
+    codes: int8, or uint8 with zero point `zero`.
     """
     sign = 128 if codes.dtype is torch.int8 else 0
     native.module.quantize(
@@ -131,7 +131,7 @@ def quantize_kernel(
 
 
 def quantize_triton(x: Tensor, step: float, codes: Tensor, overlap: bool = False) -> None:
-    """The Triton kernel into `codes`, unchecked: channels contiguous, any other strides."""
+    """Runs the Triton kernel into `codes`, unchecked: channel stride 1, any other strides."""
     n, c, h, w = x.shape
     if x.numel() == 0:
         return
@@ -167,19 +167,19 @@ def _(x: Tensor, step: float, dtype: torch.dtype, backend: str) -> Tensor:
 
 
 def quantize(x: Tensor, step: float, dtype: torch.dtype = torch.int8, *, backend: str = "auto") -> Tensor:
-    """x / step as codes of 8 bits: saturated, then rounded to the nearest, of two to the even.
+    """x / step as 8-bit values: saturated, then rounded to nearest, ties to even.
 
-    A code may be a neighbour of the right one where x / step lies so near the middle between two that
-    float32 does not tell. What is no number stays none in float8, and becomes 0 in int8.
+    A result may be off by one value where x / step is so near a midpoint that float32 cannot tell. NaN stays
+    NaN in float8, and becomes 0 in int8.
 
     Args:
         x: (N, C, H, W), floating; channels_last is fastest, any strides work.
-        step: what one step of a code is.
-        dtype: int8, codes from -128 to 127, or float8_e4m3fn, from -448 to 448.
+        step: quantization step.
+        dtype: int8, for results from -128 to 127, or float8_e4m3fn, from -448 to 448.
         backend: one of `BACKENDS`; "auto" takes the best kernel that can run, else torch's own calls.
 
     Returns:
-        (N, C, H, W) of `dtype`, channels_last from the kernel.
+        (N, C, H, W) in `dtype`, channels_last from the kernel.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.

@@ -1,4 +1,4 @@
-"""Whether each kernel computes the right thing on this very machine."""
+"""Checks that each kernel computes correct results on this machine."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ from . import (
 from . import _selftest_codes as codes
 from ._backends import unavailable
 
-# Largest error over the truth's largest value. Sums of a few hundred float32 products are good to
+# Largest error relative to the largest reference value. Sums of a few hundred float32 products are good to
 # about 1e-6, a float16 result to 5e-4 after every step; labels must be equal.
 LIMIT = 1e-5
 GPU_LIMIT = 5e-3
 
-# Ops that train, and the backends of which gradients are tested. A convolution's on a GPU are torch's. What
-# others are built on comes first: once it is switched off, they are tested without it.
+# Ops for training, and the backends whose gradients are tested. A convolution's gradients on a GPU are
+# torch's. Ops that others build on come first: once switched off, the others are tested without them.
 TRAINING = {
     "bn_act_dropout": KERNELS["bn_act_dropout"],
     "conv_train": ("native",),
@@ -62,17 +62,17 @@ TRAINING = {
     "upsample_bilinear": KERNELS["upsample_bilinear"],
     "upsample_cross_entropy": KERNELS["upsample_cross_entropy"],
 }
-# Ops whose native kernels take unsigned codes, or give them.
+# Ops whose native kernels take or return uint8 values.
 CODES = dict.fromkeys(
     ("attention_gate", "conv_bn_act", "deconv_add", "quantize", "stem", "upsample_add"), ("native",)
 )
-# Ops and backends by what is tested: the op on floats; its result and all its gradients; the op on codes.
+# Ops and backends by what is tested: the op on floats; its result and all gradients; the op on uint8 values.
 KINDS: dict[str, Mapping[str, tuple[str, ...]]] = {"": KERNELS, "gradient": TRAINING, "codes": CODES}
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One kernel's test, of one of `KINDS`: `error` is None where it could not run, for `reason`."""
+    """One kernel's test, of one of `KINDS`; `error` is None if it could not run, for `reason`."""
 
     op: str
     backend: str
@@ -95,7 +95,8 @@ class Result:
 class Case(NamedTuple):
     """Public op, reference, float64 tensors, other arguments.
 
-    Of codes, which public ops do not take, `public` runs kernels. Both may give several results.
+    Public ops take no quantized tensors; for those cases `public` runs kernels. Both may return several
+    results.
     """
 
     public: Callable[..., Any]
@@ -109,7 +110,7 @@ def _random(*shape: int) -> Tensor:
 
 
 def _cases() -> dict[str, Case]:
-    """A case for each op. Odd sizes on purpose."""
+    """A case for each op, with odd sizes on purpose."""
     x, size = _random(2, 19, 7, 9), (13, 20)
     image = torch.arange(2 * 30 * 33 * 3, dtype=torch.uint8).view(2, 30, 33, 3)
     norms = [_random(19) for _ in range(4)]
@@ -176,8 +177,8 @@ def _cases() -> dict[str, Case]:
 def _training_cases() -> dict[str, Case]:
     """A case for each op of `TRAINING`.
 
-    Where rounding turned an activation's sign its gradient would jump: all are far from 0, those of the block
-    by its norms' biases.
+    If rounding changed the sign of an activation's argument, its gradient would jump: all arguments are far
+    from 0, those of the block because of its norms' biases.
     """
     x, norm = _random(2, 19, 7, 9), (1 + 0.1 * _random(19), 4 * _random(19, 1)[:, 0].sign())
     conv, pool = nn.Conv2d(32, 32, 3, padding=1, device="meta"), nn.MaxPool2d(3, 2, 1)
@@ -189,7 +190,7 @@ def _training_cases() -> dict[str, Case]:
         "conv_train": Case(
             _of_modules(lambda x, conv, backend: conv_train(x, conv), conv=conv),
             _of_modules(lambda x, conv: conv(x), conv=conv),
-            # As many pixels and channels as are convolved by Winograd's filtering.
+            # Enough pixels and channels for Winograd's filtering.
             (_random(2, 32, 33, 34), _random(32, 32, 3, 3) / 17, _random(32)),
             {},
         ),
@@ -211,7 +212,7 @@ def _codes_cases() -> dict[str, Case]:
 
 
 class _Modules(nn.Module):
-    """An op of x, of modules, and of other tensors."""
+    """An op applied to x, modules and other tensors."""
 
     def __init__(self, op: Callable[..., Tensor], modules: dict[str, nn.Module]) -> None:
         super().__init__()
@@ -222,7 +223,7 @@ class _Modules(nn.Module):
 
 
 def _of_modules(op: Callable[..., Tensor], **modules: nn.Module) -> Callable[..., Tensor]:
-    """An op of modules as one of their parameters, in their order, which follow x; a norm's are float32."""
+    """Wraps an op of modules to take their parameters as tensors, in order, after x; a norm's are float32."""
     module = _Modules(op, modules)
     names = [name for name, _ in module.named_parameters()]
 
@@ -244,7 +245,7 @@ def _far_from_zero(x: Tensor) -> Tensor:
 
 
 def _into_zeros(add: Callable[..., None]) -> Callable[..., Tensor]:
-    """What an op that adds to `out` adds."""
+    """Wraps an op that adds to `out` to return what it adds."""
 
     def added(scores: Tensor, size: tuple[int, int], crop: tuple[int, int], **arguments: Any) -> Tensor:
         dtype = torch.promote_types(scores.dtype, torch.float32)
@@ -260,14 +261,14 @@ def _pair(channels: int) -> tuple[Tensor, Tensor]:
 
 
 def _with_gradients(op: Callable[..., Tensor]) -> Callable[..., list[Tensor]]:
-    """An op's result, and the gradients of all that is floating, where the result's own is random."""
+    """An op's result and the gradients of all floating inputs, for a random gradient of the result."""
 
     def call(*tensors: Tensor, **arguments: Any) -> list[Tensor]:
         tensors = tuple(t.detach().requires_grad_(t.is_floating_point()) for t in tensors)
         leaves = [t for t in tensors if t.requires_grad]
         with torch.enable_grad():
             result = op(*tensors, **arguments)
-            # Of float16, so that it is the same in every dtype.
+            # Rounded to float16, so that it is the same in every dtype.
             weights = _random(*result.shape).half().to(result)
             return [result.detach(), *torch.autograd.grad(result, leaves, weights)]
 
@@ -281,9 +282,10 @@ def _unavailable(op: str, backend: str) -> str | None:
 
 @functools.cache
 def run(op: str, backend: str = "native", kind: str = "") -> Result:
-    """Tests one kernel once a process: float32 on the CPU, float16, which all take, on a GPU.
+    """Tests one kernel, once per process: in float32 on the CPU, in float16, which all kernels take, on a
+    GPU.
 
-    kind: one of `KINDS`, which has the op. What is wrong is switched off for the process.
+    kind: one of `KINDS`, which must include the op. A kernel that fails is switched off for the process.
     """
     reason = _unavailable(op, backend)
     if reason is None and backend == "triton" and _triton.INTERPRETED:
@@ -304,11 +306,11 @@ def _case(op: str, kind: str) -> Case:
 
 
 def _error(op: str, backend: str, kind: str) -> float:
-    """The largest error over the truth's largest value, of the worst tensor."""
+    """The largest error relative to the largest reference value, over all result tensors."""
     public, reference, tensors, arguments = _case(op, kind)
     device, dtype = ("cpu", torch.float32) if backend == "native" else ("cuda", torch.float16)
     narrow = [t.to(dtype) if t.is_floating_point() else t for t in tensors]
-    # A GPU's result is judged beside what its rounded inputs give.
+    # A GPU's result is compared with the exact result of its rounded inputs.
     exact = tensors if backend == "native" else [t.double() if t.is_floating_point() else t for t in narrow]
     there = [t.to(device) for t in narrow]
     if kind == "gradient":
@@ -317,7 +319,7 @@ def _error(op: str, backend: str, kind: str) -> float:
     results = _listed(public(*there, **arguments, backend=backend))
     pairs = [(found.double().cpu(), truth.double()) for found, truth in zip(results, truths, strict=True)]
     errors = torch.stack([(found - truth).abs().max() / truth.abs().max() for found, truth in pairs])
-    # torch's maximum, unlike Python's, is NaN where one is.
+    # torch's maximum, unlike Python's, is NaN if any value is.
     return errors.max().item()
 
 
@@ -326,7 +328,7 @@ def _listed(results: Tensor | list[Tensor]) -> list[Tensor]:
 
 
 def run_all() -> list[Result]:
-    """Tests every kernel of every op, of each kind, but the emulated ones, which are for tests."""
+    """Tests every kernel of every op, of each kind, except the emulated ones, which are for tests."""
     tests = [
         (op, backend, kind)
         for kind, ops in KINDS.items()

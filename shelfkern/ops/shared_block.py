@@ -22,11 +22,11 @@ from .conv_bn_act import (
 
 OP = "shared_block"
 
-# As csrc/cuda/shared_block.cu: channels are padded to 64 or 128, and a tile is some rows of 16 pixels.
+# As in csrc/cuda/shared_block.cu: channels are padded to 64 or 128, and a tile is some rows of 16 pixels.
 MAX_CUDA_CHANNELS = 128
 CUDA_TILE_WIDTH = 16
-# For 64 and 128 padded channels: rows of a tile, and what one costs in units of 64 pixels convolved, of
-# which h has 18 a row and two rows more. 12 rows fill their units best; 128 channels leave room for 8.
+# For 64 and 128 padded channels: rows of a tile, and its cost in units of 64 convolved pixels; h has 18
+# pixels per row and two more rows. 12 rows fill their units best; 128 channels leave room for 8.
 CUDA_TILE_ROWS = {64: {12: 4 + 3, 8: 3 + 2, 4: 2 + 1}, 128: {8: 3 + 2, 4: 2 + 1}}
 
 
@@ -40,13 +40,13 @@ def shared_block_reference(
     slope: float | None = 0.0,
     skip: bool = False,
 ) -> Tensor:
-    """The same in torch calls, for any device and dtype; differentiable."""
+    """shared_block in torch calls, for any device and dtype; differentiable."""
     h = conv_bn_act_reference(x, w, scale1, shift1, padding=1, slope=slope)
     return conv_bn_act_reference(h, w, scale2, shift2, x, x if skip else None, padding=1)
 
 
 def can_run(x: Tensor) -> backends.Reasons:
-    """Why each kernel cannot take x; None for those that can."""
+    """Reason why each kernel cannot take x; None for those that can."""
     why = backends.reasons(OP, x)
     for backend in ("cuda", "emulated"):
         why[backend] = why[backend] or _cuda_reason(backend, x)
@@ -76,18 +76,18 @@ def shared_block_native(
     slope: float | None,
     skip: bool,
 ) -> None:
-    """The native kernel into `out`, unchecked; `hidden` is memory of x's shape for what lies between."""
+    """Runs the native kernel into `out`, unchecked; `hidden` is memory of x's shape for the intermediate."""
     conv_bn_act_native(x, packed, scale1, shift1, None, None, hidden, slope)
     conv_bn_act_native(hidden, packed, scale2, shift2, x, x if skip else None, out, 0.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class PackedBlock:
-    """A block's parameters as the CUDA kernel reads them, with zeros for the channels added to 64 or 128.
+    """A block's parameters for the CUDA kernel, with channels zero-padded to 64 or 128.
 
     Attributes:
-        weight: (9 taps, padded / 64, padded, 64) of the kernel's dtype: 64 input channels innermost, and
-            before them the output channels.
+        weight: (9 taps, padded / 64, padded, 64) in the kernel's dtype: output channels, then 64 input
+            channels innermost.
         scale1, shift1, scale2, shift2: (padded,) float32.
     """
 
@@ -111,7 +111,7 @@ def pack_block(
 
 
 def cuda_shared_bytes(c: int, rows: int) -> int:
-    """Shared memory of a block: weights, and a tile of x and of h with their borders."""
+    """Shared memory of a CUDA block in bytes: weights, and tiles of x and h with their borders."""
     padded = 64 if c <= 64 else 128
     weights = 9 * 64 * 64 if padded == 64 else 3 * 64 * 128
     pixels = (rows + 4) * (CUDA_TILE_WIDTH + 4) + (rows + 2) * (CUDA_TILE_WIDTH + 2)
@@ -119,9 +119,9 @@ def cuda_shared_bytes(c: int, rows: int) -> int:
 
 
 def tile_rows(shape: tuple[int, ...], multiprocessors: int, shared_bytes: int = 227 * 1024) -> int:
-    """The rows of a tile that finish an (N, C, H, W) input soonest: large tiles, but in full waves.
+    """Rows per tile that finish an (N, C, H, W) input soonest: large tiles, but in full waves.
 
-    multiprocessors, shared_bytes: of the GPU, and of a block there at most.
+    multiprocessors, shared_bytes: multiprocessors of the GPU, and shared memory available to a block.
     """
     n, c, h, w = shape
     columns = -(-w // CUDA_TILE_WIDTH)
@@ -145,10 +145,11 @@ def shared_block_cuda(
     blocks: int | None = None,
     overlap: bool = False,
 ) -> None:
-    """The CUDA kernel into `out`, unchecked: channels contiguous, any other strides.
+    """Runs the CUDA kernel into `out`, unchecked: channel stride 1, any other strides.
 
-    rows: of a tile, one of `CUDA_TILE_ROWS`; blocks: that share the tiles, by default one a multiprocessor;
-    overlap: as of `call_cuda`.
+    rows: rows of a tile, one of `CUDA_TILE_ROWS`.
+    blocks: number of blocks that share the tiles, by default one per multiprocessor.
+    overlap: see `call_cuda`.
     """
     n, c, h, w = x.shape
     multiprocessors = backends.multiprocessors(x)
@@ -195,19 +196,19 @@ def shared_block_triton(
     codes_step: float = 1.0,
     hidden_step: float = 1.0,
 ) -> None:
-    """Two launches of the Triton convolution into `out`, unchecked: channels contiguous, any other strides.
+    """Runs two launches of the Triton convolution into `out`, unchecked: channel stride 1, any other strides.
 
     Args:
-        weight: of `pack_weight`, or where x is codes of `quantize_weight`.
-        scale1, scale2: of codes each holds the step of the weights, and of x and of hidden.
-        hidden: memory of x's shape and dtype. Where x is codes, so is hidden, with step `hidden_step`.
-        config: of both convolutions, or of each.
-        parts: memory for the split sums of one of them: they run one after the other.
-        residual: what x stands for, floating: to be given where x is codes, and added at the end.
-        precision, overlap, codes, codes_step: as of `conv_bn_act_triton`.
+        weight: result of `pack_weight`, or of `quantize_weight` where x is quantized.
+        scale1, scale2: where x is quantized, each includes the steps of the weights, and of x or hidden.
+        hidden: memory of x's shape and dtype. Where x is quantized, so is hidden, with step `hidden_step`.
+        config: one configuration for both convolutions, or one for each.
+        parts: memory for the split sums of one convolution: they run one after the other.
+        residual: floating tensor to add at the end; required where x is quantized.
+        precision, overlap, codes, codes_step: see `conv_bn_act_triton`.
 
     Raises:
-        ValueError: x is codes and residual is not given, or as `conv_bn_act_triton`.
+        ValueError: x is quantized and residual is not given, or for the reasons of `conv_bn_act_triton`.
     """
     coded = x.dtype in conv.CODE_CAPABILITIES
     if coded and residual is None:
@@ -289,7 +290,8 @@ def shared_block(
         x: (N, C, H, W), floating; channels_last is fastest, any strides work.
         w: (C, C, 3, 3), used by both convolutions, padding 1.
         scale1, shift1, scale2, shift2: (C,), the two folded batch norms.
-        slope: of the first activation: 0 relu, up to 1 leaky relu, None nothing.
+        slope: slope of the first activation for negative values: 0 is relu, up to 1 leaky relu, None no
+            activation.
         skip: whether x is added once more at the end, as at the entry of a down column.
         backend: one of `BACKENDS`; "auto" takes the best kernel that can run, else torch's own calls.
 

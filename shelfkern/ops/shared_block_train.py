@@ -1,10 +1,10 @@
 """shared_block_train: the shared-weights residual block (paper 3.3) in training, with its gradient.
 
-Between forward and backward it keeps x, both convolutions' results, the norms' statistics, two bits an
-element and the dropout's noise. What lies between the convolutions is made again in the backward pass from
-the first one's result, by the norm's statistics: one pass over memory, no time that can be measured. The
-second one's result is kept: to make it again would be a seventh pass of a convolution beside the six of
-forward and backward, an eighth of the block's time (5.5 of 41 ms, 4x64x64x64 in float32 on 2 threads).
+Between forward and backward it keeps x, both convolutions' results, the norms' statistics, two bits per
+element and the dropout's noise. The second convolution's input is recomputed in the backward pass from the
+first one's result and the norm's statistics: one pass over memory, no measurable time. The second one's
+result is kept: recomputing it would add a seventh convolution pass to the six of forward and backward, an
+eighth of the block's time (5.5 of 41 ms, 4x64x64x64 in float32 on 2 threads).
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ def shared_block_train_reference(
     p: float = 0.0,
     skip: bool = False,
 ) -> Tensor:
-    """The same in torch calls, for any device, dtype and norms, in eval mode too; differentiable."""
+    """The op in torch calls, for any device, dtype and norms, also in eval mode; differentiable."""
     h = F.dropout2d(common.activate(bn1(conv(x)), slope), p)
     y = F.relu(bn2(conv(h)) + x)
     return y + x if skip else y
 
 
 def can_run(x: Tensor, conv: nn.Module, bn1: nn.Module, bn2: nn.Module) -> backends.Reasons:
-    """Why each kernel of the norms cannot run; None for those that can."""
+    """Reason why each kernel of the norms cannot run; None for those that can."""
     first, second = norm_reasons(x, bn1, "bn1"), norm_reasons(x, bn2, "bn2")
     return {
         backend: _unfit(conv) or backends.unavailable(OP, backend) or first[backend] or second[backend]
@@ -82,7 +82,7 @@ def _forward(
     skip: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The result, and what is kept: both convolutions' results, and mean, variance and bits of each norm."""
+    """The result, and tensors to keep: both convolutions' results, each norm's mean, variance and mask."""
     x = common.channels_last(x)
     first = convolve(x, weight, bias)
     h = common.borrow_channels_last(first, tuple(first.shape))
@@ -144,7 +144,7 @@ def _gradients(
     needed: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias, those that are needed, and of the norms' weights and biases."""
+    """The gradients of x, weight and bias that are needed, and those of the norms' weights and biases."""
     grad_second, grad_x, grad_weight2, grad_bias2 = gradients(
         grad, second, weight2, mean2, var2, None, mask2, eps2, 0.0, True, backend
     )
@@ -170,7 +170,7 @@ def _gradients(
     grad_bias = None
     if bias_of_first is not None and bias_of_second is not None:
         grad_bias = bias_of_first + bias_of_second
-    # An op gives tensors: no elements for those that are not needed.
+    # An op must return tensors: empty ones for gradients that are not needed.
     grad_weight, grad_bias = (x.new_empty(0) if g is None else g for g in (grad_weight, grad_bias))
     return grad_x, grad_weight, grad_bias, grad_weight1, grad_bias1, grad_weight2, grad_bias2
 
@@ -226,7 +226,7 @@ def _saved(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 def _unpacked(ctx: Any, found: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-    """Results of `_gradients` as the gradients of the inputs of `_forward`."""
+    """Results of `_gradients` as gradients of the inputs of `_forward`."""
     wanted = zip(found, ctx.needs_input_grad, strict=False)
     return *(gradient if needed else None for gradient, needed in wanted), *(None,) * 6
 
@@ -239,7 +239,7 @@ _op.register_autograd(_backward, setup_context=_save)
 
 
 class _Function(torch.autograd.Function):
-    """The op without the dispatcher, as that of bn_act_dropout."""
+    """The op without the dispatcher, like bn_act_dropout's."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
@@ -266,21 +266,22 @@ def shared_block_train(
 ) -> Tensor:
     """h = dropout2d(act(bn1(conv(x)))), y = relu(bn2(conv(h)) + x), + x if `skip`; with its gradient.
 
-    The convolutions are `conv_train`'s; the norms, and what is around them, as `bn_act_dropout`, whose seeds,
-    statistics and backends these are.
+    The convolutions are those of `conv_train`; the norms, activations and dropout those of `bn_act_dropout`,
+    with the same seeds, statistics and backends.
 
     Args:
         x: (N, C, H, W), floating; channels_last is fastest, any strides work.
-        conv: an nn.Conv2d(C, C, 3, padding=1). Of any other, and of norms that `bn_act_dropout` has no
-            kernel for, all are called one after the other.
+        conv: an nn.Conv2d(C, C, 3, padding=1). For any other, and for norms without a `bn_act_dropout`
+            kernel, the modules are called one after the other.
         bn1, bn2: nn.BatchNorm2d(C) in train mode.
-        slope: of the first activation: 0 relu, up to 1 leaky relu, None nothing.
+        slope: slope of the first activation for negative values: 0 is relu, up to 1 leaky relu, None no
+            activation.
         p: probability with which a channel of an image is dropped between the convolutions.
         skip: whether x is added once more at the end, as at the entry of a down column.
         backend: one of `BACKENDS`; "auto" takes the best kernel that can run, else torch's own calls.
 
     Returns:
-        (N, C, H, W), dtype of x, under autocast its dtype; channels_last from the kernels.
+        (N, C, H, W), dtype of x, or autocast's dtype under autocast; channels_last from the kernels.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
@@ -303,7 +304,7 @@ def shared_block_train(
     for name, bn in (("bn1", bn1), ("bn2", bn2)):
         check_norm(OP, x, bn, name)
     noise = draw_noise(x, p)
-    # Tracers see the registered op.
+    # Tracers need the registered op.
     call = _Function.apply if type(x) is Tensor and not torch.compiler.is_compiling() else _op
     out, _, _, mean1, var1, _, mean2, var2, _ = call(
         x, weight, bias, bn1.weight, bn1.bias, bn2.weight, bn2.bias, noise,

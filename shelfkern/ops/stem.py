@@ -1,4 +1,4 @@
-"""stem: from an image to pooled features; the largest activations of the network are never stored."""
+"""stem: from an image to pooled features; the network's largest activations are never stored."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .quantize import Quantum, quantize_weight
 
 OP = "stem"
 Size = tuple[int, int]
-# What the native kernel reads.
+# Image dtypes of the native kernel.
 NATIVE_IMAGES = (torch.uint8, torch.float32, torch.bfloat16)
 
-# As csrc/cuda/stem.cu: output channels of a block, elements of one's weights at 16 bits, and how many
-# blocks fit on a multiprocessor.
+# As in csrc/cuda/stem.cu: output channels of a block, elements of a block's weights at 16 bits, and blocks
+# that fit on a multiprocessor.
 CUDA_CHANNELS = 64
 CUDA_WEIGHT_ROW = 184
 CUDA_BLOCKS_A_MULTIPROCESSOR = 2
@@ -36,7 +36,7 @@ def stem_reference(
     image: Tensor, w: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, std: Tensor, size: Size,
     slope: float | None = 0.0, padded: Size | None = None,
 ) -> Tensor:  # fmt: skip
-    """The same in torch calls, for any device and dtype; differentiable."""
+    """stem in torch calls, for any device and dtype; differentiable."""
     padded = padded or size
     x = normalise(image, mean.to(w.dtype), std.to(w.dtype)) if image.dtype is torch.uint8 else image
     x = F.pad(x, (0, padded[1] - x.shape[3], 0, padded[0] - x.shape[2]))
@@ -46,9 +46,9 @@ def stem_reference(
 
 
 def can_run(image: Tensor, w: Tensor, enlarges: bool = False) -> backends.Reasons:
-    """Why each kernel cannot take the image and w; None for those that can.
+    """Reason why each kernel cannot take the image and w; None for those that can.
 
-    enlarges: whether what the image is padded to is not yet what it is seen as.
+    enlarges: whether the padded image is resized, so that `padded` differs from `size`.
     """
     why = backends.reasons(OP, w, "w")
     for name in ("cuda", "emulated") if enlarges else ():
@@ -59,19 +59,19 @@ def can_run(image: Tensor, w: Tensor, enlarges: bool = False) -> backends.Reason
 
 
 def normalised_values(mean: Tensor, std: Tensor) -> Tensor:
-    """(v / 255 - mean) / std of every v from 0 to 255, rounded once: float32 (256, 3)."""
+    """(v / 255 - mean) / std for every v from 0 to 255, rounded once: float32 (256, 3)."""
     values = torch.arange(256, dtype=torch.float64, device=mean.device)[:, None] / 255
     return common.float32((values - mean.double()) / std.double())
 
 
 @dataclasses.dataclass(frozen=True)
 class StemCodes:
-    """What the native kernel needs for codes.
+    """Quantization parameters of the native kernel.
 
     Attributes:
-        raw: (6,) float32, of products of int8: raw values of floating images are raw[c] * x + raw[3 + c].
-        zero: of those: the raw pixel that stands for 0, its channels in the bytes of a word.
-        bias: the code of 0 in the result.
+        raw: (6,) float32, for int8 products: raw values of floating images are raw[c] * x + raw[3 + c].
+        zero: for int8 products: the raw pixel that stands for 0, its channels in the bytes of a word.
+        bias: zero point of the result.
     """
 
     raw: Tensor | None = None
@@ -82,7 +82,8 @@ class StemCodes:
 def pack_stem_rows(w: Tensor, dtype: torch.dtype) -> PackedConv:
     """Packs weights (K, 3, 7, 7) for the native kernel: a kernel row's pixels are the channels of one tap.
 
-    dtype: of the products: float32, bfloat16, or int8 for raw pixels, of which a word holds one.
+    dtype: dtype of the multiplied values: float32, bfloat16, or int8 for raw pixels, which take one word
+        each.
     """
     if dtype is torch.int8:
         w = F.pad(w, (0, 0, 0, 0, 0, 1))
@@ -101,16 +102,17 @@ def stem_native(
     codes: StemCodes | None = None,
     padded: Size | None = None,
 ) -> None:
-    """The native kernel into `out` (N, K, H / 4, W / 4), unchecked: image contiguous, out in NHWC storage.
+    """Runs the native kernel into `out` (N, K, H / 4, W / 4), unchecked: image contiguous, out in NHWC
+    storage.
 
-    padded: what the image is padded to before it is enlarged to H x W; by default it is not enlarged.
+    padded: size to which the image is padded before it is resized to H x W; by default it is not resized.
 
-    Products are of the packed dtype, float32 or bfloat16 with sums in float32, or int8 where `codes` has
-    what they need. Where out is codes, uint8, scale and shift are of whole panels, and in its steps.
+    Products are of the packed dtype: float32 or bfloat16 with float32 sums, or int8 with the parameters in
+    `codes`. Where out is uint8, scale and shift cover whole panels and are in quantization steps of out.
 
-    By Winograd's filtering what is not finite in the image spoils the results of every tile whose window
-    holds it: tiles are 4 x 4 of the convolution, counted from the top left, windows 14 x 14 pixels. An
-    infinity may become NaN.
+    With Winograd's filtering a non-finite value in the image spoils the results of every tile whose window
+    contains it: tiles are 4 x 4 outputs of the convolution, counted from the top left, windows 14 x 14
+    pixels. An infinity may become NaN.
     """
     raw = image.dtype is torch.uint8
     n, k, out_h, out_w = out.shape
@@ -139,13 +141,13 @@ def stem_native(
 def fold_raw(
     w: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, std: Tensor, out: Quantum
 ) -> tuple[PackedConv, Tensor, Tensor, StemCodes]:
-    """Folds the normalisation into weights (K, 3, 7, 7) and norm, so that raw pixels are multiplied.
+    """Folds the normalisation into weights (K, 3, 7, 7) and the norm, for products of raw pixels.
 
-    mean, std: of images from 0 to 1, (3,) float64. What lies beyond the image is the raw pixel nearest to the
-    mean, up to half a raw step off.
+    mean, std: (3,) float64, for images from 0 to 1. The padding is the raw pixel nearest to the mean, at most
+        half a raw step off.
 
     Returns:
-        what `stem_native` takes: filters of int8, scale and shift, and its codes.
+        arguments of `stem_native`: int8 filters, scale, shift, and codes.
     """
     codes, step = quantize_weight(w / (255 * std.float()[:, None, None]), torch.int8)
     filters = codes.unflatten(1, (7, 7)).permute(0, 3, 1, 2)
@@ -160,11 +162,11 @@ def fold_raw(
 
 @dataclasses.dataclass(frozen=True)
 class PackedStem:
-    """A stem's parameters as the CUDA kernel reads them: groups of 64 output channels, zeros beyond the last.
+    """A stem's parameters for the CUDA kernel: groups of 64 output channels, zero-padded beyond the last.
 
     Attributes:
-        weight: of the kernel's dtype. float32: (groups, 7 * 21, 64), the 7 x 3 elements of each filter row.
-            16 bits: (groups, 64, 184), each filter row between one zero and two, and zeros at the end.
+        weight: in the kernel's dtype. float32: (groups, 7 * 21, 64), the 7 x 3 elements of each filter row.
+            16 bits: (groups, 64, 184), each filter row with one zero before and two after it, then zeros.
         scale, shift: (groups * 64,) float32.
     """
 
@@ -198,9 +200,10 @@ def stem_cuda(
     blocks: int | None = None,
     overlap: bool = False,
 ) -> None:
-    """The CUDA kernel into `out` (N, K, H / 4, W / 4), unchecked: out with contiguous channels, image any.
+    """Runs the CUDA kernel into `out` (N, K, H / 4, W / 4), unchecked: channel stride 1 in out, any image.
 
-    blocks: that share the tiles, by default as many as a GPU holds at once; overlap: as of `call_cuda`.
+    blocks: number of blocks that share the tiles, by default as many as the GPU holds at once.
+    overlap: see `call_cuda`.
     """
     raw = image.dtype is torch.uint8
     n, k, out_h, out_w = out.shape
@@ -272,15 +275,15 @@ def stem(
     """max_pool3x3s2(act(scale * conv7x7s2((image / 255 - mean) / std) + shift)).
 
     Args:
-        image: uint8 (N, H, W, 3), or (N, 3, H, W) of w's dtype, which is taken as normalised already.
+        image: uint8 (N, H, W, 3), or (N, 3, H, W) in w's dtype, which is already normalised.
         w: (K, 3, 7, 7), stride 2, padding 3.
         scale, shift: (K,), the folded batch norm.
-        mean, std: (3,), of raw images.
-        size: height and width that the image is seen as; multiples of 4, by default the image's own.
-        padded: those that it is padded to with zeros, after normalisation and before it is enlarged to
-            `size`, bilinearly as by `torch.nn.functional.interpolate` without align_corners. By default
-            `size`: it is only padded.
-        slope: of the activation: 0 relu, up to 1 leaky relu, None nothing.
+        mean, std: (3,), normalisation of raw images.
+        size: height and width to which the image is brought; multiples of 4, by default the image's own.
+        padded: height and width to which the image is padded with zeros, after normalisation and before it
+            is resized to `size`, bilinearly as by `torch.nn.functional.interpolate` without align_corners. By
+            default `size`: it is only padded.
+        slope: slope of the activation for negative values: 0 is relu, up to 1 leaky relu, None no activation.
         backend: one of `BACKENDS`; "auto" takes the best kernel that can run, else torch's own calls.
 
     Returns:

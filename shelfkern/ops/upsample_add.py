@@ -15,19 +15,19 @@ from ._triton import gdc_launch_dependents, gdc_wait, jit, rounded, tl
 from .quantize import Quantum
 
 OP = "upsample_add"
-# Elements of x that a Triton program takes: 8 a thread, so that 16-bit loads are of 16 bytes.
+# Elements of x per Triton program: 8 per thread, so that 16-bit loads are 16 bytes wide.
 TRITON_TILE = 1024
 
 
 def upsample_add_reference(x: Tensor, skip: Tensor, gate: Tensor | None = None) -> Tensor:
-    """The same in torch calls, for any device and dtype; differentiable."""
+    """upsample_add in torch calls, for any device and dtype; differentiable."""
     if gate is not None:
         x = x * gate.to(x.dtype)[:, :, None, None]
     return skip + F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
 def can_run(x: Tensor) -> backends.Reasons:
-    """Why each kernel cannot take x; None for those that can."""
+    """Reason why each kernel cannot take x; None for those that can."""
     return backends.reasons(OP, x)
 
 
@@ -38,9 +38,9 @@ def upsample_add_native(
     out: Tensor,
     quanta: tuple[Quantum, Quantum, Quantum] | None = None,
 ) -> None:
-    """The native kernel into `out`, unchecked: NHWC storage, one dtype, gate float32.
+    """Runs the native kernel into `out`, unchecked: NHWC storage, one dtype, gate float32.
 
-    quanta: of the codes of x, skip and out where they are uint8.
+    quanta: quantization of x, skip and out where they are uint8.
     """
     n, c, h, w = x.shape
     own, others, result = quanta or (Quantum(1.0), Quantum(1.0), Quantum(1.0))
@@ -68,9 +68,9 @@ def upsample_add_cuda(
     backend: str = "cuda",
     overlap: bool = True,
 ) -> None:
-    """The CUDA kernel into `out`, unchecked: channels contiguous, any other strides, gate float32.
+    """Runs the CUDA kernel into `out`, unchecked: channel stride 1, any other strides, gate float32.
 
-    overlap: as of `call_cuda`; it reads no weights.
+    overlap: see `call_cuda`; this kernel reads no weights.
     """
     n, c, h, w = x.shape
     backends.call_cuda(
@@ -96,7 +96,7 @@ def upsample_add_kernel(
     x_n, x_h, x_w, skip_n, skip_h, skip_w, out_stride_n, out_stride_h, out_stride_w,
     GATED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M input pixels, read once, and the four output pixels of each."""
+    """Reads BLOCK_M input pixels once and writes the four output pixels of each."""
     if OVERLAP:
         gdc_launch_dependents()
         gdc_wait()
@@ -117,7 +117,7 @@ def upsample_add_kernel(
 def upsample_add_triton(
     x: Tensor, skip: Tensor, gate: Tensor | None, out: Tensor, overlap: bool = False
 ) -> None:
-    """The Triton kernel into `out`, unchecked: channels contiguous, any other strides, gate float32."""
+    """Runs the Triton kernel into `out`, unchecked: channel stride 1, any other strides, gate float32."""
     n, c, h, w = x.shape
     if x.numel() == 0:
         return

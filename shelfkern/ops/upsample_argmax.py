@@ -16,24 +16,24 @@ MAX_CLASSES = 256
 def upsample_argmax_reference(
     scores: Tensor, size: tuple[int, int], crop: tuple[int, int], align_corners: bool = True
 ) -> Tensor:
-    """The same in torch calls, for any device and dtype. Half dtypes are resized in float32."""
+    """upsample_argmax in torch calls, for any device and dtype. Half dtypes are resized in float32."""
     return resize.reference(common.wide(scores), size, crop, align_corners).argmax(1).to(torch.uint8)
 
 
 def can_run(scores: Tensor) -> backends.Reasons:
-    """Why each kernel cannot take scores; None for those that can."""
+    """Reason why each kernel cannot take scores; None for those that can."""
     return resize.reasons(OP, scores)
 
 
 def upsample_argmax_native(scores: Tensor, size: tuple[int, int], out: Tensor, align_corners: bool) -> None:
-    """The native kernel into the contiguous uint8 `out` (N, crop), unchecked: scores in NHWC storage."""
+    """Runs the native kernel into the contiguous uint8 `out` (N, crop), unchecked: scores in NHWC storage."""
     resize.run_native(OP, scores, size, out, align_corners)
 
 
 def upsample_argmax_cuda(
     scores: Tensor, size: tuple[int, int], out: Tensor, align_corners: bool, backend: str = "cuda"
 ) -> None:
-    """The CUDA kernel into the contiguous uint8 `out` (N, crop), unchecked: channels of scores contiguous."""
+    """Runs the CUDA kernel into contiguous uint8 `out` (N, crop), unchecked: channel stride 1 in scores."""
     resize.run_cuda(backend, OP, scores, size, out, align_corners)
 
 
@@ -61,17 +61,17 @@ def upsample_argmax(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """Argmax over classes of the bilinear resize of scores; of equal ones, the first.
+    """Argmax over classes of the bilinear resize of scores; ties go to the first class.
 
     Args:
         scores: (N, C, h, w), floating, any strides, C from 1 to 256.
-        size: (H, W) of the whole result.
-        crop: rows and columns of it to make, from the top left; all by default.
-        align_corners: as of torch.nn.functional.interpolate.
+        size: (H, W) of the whole resize.
+        crop: number of rows and columns to compute, from the top left; all by default.
+        align_corners: as in torch.nn.functional.interpolate.
         backend: one of `BACKENDS`; "auto" takes the best kernel that can run, else torch's own calls.
 
     Returns:
-        (N, *crop) uint8. Resized in float32, so that scores within rounding of each other may go
+        (N, *crop) uint8. The resize is in float32, so scores that are equal within rounding error may go
         either way.
 
     Raises:
@@ -81,7 +81,7 @@ def upsample_argmax(
     crop = resize.check(OP, scores, size, crop)
     if not 1 <= scores.shape[1] <= MAX_CLASSES:
         raise ValueError(f"{OP}: scores has {scores.shape[1]} classes, it may have 1 to {MAX_CLASSES}")
-    # Labels carry no gradient: nothing is lost where autograd is on.
+    # Labels have no gradient, so nothing is lost where autograd is on.
     chosen = backends.choose(OP, backend, can_run(scores), ())
     if chosen == "reference":
         return upsample_argmax_reference(scores, size, crop, align_corners)

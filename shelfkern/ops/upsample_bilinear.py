@@ -16,26 +16,26 @@ from . import _triton
 from ._triton import gdc_launch_dependents, gdc_wait, jit, rounded, tl
 
 OP = "upsample_bilinear"
-# Results of a Triton program.
+# Output elements per Triton program.
 TRITON_TILE = 1024
-# Of the gradient's: pixels of its result, and rows and columns of the full size that it adds at a time.
+# For the gradient kernel: pixels of the output tile, and full-size rows and columns accumulated at a time.
 GRADIENT_PIXELS, GRADIENT_ROWS, GRADIENT_COLUMNS = 32, 16, 64
 
 
 def upsample_bilinear_reference(
     scores: Tensor, size: tuple[int, int], crop: tuple[int, int], align_corners: bool = True
 ) -> Tensor:
-    """The same in torch calls, for any device and dtype; differentiable."""
+    """upsample_bilinear in torch calls, for any device and dtype; differentiable."""
     return resize.reference(scores, size, crop, align_corners)
 
 
 def can_run(scores: Tensor) -> backends.Reasons:
-    """Why each kernel cannot take scores; None for those that can."""
+    """Reason why each kernel cannot take scores; None for those that can."""
     return resize.reasons(OP, scores)
 
 
 def upsample_bilinear_native(scores: Tensor, size: tuple[int, int], out: Tensor, align_corners: bool) -> None:
-    """The native kernel into the contiguous `out` (N, C, crop), unchecked: scores in NHWC storage."""
+    """Runs the native kernel into the contiguous `out` (N, C, crop), unchecked: scores in NHWC storage."""
     resize.run_native(OP, scores, size, out, align_corners)
 
 
@@ -44,7 +44,7 @@ def upsample_bilinear_kernel(
     scores, out, channels, h, w, out_h, out_w, scores_n, scores_h, scores_w, step_y, step_x,
     ALIGN: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_C: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Part of one row of the output, of some classes."""
+    """Part of one output row, for some classes."""
     if OVERLAP:
         gdc_launch_dependents()
         gdc_wait()
@@ -53,7 +53,7 @@ def upsample_bilinear_kernel(
     columns = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = (x < out_w)[:, None] & (columns < channels)[None, :]
 
-    # A row as a tensor of one, so that both axes are computed alike.
+    # A row index as a one-element tensor, so that both axes share the code.
     top, bottom, down = source(y + tl.arange(0, 1), h, step_y, ALIGN)
     left, right, across = source(x, w, step_x, ALIGN)
     image = image + tl.zeros((1,), tl.int32)
@@ -74,20 +74,20 @@ def upsample_bilinear_kernel(
 
 @jit
 def source(position, size, step, ALIGN: tl.constexpr):
-    """The two taps of output positions along one axis, and the share of the second."""
+    """The two taps of output positions along one axis, and the weight of the second."""
     if ALIGN:
         at = position.to(tl.float32) * step
     else:
         at = tl.maximum((position.to(tl.float32) + 0.5) * step - 0.5, 0.0)
     first = tl.minimum(at.to(tl.int32), size - 1)
-    # An axis that keeps its size has one tap, so that an infinity meets no zero.
+    # An axis that keeps its size has one tap, so that an infinity is never multiplied by zero.
     second = tl.where(step == 1.0, first, tl.minimum(first + 1, size - 1))
     return first, second, tl.minimum(at - first.to(tl.float32), 1.0)
 
 
 @jit
 def load_columns(row, x, columns, mask, stride_w):
-    """A row's pixels at x, some classes of each, in float32."""
+    """The pixels at x of a row, some classes of each, in float32."""
     at = row + x.to(tl.int64) * stride_w
     return tl.load(at[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
 
@@ -95,7 +95,7 @@ def load_columns(row, x, columns, mask, stride_w):
 def upsample_bilinear_triton(
     scores: Tensor, size: tuple[int, int], out: Tensor, align_corners: bool, overlap: bool = False
 ) -> None:
-    """The Triton kernel into the contiguous `out` (N, C, crop), unchecked: scores' channels contiguous."""
+    """Runs the Triton kernel into contiguous `out` (N, C, crop), unchecked: channel stride 1 in scores."""
     n, c, h, w = scores.shape
     if n * c == 0:
         return
@@ -115,7 +115,7 @@ def upsample_bilinear_triton(
 def upsample_bilinear_backward_native(
     gradient: Tensor, size: tuple[int, int], out: Tensor, align_corners: bool
 ) -> None:
-    """The gradient of scores into `out` (N, C, h, w), unchecked: both contiguous, of one dtype."""
+    """Writes the gradient of scores to `out` (N, C, h, w), unchecked: both contiguous, of one dtype."""
     n, c, h, w = out.shape
     native.module.upsample_bilinear_backward(
         gradient.data_ptr(), out.data_ptr(), native.DTYPE_CODES[out.dtype], n, h, w, c,
@@ -128,7 +128,7 @@ def upsample_bilinear_backward_kernel(
     gradient, out, h, w, out_h, out_w, step_y, step_x, inverse_y, inverse_x,
     ALIGN: tl.constexpr, PIXELS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Part of one row of one class's gradient: rows of the full size are added first, then columns."""
+    """Part of one row of one class's gradient: full-size rows are added first, then columns."""
     plane, y = tl.program_id(0) // h, tl.program_id(0) % h
     x = tl.program_id(1) * PIXELS + tl.arange(0, PIXELS)
     top, bottom = readers(y, y, h, out_h, inverse_y, ALIGN)
@@ -143,7 +143,7 @@ def upsample_bilinear_backward_kernel(
         for begin in range(top, bottom, ROWS):
             rows = begin + tl.arange(0, ROWS)
             weights = tl.where(rows < bottom, share(rows, y, h, step_y, ALIGN), 0.0)
-            # What has no share is not read: it may be infinite.
+            # Values with weight 0 are not read: they may be infinite.
             mask = (weights > 0.0)[:, None] & (columns < right)[None, :]
             at = gradient + rows.to(tl.int64)[:, None] * out_w + columns[None, :]
             values = tl.load(at, mask=mask, other=0.0).to(tl.float32)
@@ -156,12 +156,12 @@ def upsample_bilinear_backward_kernel(
 
 @jit
 def readers(first, last, size, out_size, inverse, ALIGN: tl.constexpr):
-    """The output positions, and a few around them, that read source positions from first to last."""
+    """Range of output positions that read source positions first to last, widened slightly for rounding."""
     shift = 0.0 if ALIGN else 0.5
     begin = ((first - 1).to(tl.float32) + shift) * inverse - shift
     end = ((last + 1).to(tl.float32) + shift) * inverse - shift
     begin = tl.where(first == 0, 0, tl.maximum(begin.to(tl.int32) - 1, 0))
-    # Beyond the last source position all positions read it.
+    # The last source position is read by all output positions beyond it.
     end = tl.where(last == size - 1, out_size, tl.minimum(end.to(tl.int32) + 2, out_size))
     return begin, end
 
@@ -177,12 +177,12 @@ def share(position, target, size, step, ALIGN: tl.constexpr):
 def upsample_bilinear_backward_triton(
     gradient: Tensor, size: tuple[int, int], out: Tensor, align_corners: bool
 ) -> None:
-    """The Triton kernel of the gradient of scores into `out` (N, C, h, w), unchecked: both contiguous."""
+    """Runs the Triton kernel for the gradient into `out` (N, C, h, w), unchecked: both contiguous."""
     n, c, h, w = out.shape
     if n * c == 0:
         return
     steps = [resize.step(a, b, align_corners) for a, b in ((h, size[0]), (w, size[1]))]
-    # Where all positions read one, any number that reaches the last of them.
+    # If all positions read the same source, any value large enough to reach the last position works.
     inverses = [1 / step if step else float(full) for step, full in zip(steps, size, strict=True)]
     with _triton.on_device_of(out):
         upsample_bilinear_backward_kernel[(n * c * h, conv.cdiv(w, GRADIENT_PIXELS))](
@@ -238,7 +238,7 @@ def _keep_of_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None
 
 
 def _gradient_of_gradient(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-    # The gradient is linear: its own is the resize.
+    # The gradient is linear, so its own gradient is the resize.
     return _op(gradient, ctx.size, ctx.crop, ctx.align_corners, ctx.backend), None, None, None, None
 
 
@@ -256,14 +256,14 @@ def upsample_bilinear(
 ) -> Tensor:
     """The bilinear resize of scores, as torch.nn.functional.interpolate.
 
-    Its gradient gathers: each pixel of scores sums the gradients of the pixels that read it, in a fixed
-    order, so that it is the same bit for bit in every run.
+    The gradient is a gather: each pixel of scores sums the gradients of the pixels that read it, in a fixed
+    order, so that it is bit-identical in every run.
 
     Args:
         scores: (N, C, h, w), floating, any strides.
-        size: (H, W) of the whole result.
-        crop: rows and columns of it to make, from the top left; all by default.
-        align_corners: whether corner pixels' centres are kept in place.
+        size: (H, W) of the whole resize.
+        crop: number of rows and columns to compute, from the top left; all by default.
+        align_corners: whether the centres of corner pixels are aligned.
         backend: one of `BACKENDS`; "auto" takes the best kernel that can run, else torch's own calls.
 
     Returns:

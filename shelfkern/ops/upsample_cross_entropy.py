@@ -1,4 +1,4 @@
-"""upsample_cross_entropy: the loss of scores resized to the image's size, which are never stored."""
+"""upsample_cross_entropy: the loss of scores resized to the image's size, without storing them resized."""
 
 from __future__ import annotations
 
@@ -21,24 +21,25 @@ from ._triton import jit, tl
 from .upsample_bilinear import load_columns, readers, share, source
 
 OP = "upsample_cross_entropy"
-# Pixels of a Triton program that makes losses, one a thread: tiles of pixels by classes would spill.
+# Pixels per Triton program of the loss kernel, one per thread: tiles of pixels by classes would spill.
 LOSS_PIXELS = 128
-# Of one that makes the gradient: pixels and classes of its result, and columns of the full size that it adds
-# at a time. 16 classes take 80 to 126 registers, 32 up to 234.
+# For the gradient kernel: pixels and classes of the output tile, and full-size columns accumulated at a time.
+# 16 classes take 80 to 126 registers, 32 up to 234.
 GRADIENT_PIXELS, GRADIENT_CLASSES, GRADIENT_COLUMNS = 32, 16, 32
 
 
 @dataclasses.dataclass(frozen=True)
 class Ohem:
-    """Online hard example mining: only the pixels that the model finds hard have a loss.
+    """Online hard example mining: only pixels that the model finds hard contribute to the loss.
 
-    Kept are the pixels whose loss is above -log(threshold), but the hardest `min_kept` of all pixels at
-    least; ignored pixels are among all, and are kept last, with a loss of 0. The result is the mean over
-    the kept. Of pixels with the loss of the last one kept, where not all can be, each counts an equal part.
+    A pixel is kept if its loss is above -log(threshold), or if it is among the hardest `min_kept` of all
+    pixels; ignored pixels count towards the total, and are kept last, with a loss of 0. The result is the
+    mean over the kept pixels. Where pixels tie with the last one kept and not all fit, each of them counts an
+    equal fraction.
 
     Attributes:
-        threshold: probability of the right class, above which a pixel is easy; more than 0, at most 1.
-        min_kept: the part of all pixels, ignored ones too, from 0 to 1, rounded down to whole pixels.
+        threshold: probability of the right class above which a pixel is easy; more than 0, at most 1.
+        min_kept: the fraction of all pixels, ignored ones too, from 0 to 1, rounded down to whole pixels.
     """
 
     threshold: float = 0.7
@@ -61,7 +62,7 @@ def upsample_cross_entropy_reference(
     label_smoothing: float = 0.0,
     ohem: Ohem | None = None,
 ) -> Tensor:
-    """The same in torch calls, for any device and dtype; differentiable."""
+    """upsample_cross_entropy in torch calls, for any device and dtype; differentiable."""
     crop = (target.shape[1], target.shape[2])
     full = common.wide(resize.reference(scores, size, crop, align_corners))
     weight = None if weight is None else weight.to(full.dtype)
@@ -85,7 +86,7 @@ def upsample_cross_entropy_reference(
 
 @dataclasses.dataclass(frozen=True)
 class _Hardest:
-    """Losses kept: those above cutoff, and `share` of each that equals it; their number, at least 1."""
+    """The kept losses: all above cutoff, and `share` of each one equal to it; `kept` is at least 1."""
 
     cutoff: Tensor
     share: Tensor
@@ -94,13 +95,13 @@ class _Hardest:
 
 
 def _limits(ohem: Ohem, target: Tensor) -> tuple[int, float]:
-    """The pixels to keep at least, and the loss above which all are kept."""
+    """The minimum number of pixels to keep, and the loss above which all are kept."""
     return int(target.numel() * ohem.min_kept), -math.log(ohem.threshold)
 
 
 def _select(losses: Tensor, least: int, threshold: float) -> _Hardest:
-    """What is kept of losses, which are -1 where ignored. NaN is above everything."""
-    # Filled on the device: a number copied to it would wait for all that runs there.
+    """Selects which losses are kept; ignored pixels have -1, NaN is above everything."""
+    # Filled on the device: copying a host scalar there would synchronize.
     cutoff = losses.new_full((), threshold)
     if least > 0:
         last = losses.flatten().topk(least, sorted=False).values.min()
@@ -108,7 +109,7 @@ def _select(losses: Tensor, least: int, threshold: float) -> _Hardest:
     hard = ~(losses <= cutoff)
     above, equal = hard.sum(), (losses == cutoff).sum()
     missing = (least - above).clamp(min=0)
-    # Ignored pixels fill up with a loss of 0.
+    # Ignored pixels fill the remaining places with a loss of 0.
     total = losses.where(hard, 0).sum(dtype=torch.float64) + missing * cutoff.clamp(min=0)
     kept = above.clamp(min=max(least, 1))
     return _Hardest(cutoff, (missing / equal.clamp(min=1)).to(losses.dtype), kept, total)
@@ -120,13 +121,13 @@ def _part(losses: Tensor, cutoff: Tensor, share: Tensor) -> Tensor:
 
 
 def can_run(scores: Tensor) -> backends.Reasons:
-    """Why each kernel cannot take scores; None for those that can."""
+    """Reason why each kernel cannot take scores; None for those that can."""
     return resize.reasons(OP, scores)
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """What kernels are called with: scores in NHWC storage, or at least their channels contiguous."""
+    """Arguments of the kernels: scores in NHWC storage, or at least with channel stride 1."""
 
     scores: Tensor
     target: Tensor
@@ -139,7 +140,7 @@ class Problem:
 
 
 def upsample_cross_entropy_native(problem: Problem, gradient: Tensor | None) -> Tensor:
-    """The loss by the native kernel, its gradient into float32 (N, C, h, w), contiguous."""
+    """The loss by the native kernel; its gradient is written to float32 (N, C, h, w), contiguous."""
     if problem.ohem is None:
         total, weight = _call_native(problem, gradient=gradient)
         scale = 1 / weight if weight else 0.0
@@ -167,7 +168,7 @@ def _call_native(
     cutoff: float = 0.0,
     share_of_last: float = 0.0,
 ) -> tuple[float, float]:
-    """Sums of losses and of their labels' weights; refuses labels that are no class."""
+    """Sums of the losses and of their labels' weights; raises for labels that are not a class."""
     scores, target = problem.scores, problem.target
     n, c, h, w = scores.shape
     if target.numel() == 0:
@@ -193,7 +194,7 @@ def _no_class(label: int, classes: int, ignore_index: int) -> ValueError:
 def resized_row(
     scores, image, y, left, right, across, columns, mask, scores_n, scores_h, scores_w
 ):  # fmt: skip
-    """Some classes of a source row, resized along it."""
+    """Some classes of a source row, interpolated along the row."""
     row = scores + conv.offsets(image, y, y * 0, scores_n, scores_h, scores_w)
     a = load_columns(row, left, columns, mask, scores_w)
     b = load_columns(row, right, columns, mask, scores_w)
@@ -208,7 +209,7 @@ def load_class(pixels, k, mask):
 
 @jit
 def load_labels(target, at, mask, channels, ignore):
-    """Labels of pixels, -1 where there is none to count, and whether they are classes."""
+    """Labels of pixels (-1 where not counted or invalid), whether they count, whether they are valid."""
     label = tl.load(target + at, mask=mask, other=0).to(tl.int64)
     counts = mask & (label != ignore)
     known = (label >= 0) & (label < channels)
@@ -231,7 +232,7 @@ def upsample_cross_entropy_kernel(
     ALIGN: tl.constexpr, WEIGHTED: tl.constexpr, SMOOTH: tl.constexpr, MINED: tl.constexpr,
     PIXELS: tl.constexpr,
 ):  # fmt: skip
-    """Part of one row: each pixel's logarithm of the sum of exponentials and its loss, and sums of them."""
+    """Part of one row: each pixel's log-sum-exp and loss, and the sums of losses and weights."""
     image, y = tl.program_id(0) // out_h, tl.program_id(0) % out_h
     x = tl.program_id(1) * PIXELS + tl.arange(0, PIXELS)
     at = (image.to(tl.int64) * out_h + y) * out_w + x
@@ -264,7 +265,7 @@ def upsample_cross_entropy_kernel(
     loss = hard * ((greatest - shown) + log_sum)
     if SMOOTH:
         loss += tl.load(smooth_total) * (greatest + log_sum) - even
-    # A label that is no class shows.
+    # An invalid label makes the loss NaN.
     loss = tl.where(counts, tl.where(known, loss, float("nan")), 0.0)
     tl.store(log_sums + at, greatest + log_sum, mask=x < out_w)
     if MINED:
@@ -282,10 +283,10 @@ def upsample_cross_entropy_backward_kernel(
     ALIGN: tl.constexpr, WEIGHTED: tl.constexpr, SMOOTH: tl.constexpr, MINED: tl.constexpr,
     PIXELS: tl.constexpr, COLUMNS: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
-    """Part of one row of the gradient, of some classes, of the sum of losses.
+    """Part of one row of the gradient of the summed losses, for some classes.
 
-    The rows of the full size that read this one lie between its neighbours, so that three source rows,
-    resized along the row, serve them all.
+    The full-size rows that read this source row lie between its neighbours, so three source rows,
+    interpolated along the row, are enough for all of them.
     """
     image, y = tl.program_id(0) // h, tl.program_id(0) % h
     x = tl.program_id(1) * PIXELS + tl.arange(0, PIXELS)
@@ -339,7 +340,7 @@ def upsample_cross_entropy_backward_kernel(
                 gradient -= smooth[None, :]
             sums += gradient * part[:, None]
         weights = share(columns[None, :], x[:, None], w, step_x, ALIGN)
-        # Three products of tf32 for one of float32: as exact, on tensor cores.
+        # Three TF32 products replace one of float32: as accurate, on tensor cores.
         result += tl.dot(tl.where(inside[None, :], weights, 0.0), sums, input_precision="tf32x3")
     plane = image.to(tl.int64) * channels + classes
     to = (plane[None, :] * h + y) * w + x[:, None]
@@ -347,7 +348,7 @@ def upsample_cross_entropy_backward_kernel(
 
 
 def upsample_cross_entropy_triton(problem: Problem, gradient: Tensor | None) -> Tensor:
-    """The loss by the Triton kernels, its gradient into float32 (N, C, h, w), contiguous."""
+    """The loss by the Triton kernels; its gradient is written to float32 (N, C, h, w), contiguous."""
     target, mined = problem.target, problem.ohem is not None
     log_sums = target.new_empty(target.shape, dtype=torch.float32)
     losses = torch.empty_like(log_sums) if mined else None
@@ -369,7 +370,7 @@ def upsample_cross_entropy_triton(problem: Problem, gradient: Tensor | None) -> 
 
 
 def _losses_triton(problem: Problem, log_sums: Tensor, losses: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Fills log_sums and losses; gives float64 sums of losses and of their labels' weights."""
+    """Fills log_sums and losses; returns float64 sums of the losses and of their labels' weights."""
     n, out_h, out_w = problem.target.shape
     blocks = conv.cdiv(out_w, LOSS_PIXELS)
     sums = log_sums.new_zeros((n * out_h * blocks, 2))
@@ -391,7 +392,7 @@ def _gradient_triton(
         out.zero_()
         return
     arguments = _arguments(problem)
-    # Where all positions read one, any number that reaches the last of them.
+    # If all positions read the same source, any value large enough to reach the last position works.
     inverses = [
         1 / arguments[step] if arguments[step] else float(full)
         for step, full in zip(("step_y", "step_x"), problem.size, strict=True)
@@ -406,7 +407,7 @@ def _gradient_triton(
 
 
 def _arguments(problem: Problem) -> dict[str, Any]:
-    """What both kernels take."""
+    """Arguments shared by both kernels."""
     scores, (_, out_h, out_w) = problem.scores, problem.target.shape
     _, c, h, w = scores.shape
     stride_n, stride_h, stride_w = common.strides(scores)
@@ -438,7 +439,7 @@ def _op(
     backend: str,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The loss, and its gradient where asked for: made at once, nothing of the full size is kept for it."""
+    """The loss, and its gradient if requested: computed together, so no full-size tensor is kept for it."""
     scores = common.channels_innermost(scores) if backend == "triton" else common.channels_last(scores)
     weight = None if weight is None else common.float32(weight)
     if backend == "triton" and label_smoothing and weight is None:
@@ -472,7 +473,7 @@ def _(
     return scores.new_empty((), dtype=torch.float32), _empty_gradient(scores, with_gradient)
 
 
-# Scores are an input so that the gradient's own gradient, which would need them, is refused and not lost.
+# Scores are an input so that a second derivative, which would need them, raises instead of being dropped.
 @backends.custom_op(f"{OP}_backward")
 def _backward_op(loss_gradient: Tensor, gradient: Tensor, scores: Tensor) -> Tensor:
     return (gradient * loss_gradient).to(scores.dtype, copy=True)
@@ -518,31 +519,32 @@ def upsample_cross_entropy(
 ) -> Tensor:
     """torch.nn.functional.cross_entropy of the bilinear resize of scores, without full-size scores.
 
-    Neither they nor their gradient are ever stored: the kernels make the gradient at the scores' own size
-    together with the loss, in float32 and in a fixed order, so that it is the same bit for bit in every run
-    and for any number of threads. With `ohem` one float32 a pixel is stored within the call.
+    Neither the full-size scores nor their gradient are ever stored: the kernels compute the gradient at the
+    size of scores together with the loss, in float32 and in a fixed order, so that it is bit-identical in
+    every run and for any number of threads. With `ohem` one float32 per pixel is stored during the call.
 
     Args:
         scores: (N, C, h, w), floating, any strides.
         target: (N, H, W) uint8 or int64: classes, or ignore_index.
         size: height and width of the whole resize, of which target is the top left part.
-        align_corners: whether corner pixels' centres are kept in place.
-        ignore_index: the label of pixels without a loss; any whole number.
-        weight: (C,), at least 0, as of torch's function: of each class in the mean.
-        label_smoothing: as of torch's function, from 0 to 1.
-        ohem: which pixels are kept, as the paper's real-time models are trained; all by default.
+        align_corners: whether the centres of corner pixels are aligned.
+        ignore_index: label of pixels without a loss; any integer.
+        weight: (C,), at least 0: weight of each class in the mean, as in torch's function.
+        label_smoothing: from 0 to 1, as in torch's function.
+        ohem: which pixels are kept, as in the training of the paper's real-time models; all by default.
         backend: one of `BACKENDS`; "auto" takes the best kernel that can run, else torch's own calls.
 
     Returns:
         A scalar, float64 for float64 scores, otherwise float32: the mean over labels, weighted by `weight`;
-        NaN where all pixels are ignored, with a gradient of 0, as torch has it. With `ohem` the plain mean
-        of the losses kept, and 0 where all pixels are ignored.
+        NaN where all pixels are ignored, with a gradient of 0, as in torch. With `ohem` the unweighted mean
+        of the kept losses, and 0 where all pixels are ignored.
 
     Raises:
-        ValueError, TypeError: an argument does not fit; the message names it. On a CPU so does a label that
-            is neither a class nor ignore_index; on a GPU it makes the loss NaN, for to look would stall it.
-        RuntimeError: the backend asked for cannot run, weight requires grad, or the gradient's gradient,
-            which only torch's calls have, is asked for.
+        ValueError, TypeError: an argument does not fit; the message names it. On a CPU, also for a label that
+            is neither a class nor ignore_index; on a GPU such a label makes the loss NaN, because checking
+            would synchronize.
+        RuntimeError: the backend asked for cannot run, weight requires grad, or a second derivative is asked
+            for, which only torch's calls have.
     """
     _check(scores, target, size, weight, label_smoothing)
     if ohem is not None and not isinstance(ohem, Ohem):
@@ -587,7 +589,7 @@ def _check(
 
 
 def _check_labels(target: Tensor, classes: int, ignore_index: int) -> None:
-    """On a CPU, in words; a GPU's own refusal ends the process."""
+    """Checks labels on a CPU, with a clear message; on a GPU torch's own check ends the process."""
     if target.device.type != "cpu" or torch.compiler.is_compiling():
         return
     wrong = target[(target != ignore_index) & ((target >= classes) | (target < 0))]

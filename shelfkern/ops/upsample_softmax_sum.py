@@ -1,4 +1,4 @@
-"""upsample_softmax_sum: adds the class probabilities of one scale of an image, without full-size scores."""
+"""upsample_softmax_sum: adds up class probabilities over an image's scales, without full-size scores."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def upsample_softmax_sum_reference(
     exp: bool = False,
     align_corners: bool = True,
 ) -> None:
-    """The same in torch calls, for any device and dtype; differentiable. Half dtypes are in float32."""
+    """upsample_softmax_sum in torch calls, for any device and dtype; differentiable. Half uses float32."""
     full = resize.reference(scores.to(out.dtype), size, size, align_corners)
     if mirror:
         full = full.flip(3)
@@ -30,14 +30,14 @@ def upsample_softmax_sum_reference(
 
 
 def can_run(scores: Tensor) -> backends.Reasons:
-    """Why each kernel cannot take scores; None for those that can."""
+    """Reason why each kernel cannot take scores; None for those that can."""
     return resize.reasons(OP, scores)
 
 
 def upsample_softmax_sum_native(
     scores: Tensor, size: tuple[int, int], out: Tensor, mirror: bool, exp: bool, align_corners: bool
 ) -> None:
-    """The native kernel, unchecked: scores in NHWC storage, out float32 with stride 1 between columns."""
+    """Runs the native kernel, unchecked: scores in NHWC storage, out float32 with column stride 1."""
     resize.run_native(OP, scores, size, out, align_corners, mirror, exp, *out.stride()[:3])
 
 
@@ -50,7 +50,7 @@ def upsample_softmax_sum_cuda(
     align_corners: bool,
     backend: str = "cuda",
 ) -> None:
-    """The CUDA kernel, unchecked: channels of scores contiguous, out as of the native kernel."""
+    """Runs the CUDA kernel, unchecked: channel stride 1 in scores, out as for the native kernel."""
     resize.run_cuda(backend, OP, scores, size, out, align_corners, mirror, exp, out.stride()[:3])
 
 
@@ -89,7 +89,7 @@ def _(
 
 
 def _share_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether the memory from a's first element to its last meets b's."""
+    """Whether the memory from a's first to its last element overlaps b's."""
 
     def span(x: Tensor) -> tuple[int, int]:
         last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
@@ -132,20 +132,20 @@ def upsample_softmax_sum(
 ) -> None:
     """Adds softmax over classes of the bilinear resize of scores to out, in place.
 
-    Called once for every scale of an image and its mirror image, it sums what multi-scale evaluation
-    takes the argmax of.
+    Called once for every scale of an image and its mirror image, it accumulates the sum whose argmax is the
+    result of multi-scale evaluation.
 
     Args:
         scores: (N, C, h, w), floating, any strides.
         size: (H, W) of the whole resize.
         out: (N, C, rows, columns), the first rows <= H and columns <= W of the result; may be a window
             of a larger tensor, with stride 1 between columns. float32; float64 for float64 scores.
-        mirror: the scores are of the mirrored image: their whole resize is flipped left-right.
-        exp: adds exp instead, as the published evaluation does. No maximum is subtracted: scores above
-            88.7 give infinity.
-        align_corners: as of torch.nn.functional.interpolate.
+        mirror: whether the scores are of the mirrored image; their whole resize is flipped left-right.
+        exp: whether to add exp instead of softmax, as the published evaluation does. No maximum is
+            subtracted: scores above 88.7 give infinity.
+        align_corners: as in torch.nn.functional.interpolate.
         backend: one of `BACKENDS`; "auto" takes the best kernel that can run, else torch's own calls,
-            which make the full-size tensor.
+            which allocate the full-size tensor.
 
     Half dtypes are resized in float32. NaN and infinity give what torch's own calls give.
 
