@@ -1,7 +1,7 @@
-"""What every GPU kernel takes of a multiprocessor, found by compiling it: no GPU is needed.
+"""Resource usage of every GPU kernel on a multiprocessor, found by compiling it: no GPU is needed.
 
-Triton's kernels are compiled here as their launchers would launch them, for every configuration that can
-be chosen; CUDA C++ ones were when shelfkern was built, and are read from its compiled module.
+Triton kernels are compiled here as their launchers would launch them, for every configuration that can be
+chosen; CUDA C++ kernels were compiled when shelfkern was built, and are read from its compiled module.
 """
 
 from __future__ import annotations
@@ -36,30 +36,30 @@ from .ops.upsample_add import upsample_add_triton
 from .ops.upsample_bilinear import upsample_bilinear_backward_triton, upsample_bilinear_triton
 from .ops.upsample_cross_entropy import Ohem, Problem, upsample_cross_entropy_triton
 
-# Of A100; of L4 and RTX 4090, the first that multiply float8; and of H100 and H200.
+# Compute capabilities of A100; of L4 and RTX 4090, the first that multiply float8; and of H100 and H200.
 ARCHS = (80, 89, 90)
-# Those that every kernel is for, and the CUDA C++ ones are compiled for.
+# Architectures that every kernel supports, and for which CUDA C++ kernels are compiled.
 MAIN_ARCHS = (80, 90)
-# Of a multiprocessor: 32-bit registers, threads and blocks at most (CUDA C++ programming guide, technical
+# Limits per multiprocessor: 32-bit registers, threads and blocks (CUDA C++ programming guide, technical
 # specifications by compute capability).
 REGISTERS = 65536
 THREADS = {80: 2048, 89: 1536, 90: 2048}
 BLOCKS = {80: 32, 89: 24, 90: 32}
-# Bytes of its shared memory, and of each block that CUDA takes for itself.
+# Bytes of a multiprocessor's shared memory, and bytes per block that CUDA reserves.
 SHARED = {80: 164 * 1024, 89: 100 * 1024, 90: 228 * 1024}
 RESERVED_SHARED = 1024
-# Registers are given to warps, shared memory to blocks, in multiples of these.
+# Allocation granularity of registers per warp, and of shared memory per block.
 REGISTER_UNIT, SHARED_UNIT = 256, 128
 
 _NO_TOOL = "there is no cuobjdump, which comes with Triton and with CUDA"
 _FLOATING = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _LABELS = {torch.uint8: "u8", torch.int64: "i64"}
 _TYPES = {**_FLOATING, **_LABELS, torch.int8: "i8", torch.float8_e4m3fn: "fp8e4nv", torch.int32: "i32"}
-# Of convolutions: dtypes, and how float32 is multiplied.
+# dtypes of convolutions, and precisions of float32 products.
 _PRECISIONS = [*((dtype, "tf32") for dtype in _FLOATING), (torch.float32, "ieee")]
-# Codes, and for which of ARCHS their kernels are.
+# 8-bit dtypes, and which of ARCHS have kernels for them.
 _CODES = {torch.int8: (80, 89, 90), torch.float8_e4m3fn: (89, 90)}
-# Of a case's tensors, so that few sizes are multiples of 16, of which the compiler would make use.
+# Sizes of a case's tensors, chosen so that few are multiples of 16, which the compiler would exploit.
 _HEIGHT, _WIDTH = 30, 34
 
 
@@ -68,10 +68,10 @@ class Case:
     """A call of an op's Triton launcher.
 
     Attributes:
-        op: its name.
-        variant: what tells it from the op's other cases, to read.
+        op: name of the op.
+        variant: readable description that distinguishes it from the op's other cases.
         launch: the call, on tensors without memory.
-        archs: for which it is compiled.
+        archs: architectures for which it is compiled.
     """
 
     op: str
@@ -91,14 +91,16 @@ class Launch:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What a compiled kernel takes.
+    """Resource usage of a compiled kernel.
 
     Attributes:
-        op, kernel, variant: which; arch: one of `ARCHS`, for which it was compiled.
-        registers: of a thread. local: bytes of a thread's stack, spills among them.
-        shared: bytes of a block, None where they are asked for at launch.
-        blocks: that fit on a multiprocessor, None where that depends on the launch.
-        tensor_cores: "wgmma", "mma" or ""; and what they multiply, where it is codes: "s8" or "e4m3".
+        op, kernel, variant: identify the kernel.
+        arch: one of `ARCHS`, for which it was compiled.
+        registers: registers per thread.
+        local: bytes of a thread's stack, including spills.
+        shared: bytes of shared memory per block, None where they are set at launch.
+        blocks: blocks that fit on a multiprocessor, None where that depends on the launch.
+        tensor_cores: "wgmma", "mma" or "", followed by the 8-bit dtype they multiply, if any: "s8" or "e4m3".
     """
 
     op: str
@@ -122,14 +124,14 @@ class Row:
 
 
 def reason() -> str | None:
-    """Why Triton's kernels cannot be compiled here, None if they can."""
+    """Reason why Triton kernels cannot be compiled here, None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install triton"
     return None if _tool() else _NO_TOOL
 
 
 def cuda_reason() -> str | None:
-    """Why there is no word of the CUDA C++ kernels, None if there is."""
+    """Reason why there is no information about the CUDA C++ kernels, None if there is."""
     if native.cuda is None:
         return native.why_not or "shelfkern was installed without nvcc; install it and reinstall"
     return None if _tool() else _NO_TOOL
@@ -172,8 +174,9 @@ _LAYERS = {
 def _convolutions() -> Iterator[Case]:
     for layer, (size, stride, padding, c, k) in _LAYERS.items():
         for dtype, precision in _PRECISIONS:
-            # Channels that are no multiple of 16 take more registers, the last three layers differ in counts
-            # and constants only, and bfloat16 compiles as float16 does: so not every product of them.
+            # Channel counts that are not a multiple of 16 take more registers, the last three layers differ
+            # only in counts and constants, and bfloat16 compiles like float16: so not every combination is
+            # compiled.
             thorough = layer == "3x3" or ("channels" in layer and size < 7 and dtype is not torch.bfloat16)
             for config in _configurations(_images(dtype, c), k, size * size, precision, thorough):
                 arguments = (size, stride, padding, c, k, dtype, config, precision)
@@ -202,11 +205,11 @@ def _launch_conv(
 
 
 def _codes() -> Iterator[Case]:
-    # Of all that a layer may do the most: both results, residual and skip.
+    # The most that a layer can do: both results, residual and skip.
     for layer in ("3x3", "1x1 to 150 channels", "3x3 of 40 channels"):
         for codes, archs in _CODES.items():
             yield from _coded(layer, codes, codes, archs)
-    # The layer ahead of those that read codes, where its own arithmetic takes most.
+    # The layer before those that read 8-bit values, where its own arithmetic takes most registers.
     yield from _coded("3x3", torch.float16, torch.int8, (80,))
     yield from _coded("3x3", torch.float16, torch.float8_e4m3fn, (90,))
 
@@ -222,12 +225,12 @@ def _coded(layer: str, dtype: torch.dtype, codes: torch.dtype, archs: tuple[int,
 
 
 def _that_hold(config: conv.Config, archs: tuple[int, ...]) -> tuple[int, ...]:
-    """Those whose blocks may have the configuration's shared memory."""
+    """The architectures whose blocks can have the configuration's shared memory."""
     return tuple(arch for arch in archs if config.shared_bytes <= SHARED[arch] - RESERVED_SHARED)
 
 
 def _blocks() -> Iterator[Case]:
-    # Launches of conv_bn_act's kernel, which has its own cases: one configuration of each.
+    # These launch conv_bn_act's kernel, which has its own cases: one configuration of each is enough.
     for dtype, precision in _PRECISIONS:
         for config in _configurations(_images(dtype, 128), 128, 9, precision, thorough=False):
             launch = functools.partial(_launch_block, dtype, config, precision)
@@ -314,7 +317,7 @@ def _launch_bilinear_backward(dtype: torch.dtype, align: bool) -> None:
 def _norms() -> Iterator[Case]:
     for dtype in _FLOATING:
         for words, channels in (("", 128), (", 21 channels", 21)):
-            # All that there can be, and the least.
+            # Everything at once, and the minimum.
             for slope, full in ((0.01, True), (0.0, False), (None, False)):
                 act = "no activation" if slope is None else f"slope {slope:g}"
                 variant = f"{_name(dtype)}{words}, {act}{', residual, dropout' if full else ''}"
@@ -328,7 +331,7 @@ def _launch_norm(dtype: torch.dtype, channels: int, slope: float | None, full: b
     noise, weight, residual = (_meta((n, channels)), vector, x) if full else (None, None, None)
     mask = None if slope is None else _meta((n, h, w, (channels + 7) // 8), torch.uint8)
     bn_act_dropout_triton(x, weight, weight, residual, noise, 1e-5, slope, x, vector, vector, mask)
-    # What the shared block's gradient makes again.
+    # The forward part that the shared block's gradient recomputes.
     bn_act_dropout_triton(x, weight, weight, None, noise, 1e-5, slope, x, vector, vector, None, given=True)
     bn_act_dropout_backward_triton(
         x, x, weight, vector, vector, noise, mask, 1e-5, slope, x, residual, vector, vector
@@ -336,7 +339,7 @@ def _launch_norm(dtype: torch.dtype, channels: int, slope: float | None, full: b
 
 
 def _losses() -> Iterator[Case]:
-    # With all that takes a register, and with nothing, where labels are wide and classes few.
+    # With everything that takes registers, and with nothing, for wide labels and few classes.
     for dtype in _FLOATING:
         words = f"{_name(dtype)}, weights, smoothing, mining"
         yield Case(
@@ -396,7 +399,7 @@ def triton_rows(archs: Sequence[int] = ARCHS, op: str | None = None) -> list[Row
     if not jobs:
         return []
     spawn = multiprocessing.get_context("spawn")
-    # In this process Triton may interpret kernels, or not be loaded.
+    # This process may have Triton's interpreter enabled, or Triton not loaded.
     compiled = mock.patch.dict(os.environ, TRITON_INTERPRET="0")
     with compiled, concurrent.futures.ProcessPoolExecutor(os.cpu_count(), spawn) as pool:
         rows = list(pool.map(compile_case, *zip(*jobs, strict=True), chunksize=4))
@@ -409,7 +412,7 @@ def compile_case(case: Case, arch: int) -> list[Row]:
 
 
 def launches(case: Case, arch: int) -> list[Launch]:
-    """What a case launches on GPUs of one architecture, in a process that compiles kernels."""
+    """The launches of a case on GPUs of one architecture, in a process that compiles kernels."""
     from triton import JITFunction
 
     found: list[Launch] = []
@@ -426,7 +429,7 @@ def launches(case: Case, arch: int) -> list[Launch]:
 
 
 def compiled(launch: Launch, arch: int) -> Any:
-    """Triton's compiled kernel of a launch: its `asm` has "ptx" and "cubin"."""
+    """Triton's compiled kernel for a launch: its `asm` has "ptx" and "cubin"."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -466,9 +469,9 @@ def _cores(ptx: str) -> str:
 
 
 def _specialised(value: Tensor | float | None) -> tuple[str, bool]:
-    """The type that Triton compiles an argument for, and whether it may count on multiples of 16."""
+    """The type for which Triton compiles an argument, and whether it is assumed to be a multiple of 16."""
     if isinstance(value, Tensor):
-        return f"*{_TYPES[value.dtype]}", True  # torch's memory starts at multiples of 16
+        return f"*{_TYPES[value.dtype]}", True  # torch aligns memory to 16 bytes
     if isinstance(value, float):
         return "fp32", False
     if value is None or value == 1:
@@ -491,7 +494,7 @@ _RESOURCES = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) L
 
 
 def _usage(path: str) -> list[tuple[str, int, int, int]]:
-    """Of each kernel in a file: name, registers, bytes of stack and local memory, static shared memory."""
+    """For each kernel in a file: name, registers, bytes of stack and local memory, static shared memory."""
     found = _RESOURCES.findall(_dump("-res-usage", path))
     return [
         (name, int(reg), int(stack) + int(local), int(shared)) for name, reg, stack, shared, local in found
@@ -499,13 +502,13 @@ def _usage(path: str) -> list[tuple[str, int, int, int]]:
 
 
 def _dump(*arguments: str, folder: str | None = None) -> str:
-    """What cuobjdump writes; to `folder` if it writes files."""
+    """Output of cuobjdump; it runs in `folder` if it writes files."""
     command = [_tool() or "", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder).stdout
 
 
 def cuda_rows(archs: Sequence[int] = ARCHS, op: str | None = None) -> list[Row]:
-    """What the compiled module says of its CUDA C++ kernels; none if `cuda_reason` has one."""
+    """Rows of the compiled module's CUDA C++ kernels; none if `cuda_reason` gives a reason."""
     if cuda_reason() is not None:
         return []
     rows = []
@@ -522,7 +525,7 @@ def _cuda_rows(arch: int, cubin: str) -> list[Row]:
     cores = _tensor_cores(cubin)
     rows = []
     for (mangled, registers, local, _), name in zip(usage, _demangled([of[0] for of in usage]), strict=True):
-        # The file's name is in that of its anonymous namespace.
+        # The anonymous namespace's mangled name contains the file's name.
         source = re.search(r"_\d+_([a-z_]+)_cu_", mangled)
         match = re.search(r"(\w+_kernel)(?:<(.*)>)?\(", name)
         kernel, arguments = match.groups() if match else (name, None)
@@ -533,7 +536,7 @@ def _cuda_rows(arch: int, cubin: str) -> list[Row]:
 
 
 def _tensor_cores(cubin: str) -> dict[str, str]:
-    """Which tensor core instructions each kernel in a file has."""
+    """The tensor core instructions of each kernel in a file."""
     _, *parts = re.split(r"Function : (\S+)", _dump("-sass", cubin))
     names, codes = parts[::2], parts[1::2]
     kinds = ("wgmma" if "HGMMA." in code else "mma" if "HMMA." in code else "" for code in codes)

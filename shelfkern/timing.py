@@ -1,4 +1,4 @@
-"""Timing variants of one computation side by side, and saying on what."""
+"""Timing variants of one computation side by side, and describing the environment."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .version import __version__
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Seconds of one variant's rounds."""
+    """Seconds of each round of one variant."""
 
     seconds: tuple[float, ...]
 
@@ -30,7 +30,7 @@ class Timing:
         return statistics.median(self.seconds)
 
     def quantile(self, q: float) -> float:
-        """The q-quantile (0 to 1), seconds, between the nearest rounds."""
+        """The q-quantile (0 to 1), seconds, interpolated between the nearest rounds."""
         ordered = sorted(self.seconds)
         position = q * (len(ordered) - 1)
         low = int(position)
@@ -45,14 +45,14 @@ def time_interleaved(
     clock: Callable[[], float] = time.perf_counter,
     ahead: Callable[[], object] | None = None,
 ) -> dict[str, Timing]:
-    """Times every variant once a round, in an order that rotates, so that disturbances meet all alike.
+    """Times every variant once per round, in a rotating order, so that disturbances affect all alike.
 
     Args:
         variants: callables by name; each must have finished its work when it returns.
         rounds: timed rounds, at least 1.
-        warmup: rounds before them that are not counted.
-        clock: gives seconds.
-        ahead: called before every call, and not timed.
+        warmup: untimed rounds before them.
+        clock: returns the time in seconds.
+        ahead: called before every call, not timed.
 
     Raises:
         ValueError: rounds is less than 1, or there are no variants.
@@ -77,12 +77,12 @@ def time_interleaved(
 
 
 def median_ratio(slow: Timing, fast: Timing) -> float:
-    """How many times faster `fast` is: the median over rounds of the ratio within a round."""
+    """Speedup of `fast` over `slow`: the median over rounds of the ratio within a round."""
     return statistics.median(a / b for a, b in zip(slow.seconds, fast.seconds, strict=True))
 
 
 def environment() -> dict[str, object]:
-    """Machine and versions, as results must state them."""
+    """Machine and versions, to be stated with results."""
     return {
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
@@ -96,12 +96,12 @@ def environment() -> dict[str, object]:
 
 
 def command() -> str:
-    """The command line of this process, as it was typed."""
+    """The command line of this process, as typed."""
     return shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]])
 
 
 def cpu_name() -> str:
-    """The CPU's model, where the system tells."""
+    """The CPU's model name, where the system reports it."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():
@@ -111,7 +111,7 @@ def cpu_name() -> str:
 
 
 def git_commit() -> str | None:
-    """Commit of the source tree this package runs from, with a + if it was changed; None outside one."""
+    """Commit of the source tree this package runs from, with a + if modified; None outside one."""
     folder = Path(__file__).resolve().parent
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty=+", "--exclude=*"]
     try:

@@ -1,4 +1,4 @@
-"""Labels as pictures: palettes, overlays, legends."""
+"""Label images, palettes, overlays and legends."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def default_palette(num_classes: int) -> list[Colour]:
 
 
 def label_image(labels: np.ndarray, palette: Sequence[Sequence[int]]) -> Image.Image:
-    """Labels (H, W) uint8 as a palette image: its pixels are the labels, its colours the palette's."""
+    """Labels (H, W) uint8 as a palette image: its pixel values are the labels, its colours the palette's."""
     image = Image.frombytes("P", labels.shape[::-1], np.ascontiguousarray(labels, np.uint8).tobytes())
     image.putpalette(np.asarray(palette, np.uint8).ravel().tolist())
     return image
@@ -30,7 +30,7 @@ def label_image(labels: np.ndarray, palette: Sequence[Sequence[int]]) -> Image.I
 def blend(
     image: Image.Image, labels: np.ndarray, palette: Sequence[Sequence[int]], alpha: float
 ) -> Image.Image:
-    """The picture with every pixel mixed with its class's colour, `alpha` of the latter."""
+    """The picture with every pixel mixed with its class's colour; `alpha` is the weight of the colour."""
     colours = np.asarray(palette, np.uint8)[labels]
     return Image.blend(image, Image.fromarray(colours), alpha)
 
@@ -38,7 +38,7 @@ def blend(
 def legend(
     width: int, labels: np.ndarray, palette: Sequence[Sequence[int]], classes: Sequence[str]
 ) -> Image.Image:
-    """A strip of colour, name and share of pixels for each class that occurs, most frequent first."""
+    """A strip with colour, name and share of pixels of each class that occurs, most frequent first."""
     size = max(11, min(22, width // 45))
     font = ImageFont.load_default(size)
     row, gap = size + size // 2, size // 2

@@ -1,4 +1,4 @@
-"""From a model to its fast twin: folded weights, a static plan over one arena, kernels."""
+"""From a model to its accelerated form: folded weights, a static plan over one arena, kernels."""
 
 from .accelerate import FastShelfNet, accelerate, load
 from .plan import Plan

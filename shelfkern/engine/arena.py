@@ -1,4 +1,4 @@
-"""One arena for all activations of a forward pass: who lives where, and when."""
+"""One arena for all activations of a forward pass: which value is where, and for how long."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 from .order import Order, in_sequence
 from .plan import Plan, Value
 
-# A cache line of a CPU, which is also a whole AVX-512 vector; and half a memory sector pair of a GPU.
+# A CPU cache line, which is also one AVX-512 vector; and two 32-byte sectors of a GPU.
 ALIGNMENT = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Scratch:
-    """Memory that a step's algorithm works in, and nobody else reads."""
+    """Memory that only a step's algorithm uses."""
 
     step: int
 
@@ -35,7 +35,7 @@ class Layout:
 
 
 def value_bytes(value: Value, n: int, h: int, w: int, dtype: torch.dtype) -> int:
-    """Bytes of a value, rounded up to whole cache lines."""
+    """Size of a value in bytes, rounded up to whole cache lines."""
     return _rounded(value.bytes(n, h, w, dtype))
 
 
@@ -55,17 +55,17 @@ def lay_out(
 ) -> Layout:
     """Places `values` so that those alive at the same time never overlap.
 
-    Greedy by size: the largest first, each at the lowest offset free over its whole life. Two may share
-    memory if all steps that touch the one have ended before the other is written: no step writes over
-    what it, or a step beside it, reads.
+    Greedy by size: the largest first, each at the lowest offset that is free over its whole lifetime. Two
+    values may share memory if all steps that use the one have ended before the other is written: no step
+    overwrites its own inputs, or those of a step that runs beside it.
 
     Args:
-        plan: whose values they are.
-        values: those that live in the arena.
-        n, h, w: images, seen as h x w.
-        dtype: of activations.
-        order: in which the steps run; one after the other by default.
-        scratch: bytes of memory to work in, by the step that needs it.
+        plan: plan that the values belong to.
+        values: values to place in the arena.
+        n, h, w: number of images, and the size they are seen as.
+        dtype: dtype of activations.
+        order: order in which the steps run; one after the other by default.
+        scratch: bytes of scratch memory by step.
     """
     order = order or in_sequence(plan)
     scratch = {step: size for step, size in (scratch or {}).items() if size}
@@ -89,7 +89,7 @@ def _rank(tenant: Tenant) -> int:
 
 
 def _touched(plan: Plan) -> dict[Tenant, list[int]]:
-    """For every value the steps that touch it, its writer first. The scores outlive all steps."""
+    """For each value, the steps that use it, its writer first. The scores outlive all steps."""
     touched: dict[Tenant, list[int]] = {}
     for index, step in enumerate(plan.steps):
         for value in (*step.outputs, *step.temporaries):
@@ -101,7 +101,7 @@ def _touched(plan: Plan) -> dict[Tenant, list[int]]:
 
 
 def _apart_from(steps: list[int], order: Order) -> Callable[[list[int]], bool]:
-    """Whether what other steps touch is dead before it is written here, or the other way round."""
+    """A test whether a value used by other steps is dead before this one is written, or vice versa."""
 
     def apart(others: list[int]) -> bool:
         return all(_ended(step, others[0], order) for step in steps) or all(
@@ -125,7 +125,7 @@ def _first_gap(taken: list[tuple[int, int]], size: int) -> int:
 
 
 def view(arena: Tensor, layout: Layout, value: Value, n: int, h: int, w: int, dtype: torch.dtype) -> Tensor:
-    """The tensor of a value inside the arena: channels_last (N, C, H, W), or a float32 gate (N, C)."""
+    """A value's tensor inside the arena: channels_last (N, C, H, W), or a float32 gate (N, C)."""
     shape, own = value.shape(n, h, w), value.dtype(dtype)
     start = layout.offsets[value]
     flat = arena[start : start + math.prod(shape) * own.itemsize].view(own)
@@ -136,7 +136,7 @@ def view(arena: Tensor, layout: Layout, value: Value, n: int, h: int, w: int, dt
 
 
 def like(out: Tensor, memory: Tensor) -> Tensor:
-    """A tensor of out's shape and dtype in NHWC storage, at the beginning of some memory."""
+    """A tensor of out's shape and dtype in NHWC storage, at the start of `memory`."""
     n, c, h, w = out.shape
     flat = memory[: out.numel() * out.element_size()].view(out.dtype)
     return flat.view(n, h, w, c).permute(0, 3, 1, 2)

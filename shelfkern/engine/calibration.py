@@ -1,4 +1,4 @@
-"""What codes of 8 bits stand for: ranges of a network's activations, found on images.
+"""Calibration: finding the ranges of a network's activations on images, for 8-bit quantization.
 
 `calibrate` is for `quantization.quantized`, `calibrate_unsigned` for `quantization.coded`.
 """
@@ -23,21 +23,21 @@ from .image import image_size, seen_image, statistics
 from .problem import Packed, Size
 from .quantization import KINDS, Calibration, check_kind, coded_steps
 
-# How a range is found, the default first: what loses least, or the largest absolute value.
+# Methods for finding a range, the default first: the smallest error, or the largest absolute value.
 METHODS = {torch.int8: ("least_error", "largest"), torch.float8_e4m3fn: ("largest",)}
-# Images that run at once: ranges do not depend on how they come, and memory stays that of one.
+# Images per run: ranges do not depend on the batching, and memory stays that of one image.
 BATCH = 1
-# Of a histogram: 16 bins to a step of int8 codes. A range is one of as many parts of the largest value.
+# Bins of a histogram: 16 per int8 step. Candidate ranges are multiples of 1 / BINS of the largest value.
 BINS = 2048
 CANDIDATES = 128
-# Values that are counted at once: what that makes is small beside an activation.
+# Values counted at a time, so that temporaries are small compared with an activation.
 COUNTED = 1 << 18
 
 Images = Tensor | Iterable[Tensor]
 
 
 def check_calibration(dtype: torch.dtype, calibration: Images | None) -> None:
-    """Raises ValueError unless images are given for a dtype of 8 bits, and for no other."""
+    """Raises ValueError unless images are given for an 8-bit dtype, and only then."""
     if dtype in KINDS and calibration is None:
         raise ValueError(f"calibration is None, dtype {dtype} needs images such as those to come")
     if dtype not in KINDS and calibration is not None:
@@ -52,27 +52,27 @@ def calibrate(
     method: str | None = None,
     device: torch.device | None = None,
 ) -> dict[int, float]:
-    """Ranges of the activations that `quantized` makes codes of, over some images.
+    """Ranges of the activations that `quantized` quantizes, over some images.
 
     The plan runs in float32 through torch's own calls.
 
     Args:
-        plan: of floating activations.
-        images: uint8 (N, H, W, 3) or normalised floating (N, 3, H, W), such as those to come, or several
+        plan: plan with floating activations.
+        images: representative images, uint8 (N, H, W, 3) or normalised floating (N, 3, H, W), or several
             such batches, whose sizes may differ.
         kind: torch.int8 or torch.float8_e4m3fn.
-        normalisation: of raw images; ImageNet's by default.
-        method: "largest": the largest absolute value. For int8, by default, "least_error": the part of
-            that which makes the sum of squared errors of clipping and rounding least, by a histogram;
-            floating codes are as exact in a wide range as in a narrow one, and clipping would only lose.
-        device: where it runs; by default where the plan's weights are.
+        normalisation: normalisation of raw images; ImageNet's by default.
+        method: "largest": the largest absolute value. For int8 the default is "least_error": the fraction
+            of the largest value that minimises the sum of squared errors of clipping and rounding, from a
+            histogram. float8 is as precise in a wide range as in a narrow one, so clipping would only lose.
+        device: device to run on; by default that of the plan's weights.
 
     Returns:
-        The value of the largest code, by index of the activation.
+        The value that the largest 8-bit value represents, by index of the activation.
 
     Raises:
         ValueError: there are no images; kind or method is unknown; or an activation is not finite
-            or nothing but zeros: the message names its layer.
+            or only zeros: the message names its layer.
         TypeError: images are neither uint8 nor floating tensors.
     """
     check_kind(kind)
@@ -85,10 +85,10 @@ def calibrate(
 
 
 def calibrate_unsigned(plan: p.Plan, images: Images, normalisation: Normalisation) -> Calibration:
-    """Quanta of all activations over some images, in the way of `calibrate` by default.
+    """uint8 quanta of all activations over some images, found like `calibrate`'s default.
 
-    Codes span what there is on either side of 0, the tails left out: where nothing is negative, all of them
-    are for what is positive.
+    The uint8 range spans the values on both sides of 0 without their tails: if none are negative, all of it
+    is used for positive values.
 
     Raises: as `calibrate`.
     """
@@ -109,7 +109,7 @@ def calibrate_unsigned(plan: p.Plan, images: Images, normalisation: Normalisatio
 
 
 def _is_raw(images: Tensor, normalisation: Normalisation) -> bool:
-    """Whether images may have been raw, before they were normalised."""
+    """Whether images may have been raw uint8 images before they were normalised."""
     if images.dtype is torch.uint8:
         return True
     mean, std = (torch.tensor(v, device="cpu").view(3, 1, 1) for v in (normalisation.mean, normalisation.std))
@@ -124,14 +124,14 @@ def _histograms(
     normalisation: Normalisation,
     device: torch.device | None,
 ) -> dict[int, Histogram]:
-    """Of the activations that have names, over some images."""
+    """Histograms of the activations in `names`, over some images."""
     found = {index: Histogram() for index in names}
     reference = _Reference(_unfused(plan), normalisation, device or plan.steps[0].weights()[0].device)
     count = 0
     for batch in batches:
         count += batch.shape[0]
         for index, x in reference.activations(batch, set(names)):
-            # Channels last, as they lie in memory, so that flattening copies nothing.
+            # Channels last, the order in memory, so that flattening copies nothing.
             found[index].add(x.movedim(1, -1))
         native.give_back()
     if not count:
@@ -140,7 +140,7 @@ def _histograms(
 
 
 def _measured(plan: p.Plan) -> dict[int, str]:
-    """Indices of the values that become codes, and the layers that make them."""
+    """Indices of the values to be quantized, and names of the layers that produce them."""
     makers = {step.output.index: step.name for step in plan.steps}
     steps = [plan.steps[index] for index in sorted(coded_steps(plan))]
     found = {step.inputs[0].index: makers[step.inputs[0].index] for step in steps}
@@ -148,7 +148,7 @@ def _measured(plan: p.Plan) -> dict[int, str]:
 
 
 def _range(histogram: Histogram, name: str, kind: torch.dtype, method: str) -> float:
-    """An activation's range, checked."""
+    """An activation's range, validated."""
     _check_range(histogram, name)
     return histogram.least_error(LARGEST[kind]) if method == "least_error" else histogram.largest
 
@@ -161,10 +161,11 @@ def _check_range(histogram: Histogram, name: str) -> None:
 
 
 def batches_of(images: Images) -> Iterator[Tensor]:
-    """Images as batches of at most `BATCH`.
+    """Splits images into batches of at most `BATCH`.
 
     Raises:
-        TypeError: one is not a tensor, or of the wrong dtype.
+        TypeError: an item is not a tensor, or has the wrong dtype.
+        ValueError: one has the wrong shape.
         ValueError: one has the wrong shape.
     """
     for batch in [images] if isinstance(images, Tensor) else images:
@@ -176,12 +177,12 @@ def batches_of(images: Images) -> Iterator[Tensor]:
 
 
 class Histogram:
-    """Absolute values as they come, in bins over a range that doubles when it must.
+    """Histogram of absolute values, over a range that doubles when necessary.
 
     Attributes:
-        counts: (BINS,) int64 of what is not zero, which every range represents exactly.
-        largest: absolute value; not finite once one was not.
-        lowest, highest: value, 0 where all are on its other side.
+        counts: (BINS,) int64, without zeros, which every range represents exactly.
+        largest: largest absolute value; not finite once any value was not.
+        lowest, highest: smallest and largest value; 0 if all values are on the other side of 0.
     """
 
     def __init__(self) -> None:
@@ -197,7 +198,7 @@ class Histogram:
         lowest, highest = (bound.item() for bound in x.aminmax())
         self.lowest, self.highest = min(self.lowest, lowest), max(self.highest, highest)
         largest = max(-lowest, highest)
-        # Written so that NaN is taken up.
+        # This form of comparison keeps NaN.
         self.largest = self.largest if largest <= self.largest else largest
         if not math.isfinite(self.largest) or largest == 0:
             return
@@ -216,11 +217,11 @@ class Histogram:
             self._top *= 2
 
     def least_error(self, codes: float) -> float:
-        """The range whose `codes` steps lose least, by the sum of squared errors."""
+        """The range whose `codes` steps have the smallest sum of squared errors."""
         return self._least_error(lambda ranges: ranges / codes)
 
     def quantum(self) -> Quantum:
-        """Unsigned codes that lose least, over what there is within a range on either side of 0."""
+        """uint8 quantization with the smallest error, for the values within a range on both sides of 0."""
 
         def spans(ranges: Tensor) -> Tensor:
             return ranges.clamp(max=self.highest) + ranges.clamp(max=-self.lowest)
@@ -233,18 +234,18 @@ class Histogram:
         return torch.tensor(values, dtype=torch.float64, device=self.counts.device)
 
     def _least_error(self, steps_of: Callable[[Tensor], Tensor]) -> float:
-        """The range that loses least, of those whose steps are given."""
+        """The range with the smallest error, of those whose steps are given."""
         ranges = self.largest * self._float64(range(1, CANDIDATES + 1))[:, None] / CANDIDATES
         steps = steps_of(ranges)
         values = (self._float64(range(BINS)) + 0.5) * self._top / BINS
-        # Rounding is off by up to half a step, evenly; but what is nearest to 0 becomes 0.
+        # Rounding errors are uniform up to half a step; but values nearest to 0 become 0.
         inside = torch.where(values < steps / 2, values.square(), steps.square() / 12)
         errors = torch.where(values > ranges, (values - ranges).square(), inside)
         return ranges[(errors * self.counts).sum(1).argmin()].item()
 
 
 def _unfused(plan: p.Plan) -> p.Plan:
-    """The plan with shared blocks as two convolutions, so that what lies between them can be seen."""
+    """The plan with shared blocks as two convolutions, so that their intermediate can be observed."""
     steps: list[p.Step] = []
     for step in plan.steps:
         steps += _two_convolutions(step) if isinstance(step, p.SharedBlockStep) else [step]
@@ -261,10 +262,10 @@ def _two_convolutions(step: p.SharedBlockStep) -> list[p.Step]:
 
 
 class _Reference:
-    """A plan through torch's own calls in float32, one activation after the other.
+    """Runs a plan through torch's own calls in float32, one activation after the other.
 
-    Weights in the form that the calls take are made anew for each batch and step: kept, they would be as many
-    as the model's.
+    Weights in the layout of the calls are remade for each batch and step: keeping them would take as much
+    memory as the model's weights.
     """
 
     def __init__(self, plan: p.Plan, normalisation: Normalisation, device: torch.device) -> None:
@@ -274,7 +275,7 @@ class _Reference:
 
     @torch.no_grad()
     def activations(self, images: Tensor, wanted: Collection[int]) -> Iterator[tuple[int, Tensor]]:
-        """Index and value of every activation that is wanted."""
+        """Index and value of each activation in `wanted`."""
         n, h, w = image_size(images)
         extents = self._plan.extents
         size = (n, *extents.seen(h, w))

@@ -1,4 +1,4 @@
-"""Streams of frames: one is uploaded while another is segmented and the one before comes back."""
+"""Streams of frames: upload, segmentation and download of successive batches overlap."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def as_frame(frame: Frame) -> Tensor:
         TypeError, ValueError: it is not uint8 (H, W, 3) on the CPU.
     """
     if isinstance(frame, np.ndarray):
-        # A copy where rows run backwards, as in a mirrored view: torch has no negative strides.
+        # Copies where rows are in reverse order, as in a mirrored view: torch has no negative strides.
         frame = torch.from_numpy(np.ascontiguousarray(frame))
     if not isinstance(frame, Tensor):
         raise TypeError(f"a frame is {type(frame).__name__}, it must be a numpy array or a tensor")
@@ -36,28 +36,28 @@ def as_frame(frame: Frame) -> Tensor:
 
 
 def batches(frames: Iterable[Frame], batch: int) -> Iterator[list[Tensor]]:
-    """Frames in lists of up to `batch`, all of one list of one size."""
+    """Frames in lists of up to `batch`; frames of one list have the same size."""
     for _, same in itertools.groupby(map(as_frame, frames), key=lambda frame: frame.shape):
         while some := list(itertools.islice(same, batch)):
             yield some
 
 
 class _Slot:
-    """Pinned memory and device memory of one batch under way."""
+    """Pinned memory and device memory of one batch in flight."""
 
     def __init__(self, shape: tuple[int, ...], device: torch.device, runtime: Runtime) -> None:
         self.upload = runtime.pinned(shape)
         self.images = torch.empty(shape, dtype=torch.uint8, device=device)
         self.download = runtime.pinned(shape[:3])
-        # After the batch has been read from `images`, and at first after whoever had that memory before:
-        # the allocator gives it out as soon as its work on this stream is launched.
+        # Marks the end of reading `images`, and at first of the memory's previous use: the allocator hands it
+        # out as soon as that work has been launched on this stream.
         self.segmented = runtime.mark()
-        # After the labels are in `download`.
+        # Marks the end of the copy of the labels into `download`.
         self.downloaded: Any = None
 
 
 class FrameStream:
-    """Labels of batches in their order, with `depth` batches under way at once."""
+    """Labels of batches in order, with `depth` batches in flight."""
 
     def __init__(self, predict: Predict, device: torch.device, runtime: Runtime, depth: int = 2) -> None:
         self._predict, self._device, self._runtime = predict, device, runtime
@@ -66,7 +66,7 @@ class FrameStream:
         self._slots: collections.deque[_Slot] = collections.deque()
 
     def run(self, batches: Iterable[list[Tensor]]) -> Iterator[Tensor]:
-        """Labels (H, W) uint8 on the CPU, one tensor of its own a frame."""
+        """Labels (H, W) uint8 on the CPU, a separate tensor per frame."""
         pending: collections.deque[_Slot] = collections.deque()
         for frames in batches:
             shape = (len(frames), *frames[0].shape)
@@ -96,7 +96,7 @@ class FrameStream:
         return slot
 
     def _free_slot(self, shape: tuple[int, ...]) -> _Slot:
-        """Memory of an earlier batch of this size that has been collected, or new memory."""
+        """Memory of an earlier batch of this size whose labels have been collected, or new memory."""
         while self._slots:
             slot = self._slots.popleft()
             if slot.images.shape == shape:
@@ -104,7 +104,7 @@ class FrameStream:
         return _Slot(shape, self._device, self._runtime)
 
     def _collect(self, slot: _Slot) -> Iterator[Tensor]:
-        """Waits for a batch; its memory may then be used again."""
+        """Waits for a batch; its memory may then be reused."""
         self._runtime.synchronize(slot.downloaded)
         labels = slot.download.clone()
         self._slots.append(slot)

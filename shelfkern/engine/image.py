@@ -1,4 +1,4 @@
-"""Images on their way in: raw uint8 NHWC or normalised float NCHW, checked, padded and enlarged."""
+"""Input images: raw uint8 NHWC or normalised float NCHW; checks, padding and resizing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Extent = tuple[int, int]
 
 
 def statistics(normalisation: Normalisation, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of the colours, (3,) float32."""
+    """Mean and standard deviation of the colour channels, (3,) float32."""
     rows = [normalisation.mean, normalisation.std]
     mean, std = torch.tensor(rows, dtype=torch.float32, device=device or "cpu")
     return mean, std
@@ -27,9 +27,9 @@ def prepare_image(
 
     Args:
         image: uint8 (N, H, W, 3), or normalised floating (N, 3, H, W).
-        padded: the height and width that zeros are put beyond them to.
-        mean, std: of `statistics`, on the image's device.
-        seen: those that they are then enlarged to, bilinearly; by default they are not.
+        padded: height and width to which zeros are added at the bottom and right.
+        mean, std: from `statistics`, on the image's device.
+        seen: height and width to which the images are then resized, bilinearly; by default they are not.
     """
     if image.dtype is torch.uint8:
         image = ((image.float() / 255 - mean) / std).permute(0, 3, 1, 2)
@@ -41,6 +41,6 @@ def prepare_image(
 
 
 def seen_image(image: Tensor, extents: Extents, mean: Tensor, std: Tensor) -> Tensor:
-    """The same of `extents`: images as the network's first convolution sees them."""
+    """`prepare_image` with sizes from `extents`: images as the network's first convolution sees them."""
     _, h, w = image_size(image)
     return prepare_image(image, extents.padded(h, w), mean, std, extents.seen(h, w))

@@ -1,7 +1,7 @@
-"""From modules to a plan: each block type's own fused form. No tracing.
+"""From modules to a plan: each block type has its own fused form. No tracing.
 
-A module is lowered by its exact type, since a subclass may compute something else; blocks that train fused
-are in eval mode what their plain ones are.
+A module is lowered by its exact type, since a subclass may compute something else; the fused training blocks
+are, in eval mode, equivalent to their plain base classes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Lowering:
         return self._names[module]
 
     def emit(self, step: p.Step) -> p.Value:
-        """Appends a step; returns what it writes."""
+        """Appends a step; returns its output."""
         self.steps.append(step)
         return step.output
 

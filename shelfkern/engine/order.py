@@ -1,4 +1,4 @@
-"""Which steps may run at the same time, and what each waits for."""
+"""Which steps may run at the same time, and which others each waits for."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from .plan import Plan
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """Streams of steps. Within one, a step begins when the one before it there has ended.
+    """Steps assigned to streams. Within a stream, a step begins when the previous one has ended.
 
     Attributes:
-        streams: of each step, the stream that it runs in; 0 is the main one, which ends last.
-        waits: of each step, the steps of other streams that must have ended too.
-        before: of each step, a bit for every step that has ended when it begins.
+        streams: for each step, the stream it runs in; 0 is the main one, which ends last.
+        waits: for each step, the steps of other streams that must also have ended.
+        before: for each step, a bit mask of all steps that have ended when it begins.
     """
 
     streams: tuple[int, ...]
@@ -23,30 +23,30 @@ class Order:
     before: tuple[int, ...]
 
     def ended(self, first: int, step: int) -> bool:
-        """Whether the step `first` has always ended when `step` begins; all have after the last."""
+        """Whether step `first` has always ended when `step` begins; after the last step, all have."""
         return step >= len(self.before) or bool(self.before[step] >> first & 1)
 
 
 def in_sequence(plan: Plan) -> Order:
-    """One stream."""
+    """All steps in one stream."""
     return _order(plan, [0] * len(plan.steps))
 
 
 def side_by_side(plan: Plan, microseconds: Sequence[float]) -> Order:
-    """Two streams: the steps of the longest chain in the main one, and all that can wait beside them.
+    """Two streams: the longest chain of steps in the main one, and steps with slack in the other.
 
     So shortcuts run beside the convolutions they bridge, and laterals beside the backbone.
 
     Args:
-        plan: its steps depend on each other through values alone.
-        microseconds: that each step takes.
+        plan: plan whose steps depend on each other through values alone.
+        microseconds: time of each step.
     """
     slack = _slack(_needs(plan), microseconds)
     return _order(plan, [int(time > 1e-6) for time in slack])
 
 
 def _slack(needs: Sequence[set[int]], microseconds: Sequence[float]) -> list[float]:
-    """How much later each step could begin without a later end of the whole."""
+    """How much later each step could begin without delaying the end."""
     ends: list[float] = []
     for step, needed in enumerate(needs):
         ends.append(max((ends[other] for other in needed), default=0.0) + microseconds[step])
@@ -58,7 +58,7 @@ def _slack(needs: Sequence[set[int]], microseconds: Sequence[float]) -> list[flo
 
 
 def _needs(plan: Plan) -> list[set[int]]:
-    """For every step, those that write what it reads."""
+    """For each step, the steps that write its inputs."""
     writer = {value: index for index, step in enumerate(plan.steps) for value in step.outputs}
     return [{writer[value] for value in step.inputs} for step in plan.steps]
 
@@ -72,7 +72,7 @@ def _order(plan: Plan, streams: Sequence[int]) -> Order:
         if streams[step] in last:
             ended = before[last[streams[step]]] | 1 << last[streams[step]]
         missing = []
-        # The latest first: it may have waited for the others.
+        # The latest first: it may already have waited for the others.
         for other in sorted(needed, reverse=True):
             if not ended >> other & 1:
                 missing.append(other)
@@ -84,7 +84,7 @@ def _order(plan: Plan, streams: Sequence[int]) -> Order:
 
 
 def makespan(order: Order, microseconds: Sequence[float]) -> float:
-    """Microseconds until the last step has ended, if steps side by side did not slow each other."""
+    """Microseconds until the last step has ended, if concurrent steps did not slow each other down."""
     ends: list[float] = []
     last: dict[int, float] = {}
     for step, stream in enumerate(order.streams):

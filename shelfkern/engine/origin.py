@@ -19,33 +19,33 @@ from .saved import Facts, read_saved
 
 
 class State(Protocol):
-    """What an origin was when its plan was made."""
+    """State of an origin when its plan was made."""
 
     def matches(self) -> bool:
-        """Whether it still is."""
+        """Whether the origin is still in this state."""
 
 
 class Origin(Protocol):
-    """What a plan is made from, and what is known of the network beside it."""
+    """Source of a plan, and of other information about the network."""
 
     @property
     def facts(self) -> Facts: ...
 
     def state(self) -> State:
-        """What it is now."""
+        """The current state."""
 
     def plan(self, dtype: torch.dtype, on_gpu: bool) -> p.Plan:
-        """The plan for activations of `dtype`, on a GPU's kernels or a CPU's."""
+        """The plan for activations of `dtype`, for a GPU's kernels or a CPU's."""
 
     def packed(self, step: p.Step) -> None:
-        """Called when weights of a step were packed: gives back the memory that this took."""
+        """Called after weights of a step were packed, to free memory that this needed."""
 
 
 class FromModel:
-    """A model; for 8 bits with the images that ranges are found on.
+    """A model; for 8-bit dtypes with calibration images.
 
     Attributes:
-        model: held, and lowered anew when its weights change.
+        model: the model, lowered again when its weights change.
     """
 
     def __init__(self, model: ShelfNet, calibration: list[Tensor] | None) -> None:
@@ -73,7 +73,7 @@ class FromModel:
 
 
 class FromFile:
-    """What `FastShelfNet.save` wrote. Its weights stay in the file, and are read as they are packed."""
+    """A file written by `FastShelfNet.save`. Its weights stay in the file, and are read when packed."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.saved = read_saved(path)
@@ -86,7 +86,7 @@ class FromFile:
         return self
 
     def matches(self) -> bool:
-        """True: what was read does not change."""
+        """True: the file's content does not change."""
         return True
 
     def plan(self, dtype: torch.dtype, on_gpu: bool) -> p.Plan:

@@ -1,8 +1,8 @@
 """The plan: a network as a static list of fused ops over activations.
 
-A plan knows no sizes: an activation is a channel count and a stride, and becomes a shape once the
-input's size is known. It holds folded float32 weights and is immutable; backends turn its steps into
-kernels (`cpu/algorithms.py`, `gpu/algorithms.py`).
+A plan has no sizes: an activation is a channel count and a stride, and gets a shape once the input's size is
+known. A plan holds folded float32 weights and is immutable; the backends turn its steps into kernels
+(`cpu/algorithms.py`, `gpu/algorithms.py`).
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ Form = tuple[int, int | None]
 class Value:
     """An activation (N, channels, H / stride, W / stride), or with stride None a gate (N, channels).
 
-    H and W are those that the backbone sees, `Plan.extents` of the images'.
+    H and W are the size that the backbone sees: `Plan.extents` of the images' size.
 
-    Gates are float32, activations of the dtype the plan runs in, or with `codes` of that: on a GPU int8 or
-    float8_e4m3fn, whose steps their readers and writers know, on a CPU uint8 of a `quantum`.
+    Gates are float32. Activations have the dtype the plan runs in, or the dtype `codes`: on a GPU int8 or
+    float8_e4m3fn, whose steps are stored in the steps that read and write them; on a CPU uint8 with a
+    `quantum`.
     """
 
     index: int
@@ -62,17 +63,17 @@ class Value:
         return (n, self.channels, h // self.stride, w // self.stride)
 
     def dtype(self, activations: torch.dtype) -> torch.dtype:
-        """Its dtype where activations have the one given."""
+        """dtype of this value, given the plan's dtype of activations."""
         return torch.float32 if self.stride is None else self.codes or activations
 
     def bytes(self, n: int, h: int, w: int, activations: torch.dtype) -> int:
-        """Its bytes for n images seen as h x w."""
+        """Size in bytes for n images seen as h x w."""
         return math.prod(self.shape(n, h, w)) * self.dtype(activations).itemsize
 
 
 @dataclasses.dataclass(frozen=True)
 class Activation:
-    """relu (slope 0), leaky relu, or with slope None nothing."""
+    """relu (slope 0), leaky relu, or with slope None no activation."""
 
     slope: float | None = None
 
@@ -84,10 +85,10 @@ class Activation:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One fused op: what it reads, what it writes, and its folded weights.
+    """One fused op: its inputs, its outputs, and its folded weights.
 
     Attributes:
-        name: the module it came from.
+        name: name of the module it came from.
         inputs: activations read, in the op's order.
         output: activation written; never one of the inputs.
     """
@@ -100,7 +101,7 @@ class Step:
 
     @property
     def outputs(self) -> tuple[Value, ...]:
-        """All that it writes: `output` first."""
+        """All values that the step writes, `output` first."""
         return (self.output,)
 
     @property
@@ -157,21 +158,21 @@ class Step:
             raise ValueError(f"{self.name} has an activation of the slope {act.slope}")
 
     def macs_per_output(self) -> int:
-        """Multiply-adds for each element written."""
+        """Multiply-adds per element written."""
         return 0
 
     def weights(self) -> tuple[Tensor, ...]:
-        """The tensors it holds."""
+        """The weight tensors of the step."""
         fields = (getattr(self, field.name) for field in dataclasses.fields(self))
         return tuple(value for value in fields if isinstance(value, Tensor))
 
     def weights_dtype(self, activations: torch.dtype) -> torch.dtype:
-        """Of its filters where activations have the dtype given: codes are multiplied by signed codes."""
+        """dtype of the filters, given the activations' dtype: quantized activations use 8-bit weights."""
         codes = self.inputs[0].codes if self.inputs else None
         return torch.int8 if codes is torch.uint8 else codes or activations
 
     def detail(self) -> str:
-        """What the op's name does not say: kernel, stride, activation."""
+        """What the op's name does not say: kernel size, stride, activation."""
         return ""
 
 
@@ -180,7 +181,7 @@ class Stem(Step):
     """max_pool3x3s2(act(scale * conv7x7s2(image) + shift)); reads the network's input.
 
     Attributes:
-        raw: whether it may multiply pixels as they are in 8 bits, and those of floating images as they were.
+        raw: whether it may multiply unnormalised 8-bit pixels, recovered from floating images if necessary.
     """
 
     op = "stem"
@@ -226,7 +227,7 @@ class Conv(Step):
 
     @property
     def padding(self) -> int:
-        """Padding of every side."""
+        """Padding on each side."""
         return self.weight.shape[2] // 2
 
     def made(self) -> Form:
@@ -346,7 +347,7 @@ class DeconvAdd(Step):
         return skip
 
     def macs_per_output(self) -> int:
-        # Nine taps reach four output pixels.
+        # The nine taps are shared by four output pixels.
         return self.weight.shape[0] * 9 // 4
 
     def detail(self) -> str:
@@ -355,7 +356,7 @@ class DeconvAdd(Step):
 
 @dataclasses.dataclass(frozen=True)
 class MaxPool(Step):
-    """3x3 maximum, stride 2, padding 1: only where the features before it are used too."""
+    """3x3 maximum, stride 2, padding 1: only where the features before pooling are used too."""
 
     op = "max_pool"
 
@@ -369,13 +370,13 @@ class MaxPool(Step):
 
 @dataclasses.dataclass(frozen=True)
 class _OnCodes(Step):
-    """A step that reads or writes codes of 8 bits.
+    """A step that reads or writes 8-bit values.
 
     Attributes:
-        x_step: what one step of x's codes is; not used where x is floating.
-        codes_step: what one step of the codes written is.
-        copy: the result's codes where `output` is floating and others read these; where only codes are
-            read, `output` is the codes.
+        x_step: quantization step of x; not used where x is floating.
+        codes_step: quantization step of the 8-bit result.
+        copy: the 8-bit result where `output` is floating and other steps read both; where only the 8-bit
+            result is read, it is `output`.
     """
 
     x_step: float = 1.0
@@ -398,7 +399,7 @@ class _OnCodes(Step):
         return len(kinds) == 1 and kinds <= LARGEST.keys() and added <= {None} and only_copy
 
     def written(self, outputs: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
-        """The floating result and its codes among the tensors of `outputs`, None where there is no such."""
+        """The floating and the 8-bit result among the tensors of `outputs`, None for a missing one."""
         if self.output.codes is not None:
             return None, outputs[0]
         return outputs[0], outputs[1] if self.copy is not None else None
@@ -414,17 +415,17 @@ class _OnCodes(Step):
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedConv(_OnCodes, Conv):
-    """A convolution that reads or writes codes."""
+    """A convolution that reads or writes 8-bit values."""
 
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedBlock(_OnCodes, SharedBlockStep):
-    """A shared block on codes, what lies between its convolutions too.
+    """A shared block on 8-bit values, including the intermediate between its convolutions.
 
-    `inputs` is x's codes, then x, which is added floating.
+    `inputs` is the 8-bit x, then the floating x for the additions.
 
     Attributes:
-        hidden_step: what one step of the codes of `hidden` is.
+        hidden_step: quantization step of `hidden`.
     """
 
     forms = 2
@@ -442,10 +443,10 @@ class QuantizedBlock(_OnCodes, SharedBlockStep):
 
 @dataclasses.dataclass(frozen=True)
 class Quantize(Step):
-    """x / codes_step as codes, or as those of the output's quantum.
+    """x / codes_step as 8-bit values, or uint8 with the output's quantum.
 
     Attributes:
-        codes_step: what one step of the codes is; not used where `output` has a quantum.
+        codes_step: quantization step; not used where `output` has a quantum.
     """
 
     op = "quantize"
@@ -479,7 +480,7 @@ def _named(form: Form) -> str:
 
 
 def _kind(value: Value) -> str:
-    """A dtype of codes, as it is called."""
+    """Short name of an 8-bit dtype."""
     return "fp8" if value.codes is torch.float8_e4m3fn else str(value.codes).removeprefix("torch.")
 
 
@@ -488,9 +489,9 @@ class Plan:
     """Steps in order; the last one's output is the scores at `scores.stride`.
 
     Attributes:
-        extents: what becomes of the height and width of images.
-        dtype: of activations, for `describe`.
-        algorithms: what runs each step for n images seen as h x w, for `describe`; None where no
+        extents: maps the images' height and width to the size that the backbone sees.
+        dtype: dtype of activations, for `describe`.
+        algorithms: name of each step's algorithm for n images seen as h x w, for `describe`; None where no
             program is bound to the plan.
     """
 
@@ -548,7 +549,7 @@ class Plan:
         return sum(t.numel() * t.element_size() for t in tensors.values())
 
     def describe(self, n: int = 1, h: int = 512, w: int = 512) -> str:
-        """A table of the steps for n images of h x w: algorithms, least traffic and arithmetic."""
+        """A table of the steps for n images of h x w: algorithms, minimum traffic and arithmetic."""
         h, w = self.extents.seen(h, w)
         chosen = self.algorithms(n, h, w) if self.algorithms else [""] * len(self.steps)
         rows = [_row(index, step, self.dtype, n, h, w) for index, step in enumerate(self.steps)]
@@ -573,9 +574,9 @@ def step_macs(step: Step, n: int, h: int, w: int) -> int:
 
 
 def step_bytes(step: Step, dtype: torch.dtype, n: int, h: int, w: int) -> int:
-    """The least traffic of one step: everything read and written once, activations and weights of `dtype`.
+    """The minimum traffic of one step: everything read and written once, activations and weights of `dtype`.
 
-    An image is counted in `dtype` too; codes, and the weights they are multiplied by, in a byte.
+    Images also count in `dtype`; 8-bit values, and the weights they are multiplied by, count one byte.
     """
     values = {*step.inputs, *step.outputs}
     moved = sum(value.bytes(n, h, w, dtype) for value in values)

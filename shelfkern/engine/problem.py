@@ -1,4 +1,4 @@
-"""What both engines need to choose how a step runs: its name, tensors to time it on, its packed weights."""
+"""Shared by both engines to choose how a step runs: problem keys, tensors for timing, packed weights."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from . import plan as p
 Size = tuple[int, int, int]
 T = TypeVar("T")
 
-# Of random codes.
+# Standard deviation of random 8-bit values.
 CODES_DEVIATION = 40
-# Of `tune=True`.
+# Default time limit of `tune=True`.
 TUNING_SECONDS = 60.0
 
 
@@ -28,7 +28,7 @@ def key_of(
 ) -> str:
     """A problem's name: equal for steps that do the same work on activations of `dtype`.
 
-    extents: of images that the step enlarges, where it reads them.
+    extents: resizing of the images, for a step that reads and enlarges them.
     """
     shapes = [value.shape(*size) for value in (*step.inputs, *step.outputs)]
     shapes += [tuple(t.shape) for t in step.weights() if t.ndim > 1]
@@ -40,8 +40,8 @@ def key_of(
 
 
 def random_value(value: p.Value, size: Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Random values of an activation, for zeros draw less power and run faster."""
-    # Of its own, for nobody expects an inference to use up random numbers.
+    """Random values of an activation: zeros would draw less power and run faster."""
+    # A generator of its own, because inference should not consume the user's random numbers.
     generator = torch.Generator(device).manual_seed(value.index)
     shape, own = value.shape(*size), value.dtype(dtype)
     if value.stride is None:
@@ -49,25 +49,25 @@ def random_value(value: p.Value, size: Size, dtype: torch.dtype, device: torch.d
     n, c, h, w = shape
     values = torch.randn((n, h, w, c), device=device, generator=generator)
     if value.codes is not None:
-        # As codes of activations spread: one step of a normal deviate would make most of int8's zeros.
+        # Spread like real 8-bit activations: with a step of one normal deviate most int8 values would be 0.
         values = (CODES_DEVIATION * values).round().clamp(-127, 127)
         values = values.abs() if own is torch.uint8 else values
     return values.to(own).permute(0, 3, 1, 2)
 
 
 def random_image(size: Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Normalised images as they might come."""
+    """Random images with the statistics of normalised ones."""
     n, h, w = size
     generator = torch.Generator(device).manual_seed(0)
     return torch.randn((n, 3, h, w), device=device, generator=generator).to(dtype)
 
 
 class Packed:
-    """Weights of one step in the forms its algorithms read, each made once.
+    """Weights of one step in the layouts its algorithms read, each made once.
 
-    Those of a form that only some sizes read are kept for as long as somebody holds them.
+    Layouts that only some sizes need are kept only as long as something refers to them.
 
-    done: called when something was made: waits until it is there, whichever stream reads it, or gives back
+    done: called after a layout was made: waits until the data is there, whichever stream reads it, or frees
         the memory that making it took.
     """
 
@@ -78,11 +78,11 @@ class Packed:
         self._held: weakref.WeakValueDictionary[Hashable, Any] = weakref.WeakValueDictionary()
 
     def get(self, form: Hashable, make: Callable[[], T]) -> T:
-        """The weights in a form, made where they are not there yet."""
+        """The weights in a layout, made on first use."""
         return self._get(self._made, form, make)
 
     def while_held(self, form: Hashable, make: Callable[[], T]) -> T:
-        """As `get`, but forgotten when nobody holds what was given."""
+        """Like `get`, but the weights are freed when nothing refers to them any more."""
         return self._get(self._held, form, make)
 
     def _get(self, made: MutableMapping[Hashable, Any], form: Hashable, make: Callable[[], T]) -> T:

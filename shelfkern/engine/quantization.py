@@ -1,8 +1,8 @@
-"""From a plan to one whose convolutions multiply codes of 8 bits: the rewriting of its steps.
+"""Rewrites a plan into one whose convolutions multiply 8-bit values.
 
-An activation's codes share one step; every output channel of the weights has its own. On a GPU codes are
-signed, and what is added to a convolution stays in 16 bits: `quantized`. On a CPU all activations are
-unsigned codes: `coded`. What the steps are, `calibration` finds.
+An activation has one quantization step; each output channel of the weights has its own. On a GPU 8-bit values
+are signed, and residuals and skips stay in 16 bits: `quantized`. On a CPU all activations are uint8: `coded`.
+The steps come from `calibration`.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ import torch
 from ..ops.quantize import LARGEST, Quantum
 from . import plan as p
 
-# dtypes of codes.
+# 8-bit dtypes.
 KINDS = tuple(LARGEST)
 
 
 def quantized(
     plan: p.Plan, ranges: Mapping[int, float], kind: torch.dtype, keep: Collection[str] = ()
 ) -> p.Plan:
-    """The plan with convolutions of codes.
+    """The plan with quantized convolutions.
 
-    Convolutions and shared blocks that read an activation become so, the last step, which makes the scores,
-    excepted. What only they read exists only as codes, what others read too in both forms. Steps that cannot
-    write codes are followed by one that makes them.
+    Convolutions and shared blocks that read an activation are quantized, except the last step, which computes
+    the scores. A value that only they read exists only as 8 bits, one that others read too in both forms.
+    Steps that cannot write 8-bit values are followed by a `Quantize` step.
 
     Args:
-        plan: of floating activations.
-        ranges: of activations by their index, as `calibrate` gives them: the value of the largest code.
+        plan: plan with floating activations.
+        ranges: ranges by index of the activation, as from `calibrate`: the value of the largest 8-bit value.
         kind: torch.int8 or torch.float8_e4m3fn.
         keep: names of steps that stay floating.
 
@@ -47,7 +47,7 @@ def quantized(
 
 
 class _Rewriting:
-    """One plan's way to codes."""
+    """Quantizes one plan."""
 
     def __init__(
         self, plan: p.Plan, ranges: Mapping[int, float], kind: torch.dtype, keep: Collection[str]
@@ -62,7 +62,7 @@ class _Rewriting:
         self._codes: dict[p.Value, p.Value] = {}
 
     def plan(self) -> p.Plan:
-        """The new plan."""
+        """The rewritten plan."""
         steps: list[p.Step] = []
         for index, step in enumerate(self._plan.steps):
             steps += self._rewritten(step, index in self._coded)
@@ -79,14 +79,14 @@ class _Rewriting:
         return [step, p.Quantize(step.name, (out,), self._codes[out], self._step(out))]
 
     def _codes_of(self, value: p.Value, alone: bool) -> p.Value:
-        """A value's codes, in its place or beside it."""
+        """The 8-bit form of a value, replacing it or beside it."""
         index = value.index
         if not alone:
             index, self._next = self._next, self._next + 1
         return dataclasses.replace(value, index=index, codes=self._kind)
 
     def _convolution(self, step: p.Step, coded: bool) -> p.Step:
-        """The step on codes, or where it is not coded one that writes them."""
+        """The step in 8 bits, or if not `coded` a floating step that writes 8-bit values."""
         assert isinstance(step, (p.Conv, p.SharedBlockStep))
         fields = {field.name: getattr(step, field.name) for field in dataclasses.fields(step)}
         x, *others = step.inputs
@@ -115,7 +115,7 @@ class _Rewriting:
 
 
 def coded_steps(plan: p.Plan, keep: Collection[str] = ()) -> set[int]:
-    """Indices of the steps that can multiply codes, less those kept."""
+    """Indices of the steps that can be quantized, except those kept."""
     return {
         index
         for index, step in enumerate(plan.steps[:-1])
@@ -124,28 +124,28 @@ def coded_steps(plan: p.Plan, keep: Collection[str] = ()) -> set[int]:
 
 
 def _read_floating(plan: p.Plan, coded: set[int]) -> set[p.Value]:
-    """Values that something reads as they are; the scores are."""
+    """Values that some step reads in floating form; the scores are among them."""
     found = {plan.scores}
     for index, step in enumerate(plan.steps):
-        # A block adds its x as it is.
+        # A block adds the floating x.
         only_codes = index in coded and isinstance(step, p.Conv)
         found.update(step.inputs[1:] if only_codes else step.inputs)
     return found
 
 
 def check_kind(kind: torch.dtype) -> None:
-    """Raises ValueError unless there are codes of a dtype."""
+    """Raises ValueError unless kind is a supported 8-bit dtype."""
     if kind not in KINDS:
         raise ValueError(f"kind is {kind}, it may be {' or '.join(map(str, KINDS))}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """What `coded` needs to know.
+    """Input of `coded`.
 
     Attributes:
-        quanta: by the index of each activation.
-        raw: whether every image was raw, or what a raw one is normalised.
+        quanta: quantization by index of the activation.
+        raw: whether every image was a raw image, or a normalised one.
     """
 
     quanta: dict[int, Quantum]
@@ -153,9 +153,9 @@ class Calibration:
 
 
 def coded(plan: p.Plan, calibration: Calibration) -> p.Plan:
-    """The plan of unsigned codes: the same steps, of which all activations but the scores are codes.
+    """The plan in uint8: the same steps, with all activations but the scores quantized.
 
-    Steps without a kernel that writes codes stay floating, and one that makes them follows.
+    Steps without a kernel that writes uint8 stay floating and are followed by a `Quantize` step.
     """
     codes: dict[p.Value, p.Value] = {}
     steps: list[p.Step] = []
@@ -174,7 +174,7 @@ def coded(plan: p.Plan, calibration: Calibration) -> p.Plan:
 
 
 def _stays_floating(step: p.Step) -> bool:
-    """Only where the features before pooling are used too."""
+    """True only where the features before pooling are used too."""
     return isinstance(step, p.MaxPool) or (isinstance(step, p.Conv) and not step.inputs)
 
 

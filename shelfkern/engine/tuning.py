@@ -1,7 +1,7 @@
-"""Choosing among the ways to compute one thing by timing them, and remembering what was measured.
+"""Choosing among implementations of one computation by timing them, and caching the measurements.
 
-A problem has a key and candidates. What is known of it serves; otherwise the candidates that a cost model
-holds for the fastest are timed side by side, the best of each library among them.
+A problem has a key and candidates. A cached result is used if there is one; otherwise the candidates with the
+lowest predicted times are timed side by side, including the best of each library.
 """
 
 from __future__ import annotations
@@ -36,28 +36,29 @@ try:
 except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
-FORMAT = 1  # of the files
+FORMAT = 1  # of the cache files
 TABLES = Path(__file__).parent / "tables"
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
-# Times this close are equal.
+# Times within this factor are equal.
 TIE = 1.01
-# Seconds that a save waits for another process to end its own.
+# Seconds that a save waits for another process to finish its own.
 LOCK_SECONDS = 10.0
-# Timed rounds, and seconds of a candidate's in all.
+# Timed rounds, and total seconds per candidate.
 MIN_ROUNDS, MAX_ROUNDS = 5, 50
 GPU_SECONDS, CPU_SECONDS = 0.02, 0.1
-# Calls in a graph, and seconds that they may take.
+# Calls per graph, and the most seconds that they may take together.
 GRAPH_CALLS, GRAPH_SECONDS = 10, 2e-3
-# Of L2, written ahead of a cold call: more than evicts all, so that the host has launched it in time.
+# Multiple of the L2 size written before a cold call: evicts everything, and gives the host time to launch.
 FLUSH = 4
-# Of a CPU's caches: where the system does not tell, and where it is too much to write at every call.
+# Size of the CPU's caches: assumed where the system does not report it, and the most written before each
+# call.
 LIKELY_CACHE, MOST_CACHE = 32 << 20, 64 << 20
-# Characters of an error that are told.
+# Length to which error messages are cut.
 REASON_LENGTH = 300
 
 log = logging.getLogger(__name__)
 
-# What is timed at once in two threads is timed wrongly.
+# Concurrent timing in two threads would give wrong results.
 _TIMING = threading.RLock()
 
 Call = Callable[[], object]
@@ -68,9 +69,10 @@ class Candidate:
     """One way to solve a problem.
 
     Attributes:
-        name: unique among the problem's; up to the first space its family, such as "triton" or "cudnn".
-        microseconds: what it should take.
-        prepare: packs, compiles, allocates; gives the call to time. Raises where it cannot run.
+        name: unique among the problem's candidates; the part before the first space is its family, such as
+            "triton" or "cudnn".
+        microseconds: predicted time.
+        prepare: packs, compiles and allocates; returns the call to time. Raises where it cannot run.
     """
 
     name: str
@@ -79,27 +81,27 @@ class Candidate:
 
     @property
     def family(self) -> str:
-        """Whose kernel it is."""
+        """The library or language of the kernel."""
         return self.name.partition(" ")[0]
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What timing a problem's candidates gave: the one to take, and microseconds of each by name."""
+    """Result of timing a problem's candidates: the name of the winner, and microseconds of each by name."""
 
     winner: str
     microseconds: Mapping[str, float]
 
 
 class Clock(Protocol):
-    """Times calls."""
+    """Measures the time of calls."""
 
     def measure(self, calls: Mapping[str, Call], cold: bool) -> dict[str, float]:
-        """Median seconds of each call, timed in turn; if cold, with nothing of its data in the caches."""
+        """Median seconds of each call, timed in turn; if cold, with none of its data in the caches."""
 
 
 def environment_of(device: torch.device) -> dict[str, str]:
-    """The device and the software that a measurement holds for.
+    """The device and the software for which a measurement is valid.
 
     Raises:
         ValueError: the device is neither a CUDA GPU nor the CPU.
@@ -140,9 +142,9 @@ def _triton() -> str:
 
 
 def default_path(environment: Mapping[str, str]) -> Path | None:
-    """Where an environment's measurements are kept; None where there is no home folder.
+    """Path of an environment's measurements; None where there is no home folder.
 
-    In $SHELFKERN_CACHE, $XDG_CACHE_HOME/shelfkern or ~/.cache/shelfkern, the first that is set.
+    The folder is $SHELFKERN_CACHE, $XDG_CACHE_HOME/shelfkern or ~/.cache/shelfkern: the first that is set.
     """
     name = f"tuning-{_digest(environment)[:8]}.json"
     own = os.environ.get("SHELFKERN_CACHE")
@@ -156,31 +158,32 @@ def default_path(environment: Mapping[str, str]) -> Path | None:
 
 
 def shipped_path(environment: Mapping[str, str]) -> Path:
-    """Where the table that ships for a device is, if there is one.
+    """Path of the table bundled for a device; it may not exist.
 
-    One is made by tuning on such a device, as benchmarks/gpu.sh does, and copying the cache file here as it
-    is. It serves every version of the software for which its winners still exist.
+    To make one, tune on such a device, as benchmarks/gpu.sh does, and copy the cache file here unchanged. It
+    is used with every software version in which its winners still exist.
     """
     return TABLES / f"{re.sub('[^a-z0-9]+', '-', environment['device'].lower()).strip('-')}.json"
 
 
 def _digest(value: object) -> str:
-    """SHA-256 of a value's JSON, in hexadecimal digits."""
+    """SHA-256 of a value's JSON, in hexadecimal."""
     if isinstance(value, Mapping):
         value = dict(value)
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 class TuneCache:
-    """What was measured on one device with one set of software, in a file.
+    """Measurements on one device with one set of software, stored in a file.
 
-    A file that is damaged, or of another format or environment, is as good as none: a log line says so
-    and the next save replaces it. No trouble with files is ever raised. Safe for threads and processes.
+    A file that is damaged, or of another format or environment, is ignored with a log line, and replaced by
+    the next save. File errors are never raised. Safe for threads and processes.
 
     Args:
-        path: the file, made at the first save with its folders; None keeps all in memory.
-        environment: what the measurements hold for, as `environment_of` gives it.
-        shipped: a table for what is not in the file. Of its environment, only the device must be the same.
+        path: path of the file, created with its folders at the first save; None keeps everything in memory.
+        environment: environment in which the measurements are valid, as from `environment_of`.
+        shipped: table to use for problems missing from the file. Only the device in its environment must
+            match.
     """
 
     def __init__(
@@ -195,7 +198,7 @@ class TuneCache:
         self._entries = {} if path is None else self._read(path)
 
     def get(self, key: str, names: Collection[str] | None = None) -> Measured | None:
-        """What is known of a problem; None if nothing, or if the winner is not among `names`, where given."""
+        """The result for a problem; None if there is none, or if its winner is not in `names`, if given."""
         with self._lock:
             for entries in (self._entries, self._shipped):
                 measured = entries.get(key)
@@ -204,12 +207,12 @@ class TuneCache:
         return None
 
     def put(self, key: str, measured: Measured) -> None:
-        """Keeps what was measured, until `save` in memory only."""
+        """Stores a result, in memory only until `save`."""
         with self._lock:
             self._entries[key] = self._unsaved[key] = measured
 
     def save(self) -> None:
-        """Writes what is new into the file, beside what other processes have saved there meanwhile."""
+        """Writes new results to the file, merged with what other processes have saved meanwhile."""
         with self._lock:
             if self.path is None or not self._unsaved:
                 return
@@ -235,7 +238,7 @@ class TuneCache:
             temporary.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
     def _read(self, path: Path, matching: Collection[str] | None = None) -> dict[str, Measured]:
-        """A file's entries, none if it cannot be trusted; `matching` names what must be as here, None all."""
+        """A file's entries, none if invalid; matching: environment keys that must match, None for all."""
         try:
             document = json.loads(path.read_bytes())
             return _entries(document, self.environment, matching)
@@ -259,7 +262,7 @@ def _entries(
     """The entries of a file's document.
 
     Raises:
-        ValueError: it is not to be trusted.
+        ValueError: the document is not valid.
     """
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise ValueError(f"it is not of format {FORMAT}")
@@ -282,7 +285,7 @@ def _measured(key: str, entry: Any) -> Measured:
     winner, times = entry.get("winner"), entry.get("microseconds")
     if not isinstance(times, dict) or not isinstance(winner, str) or winner not in times:
         raise ValueError(f"its entry {key!r} makes no sense")
-    # Python's booleans are integers.
+    # In Python, bool is a subclass of int.
     if not all(type(t) in (int, float) and math.isfinite(t) and t >= 0 for t in times.values()):
         raise ValueError(f"its entry {key!r} has times that make no sense")
     return Measured(winner, times)
@@ -290,7 +293,7 @@ def _measured(key: str, entry: Any) -> Measured:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Keeps other processes out where the system can; not for ever, as the one in there may be stopped."""
+    """Locks out other processes where the system can; waits a limited time, as the owner may be stopped."""
     with path.open("a") as file:
         deadline = time.monotonic() + LOCK_SECONDS
         while fcntl is not None:
@@ -307,7 +310,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _stored(key: str, cold: bool) -> str:
-    """The key that results of a problem are kept under."""
+    """Key under which a problem's results are stored."""
     return f"{key} cold" if cold else key
 
 
@@ -318,11 +321,12 @@ class Tuner:
         spent: seconds of preparing and timing so far.
 
     Args:
-        cache: of what is known already.
-        clock: times candidates; None times none.
-        candidates: how many are timed: those of the best predictions, and beside them the best of every
-            family that has none there, so that a wrong cost model cannot hide a library's call.
-        seconds: of preparing and timing in all. Then predictions choose; a problem begun is finished.
+        cache: cached results.
+        clock: times candidates; None disables timing.
+        candidates: how many are timed: those with the best predictions, and in addition the best of each
+            family not among them, so that a wrong cost model cannot exclude a library.
+        seconds: limit for preparing and timing in total. After that predictions decide; a problem that has
+            been started is finished.
         tie: times that differ by less than this factor are equal, and the prediction decides.
 
     Raises:
@@ -348,18 +352,18 @@ class Tuner:
         self._told: set[str] = set()
 
     def choose(self, key: str, candidates: Sequence[Candidate], cold: bool = False) -> str:
-        """The name of the candidate to take.
+        """The name of the candidate to use.
 
-        What is cached wins; then what timing says, where there is a clock and time left; then the lowest
+        A cached result decides; otherwise timing, if there is a clock and time left; otherwise the lowest
         prediction.
 
         Args:
-            key: names the problem, the same in every process.
+            key: name of the problem, the same in every process.
             candidates: at least one.
-            cold: whether they are timed with nothing in the caches. Such results are kept apart.
+            cold: whether they are timed with cold caches. Such results are stored separately.
 
         Raises:
-            ValueError: there are no candidates, or two of one name.
+            ValueError: there are no candidates, or two have the same name.
             RuntimeError: candidates were to be timed and none can run.
         """
         names = {candidate.name for candidate in candidates}
@@ -373,12 +377,12 @@ class Tuner:
         return self._known(key, names) or self._timed(key, ordered, cold) or ordered[0].name
 
     def measured(self, key: str, cold: bool = False) -> Mapping[str, float]:
-        """Microseconds by name of a problem's candidates that were timed; nothing where none was."""
+        """Microseconds by name of a problem's timed candidates; empty if none were timed."""
         found = self.cache.get(_stored(key, cold))
         return {} if found is None else found.microseconds
 
     def expected(self, key: str, candidates: Sequence[Candidate], cold: bool = False) -> list[Candidate]:
-        """The candidates that `choose` of the same arguments would run, or give: to be compiled ahead."""
+        """The candidates that `choose` with the same arguments would run or return, for compiling ahead."""
         ordered = sorted(candidates, key=lambda candidate: candidate.microseconds)
         known = self._known(_stored(key, cold), {candidate.name for candidate in candidates})
         if known is not None:
@@ -391,7 +395,7 @@ class Tuner:
         return None if measured is None else measured.winner
 
     def _timed(self, key: str, ordered: Sequence[Candidate], cold: bool) -> str | None:
-        """The fastest; None where nothing is to be timed."""
+        """The name of the fastest; None if nothing is to be timed."""
         if self.clock is None:
             return None
         with _TIMING:
@@ -424,12 +428,12 @@ class Tuner:
         return Measured(winner, {name: round(1e6 * value, 3) for name, value in seconds.items()})
 
     def _prepared(self, key: str, ordered: Sequence[Candidate], failures: dict[str, str]) -> dict[str, Call]:
-        """Calls of those to be timed, each run once."""
+        """Calls of the candidates to time, each of which has run once."""
         picked = self._picked(ordered)
         others = [candidate for candidate in ordered if candidate not in picked]
         calls: dict[str, Call] = {}
         for candidate in [*picked, *others]:
-            # The others are only for when all that were picked fail.
+            # The remaining candidates are used only if all that were picked fail.
             if calls and candidate in others:
                 break
             try:
@@ -453,7 +457,7 @@ class Tuner:
     def _seconds(
         self, key: str, calls: Mapping[str, Call], clock: Clock, cold: bool, failures: dict[str, str]
     ) -> dict[str, float]:
-        """Seconds of each call, without those that fail after they ran once."""
+        """Seconds of each call, without those that fail after their first run."""
         if not calls:
             return {}
         try:
@@ -462,30 +466,30 @@ class Tuner:
             if len(calls) == 1:
                 self._drop(key, next(iter(calls)), error, failures)
                 return {}
-        # Which one failed is not known: each alone.
+        # It is not known which one failed: time each alone.
         alone = [self._seconds(key, {name: call}, clock, cold, failures) for name, call in calls.items()]
         return {name: value for seconds in alone for name, value in seconds.items()}
 
     def _drop(self, key: str, name: str, error: Exception, failures: dict[str, str]) -> None:
-        # Its text only: the exception would keep the tensors of the frames that it came through.
+        # Only the text: the exception would keep alive the tensors of its stack frames.
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:REASON_LENGTH]
         failures[name] = reason
         self._tell(f"{name} is left out where it fails, as in {key}: {reason}", once=f"{name}: {reason}")
 
     def _tell(self, message: str, once: str | None = None) -> None:
-        """Logs a message, unless it or what stands for it was told before."""
+        """Logs a message, unless it, or its `once` key, was logged before."""
         if (once or message) not in self._told:
             self._told.add(once or message)
             log.warning("tuning: %s", message)
 
 
 def _rounds(seconds: float, one: float) -> int:
-    """How many rounds of `one` second fit."""
+    """How many rounds of `one` seconds each fit."""
     return max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / max(one, 1e-9))))
 
 
 class CpuClock:
-    """Times calls on the CPU. Cold, as much memory as the caches hold is written ahead of each call."""
+    """Times calls on the CPU. If cold, memory as large as the caches is written before each call."""
 
     def measure(self, calls: Mapping[str, Call], cold: bool) -> dict[str, float]:
         """Median seconds of each call, timed in turn."""
@@ -493,7 +497,7 @@ class CpuClock:
             return {}
         ahead = None
         if cold:
-            # Zeros written at once might go around the caches; what is read and written goes through them.
+            # Writing zeros might bypass the caches; reading and writing goes through them.
             memory = torch.zeros(_cache_bytes() // 4)
             ahead = lambda: memory.add_(1)  # noqa: E731
         begin = time.perf_counter()
@@ -505,7 +509,7 @@ class CpuClock:
 
 @functools.cache
 def _cache_bytes() -> int:
-    """Of all levels together that a core of this CPU sees, where the system tells."""
+    """Size of all cache levels that a core of this CPU sees, where the system reports it."""
     found = 0
     for folder in CACHES.glob("index*"):
         try:
@@ -519,7 +523,7 @@ def _cache_bytes() -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Repeated:
-    """A call `times` over, in a CUDA graph where it can be captured."""
+    """A call repeated `times` times, in a CUDA graph where it can be captured."""
 
     run: Call
     times: int
@@ -528,8 +532,8 @@ class _Repeated:
 class GpuClock:
     """Times calls on a GPU between events, in CUDA graphs where they can be captured.
 
-    Warm, a graph holds several calls, and runs once more ahead of the timed run. Cold, it holds one, and
-    memory of several times L2 is written ahead of each run. What cannot be captured runs as it is.
+    Warm, a graph holds several calls, and runs once more before the timed run. Cold, it holds one, and memory
+    of several times the L2 size is written before each run. Calls that cannot be captured run directly.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -542,7 +546,7 @@ class GpuClock:
             return {}
         with torch.cuda.device(self.device):
             runs = {name: self._repeated(call, cold) for name, call in calls.items()}
-            # Not kept: it would be memory taken for as long as the model lives.
+            # Not kept: it would occupy memory for as long as the model lives.
             memory = empty_bytes(FLUSH * gpu_of(self.device).l2_bytes, self.device) if cold else None
             ahead = {name: memory.zero_ if memory is not None else runs[name].run for name in runs}
             names = list(runs)

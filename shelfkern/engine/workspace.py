@@ -21,10 +21,10 @@ Space = TypeVar("Space", bound=_HasArena)
 
 
 class WorkspacePool(Generic[Key, Space]):
-    """Workspaces by key: what they are made for, such as a size. A call has one to itself.
+    """Workspaces by key, such as a size. Each call gets one for itself.
 
-    Idle ones are kept, up to `keep`. The least recently used leave first, so that memory stays bounded
-    when sizes vary.
+    Up to `keep` idle ones are kept. The least recently used are freed first, so memory stays bounded when
+    sizes vary.
     """
 
     def __init__(self, build: Callable[[Key], Space], keep: int = 4) -> None:

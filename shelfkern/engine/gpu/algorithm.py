@@ -1,4 +1,4 @@
-"""What one way to run a step is, and what those of all kinds of steps share."""
+"""The description of one way to run a step, and helpers shared by the algorithms of all steps."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from .. import plan as p
 from ..problem import Size
 from .device import Gpu
 
-# inputs (the images, where a step has none), outputs in the arena, scratch memory, and whether it may
-# start before the step ahead of it has ended; gives a result of its own, or None.
+# inputs (the images, for a step without any), outputs in the arena, scratch memory, and whether the kernel
+# may start before the previous step has ended; returns a result outside the arena, or None.
 Run = Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | None, bool], Tensor | None]
 
 
@@ -26,13 +26,13 @@ class Algorithm:
     """One way to run a step at one size.
 
     Attributes:
-        name: its family, and what tells it from others of that: "triton 64x64x128 w4 s4 split 2". cuDNN's
-            fused calls are a family beside its plain ones, for they can be many times slower.
-        microseconds: what it should take on an H200.
-        launches: of kernels.
-        prepare: packs the weights, once for all algorithms that read them alike; gives what runs.
-        in_arena: whether it writes into the arena; otherwise the result is a tensor of the library's.
-        scratch: bytes of memory it works in.
+        name: its family, then its parameters: "triton 64x64x128 w4 s4 split 2". cuDNN's fused calls are a
+            family separate from its plain ones, because they can be many times slower.
+        microseconds: predicted time on an H200.
+        launches: number of kernel launches.
+        prepare: packs the weights, once for all algorithms with the same layout; returns a `Run`.
+        in_arena: whether it writes into the arena; otherwise the library allocates the result.
+        scratch: bytes of scratch memory.
     """
 
     name: str
@@ -44,20 +44,20 @@ class Algorithm:
 
     @property
     def family(self) -> str:
-        """Whose kernel it is."""
+        """The library or language of the kernel."""
         return self.name.partition(" ")[0]
 
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What a program's steps have in common.
+    """Settings shared by a program's steps.
 
     Attributes:
-        gpu: for which algorithms are chosen.
-        device: where tensors live: the CPU where kernels are emulated.
-        dtype: of activations.
-        precision: of float32 products, "tf32" or "ieee".
-        normalisation: of raw images.
+        gpu: GPU for which algorithms are chosen.
+        device: device of the tensors: the CPU where kernels are emulated.
+        dtype: dtype of activations.
+        precision: precision of float32 products, "tf32" or "ieee".
+        normalisation: normalisation of raw images.
         ours, theirs: whether our kernels and the library's calls may run.
     """
 
@@ -71,35 +71,35 @@ class Context:
 
     @property
     def cuda(self) -> str:
-        """The backend of CUDA C++ kernels."""
+        """Backend of the CUDA C++ kernels."""
         return "cuda" if self.device.type == "cuda" else "emulated"
 
     @property
     def library(self) -> str:
-        """Whose calls the library's are."""
+        """Name of the library."""
         return "cudnn" if self.device.type == "cuda" else "torch"
 
     def vector(self, t: Tensor) -> Tensor:
-        """A parameter as kernels read it."""
+        """A parameter as a tensor that kernels can read."""
         return t.to(self.device, torch.float32).contiguous()
 
     def vectors(self, *tensors: Tensor) -> list[Tensor]:
-        """Parameters as kernels read them."""
+        """Parameters as tensors that kernels can read."""
         return [self.vector(t) for t in tensors]
 
     def unavailable(self, op: str, backend: str) -> str | None:
-        """Why a kernel of ours cannot run, None if it can."""
+        """Reason why one of our kernels cannot run, None if it can."""
         if not self.ours:
             return "backend is 'library'"
         return backends.unavailable(op, backend)
 
 
-# Algorithms of a step, and why others are not among them.
+# Algorithms of a step, and the reasons why others cannot run.
 Found = tuple[list[Algorithm], list[str]]
 
 
 def problem_of(step: p.Conv | p.SharedBlockStep | p.DeconvAdd, size: Size, context: Context) -> conv.Problem:
-    """A step's convolution as a matrix product; of a transposed one each parity's."""
+    """A step's convolution as a matrix product; for a transposed one, that of each parity."""
     x = step.inputs[0]
     n, _, h, w = x.shape(*size) if isinstance(step, p.DeconvAdd) else step.output.shape(*size)
     taps = math.prod(step.weight.shape[2:])
@@ -108,19 +108,19 @@ def problem_of(step: p.Conv | p.SharedBlockStep | p.DeconvAdd, size: Size, conte
 
 
 def configurations(problem: conv.Problem, context: Context) -> list[conv.Config]:
-    """Configurations of a convolution that make sense on the GPU."""
+    """The configurations of a convolution that make sense on the GPU."""
     gpu = context.gpu
     return conv.configurations(problem, context.precision, gpu.multiprocessors, gpu.shared_bytes)
 
 
 def name_of(config: conv.Config) -> str:
-    """A configuration's name: tile, bytes of a step, warps, stages."""
+    """A configuration's name: tile, bytes per step, warps, stages."""
     name = f"triton {config.block_m}x{config.block_n}x{config.block_bytes} w{config.warps} s{config.stages}"
     return name + f" split {config.split}" * (config.split > 1) + " swap" * config.swap
 
 
 def arena_bytes(value: p.Value, size: Size, context: Context) -> int:
-    """Bytes of an activation, up to where the next may begin."""
+    """Size of an activation in bytes, including the padding before the next one."""
     return -(-value.bytes(*size, context.dtype) // 256) * 256
 
 

@@ -1,4 +1,4 @@
-"""The ways to run each step: our kernels at several configurations, and the library's calls."""
+"""The ways to run each step: our kernels in several configurations, and the library's calls."""
 
 from __future__ import annotations
 
@@ -212,7 +212,7 @@ def _ours_deconv(step: p.DeconvAdd, size: Size, context: Context, packed: Packed
 
             return run
 
-        # Its four parities have 9 / 4 taps on average.
+        # The four parities have 9 / 4 taps on average.
         four = dataclasses.replace(problem, pixels=4 * problem.pixels, taps=2)
         time = cost.triton_conv(four, config, context.gpu) * 9 / 8
         return Algorithm(name_of(config), time, 1, prepare)
@@ -252,7 +252,7 @@ def _ours_upsample_add(step: p.UpsampleAdd, size: Size, context: Context, packed
 
     why = {name: context.unavailable("upsample_add", name) for name in (context.cuda, "triton")}
     every = {context.cuda: Algorithm("cuda", time, 1, lambda: cuda)}
-    # Of equal ones the first is taken: its launch costs the host less.
+    # Ties go to the first: its launch costs the host less.
     every["triton"] = Algorithm("triton", time + 0.1, 1, lambda: triton)
     return [every[name] for name in every if why[name] is None], [w for w in why.values() if w]
 
@@ -275,12 +275,12 @@ def _folded(
     shift: Tensor | None,
     form: str = "folded",
 ) -> library.Folded:
-    """Filters and shift as the library's calls take them."""
+    """Filters and shift in the form of the library's calls."""
     return packed.get(form, lambda: library.folded(weight, scale, shift, context.dtype, context.device))
 
 
 def _library_time(step: p.Step, size: Size, context: Context, passes: int, convs: int = 1) -> float:
-    """Convolutions of a library, and passes over the result."""
+    """Time of a library's convolutions, and of passes over the result."""
     one = step.output.bytes(*size, context.dtype)
     problem = problem_of(step, size, context)  # type: ignore[arg-type]
     time = convs * cost.library_conv(problem, context.precision, context.gpu)
@@ -333,7 +333,7 @@ def _their_deconv(step: p.DeconvAdd, size: Size, context: Context, packed: Packe
     def prepare() -> library.LibraryRun:
         return library.deconv_add(*_folded(packed, context, step.weight, None, step.bias))
 
-    # Through the gradient of a convolution, whose nine taps all see every output pixel's quarter.
+    # Uses the gradient of a convolution, whose nine taps each reach a quarter of the output pixels.
     time = _library_time(step, size, context, 3)
     return [_theirs(context.library, time, 4, prepare)]
 

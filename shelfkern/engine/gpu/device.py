@@ -1,4 +1,4 @@
-"""What the engine knows of a GPU, and what it asks of one beside its kernels."""
+"""GPU properties, and the engine's interface to streams, events and graphs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-# Captures are rare and share torch's flags and the caching allocator: one at a time in a process.
+# Captures are rare and share torch's flags and the caching allocator: one at a time per process.
 _CAPTURING = threading.RLock()
 
 
@@ -20,11 +20,11 @@ class Gpu:
     """A GPU's properties.
 
     Attributes:
-        name: as its driver gives it.
+        name: name given by the driver.
         capability: compute capability.
-        multiprocessors: how many.
-        shared_bytes: shared memory that a block may have.
-        l2_bytes: of its L2 cache.
+        multiprocessors: number of multiprocessors.
+        shared_bytes: shared memory available to a block.
+        l2_bytes: size of the L2 cache.
     """
 
     name: str
@@ -34,15 +34,15 @@ class Gpu:
     l2_bytes: int
 
 
-# What plans are made for where no GPU is there.
+# The GPU for which plans are made where there is none.
 H200 = Gpu("NVIDIA H200", (9, 0), 132, 227 * 1024, 60 << 20)
 
 
 def gpu_of(device: torch.device) -> Gpu:
-    """The GPU that a device is; for the CPU an H200, whose kernels are emulated there."""
+    """The properties of a device's GPU; for the CPU an H200, whose kernels are emulated there."""
     if device.type != "cuda":
         return H200
-    found: Any = torch.cuda.get_device_properties(device)  # its stub lacks names
+    found: Any = torch.cuda.get_device_properties(device)  # the type stub lacks attributes
     return Gpu(
         found.name,
         (found.major, found.minor),
@@ -60,19 +60,19 @@ class Graph(Protocol):
 
 
 class Runtime(Protocol):
-    """Streams, events and graphs. `torch.cuda`'s, or those of a stand-in that records what is asked."""
+    """Streams, events and graphs: those of `torch.cuda`, or of a stand-in that records the calls."""
 
     def side_stream(self) -> Any:
-        """A stream beside the current one."""
+        """A new stream."""
 
     def on(self, stream: Any) -> contextlib.AbstractContextManager[Any]:
-        """Within it `stream` is the current one."""
+        """Context in which `stream` is the current one."""
 
     def current(self) -> Any:
-        """The current stream, comparable with another."""
+        """The current stream, comparable with others."""
 
     def mark(self) -> Any:
-        """An event after all that was given to the current stream."""
+        """An event after all work submitted to the current stream."""
 
     def wait(self, event: Any) -> None:
         """Makes the current stream wait for an event."""
@@ -81,13 +81,13 @@ class Runtime(Protocol):
         """Makes the host wait for an event."""
 
     def keep(self, tensor: Tensor) -> None:
-        """Keeps a tensor's memory from others until what the current stream has now is done."""
+        """Keeps a tensor's memory from being reused until the current stream's present work is done."""
 
     def pinned(self, shape: tuple[int, ...]) -> Tensor:
-        """uint8 memory of the host that copies to and from the device do not have to wait for."""
+        """Page-locked uint8 host memory, which copies to and from the device can use asynchronously."""
 
     def capture(self, run: Callable[[], None]) -> Graph:
-        """Runs a function once to warm up, and records a second run."""
+        """Runs a function once as warm-up, and records a second run."""
 
 
 class CudaRuntime:
@@ -97,11 +97,11 @@ class CudaRuntime:
         self.device = device
 
     def side_stream(self) -> torch.cuda.Stream:
-        """A stream beside the current one."""
+        """A new stream."""
         return torch.cuda.Stream(self.device)
 
     def on(self, stream: torch.cuda.Stream) -> contextlib.AbstractContextManager[Any]:
-        """Within it `stream` is the current one."""
+        """Context in which `stream` is the current one."""
         return torch.cuda.stream(stream)
 
     def current(self) -> torch.cuda.Stream:
@@ -109,7 +109,7 @@ class CudaRuntime:
         return torch.cuda.current_stream(self.device)
 
     def mark(self) -> torch.cuda.Event:
-        """An event after all that was given to the current stream."""
+        """An event after all work submitted to the current stream."""
         event = torch.cuda.Event()
         event.record(self.current())
         return event
@@ -123,18 +123,18 @@ class CudaRuntime:
         event.synchronize()
 
     def keep(self, tensor: Tensor) -> None:
-        """Keeps a tensor's memory from others until what the current stream has now is done."""
+        """Keeps a tensor's memory from being reused until the current stream's present work is done."""
         tensor.record_stream(self.current())
 
     def pinned(self, shape: tuple[int, ...]) -> Tensor:
-        """Page-locked uint8 memory of the host."""
+        """Page-locked uint8 host memory."""
         return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
 
     def capture(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        """Runs a function once on a stream of its own, then records it.
+        """Runs a function once on a separate stream, then records it.
 
-        The first run compiles kernels and lets cuDNN choose, which a capture may not. Other threads may
-        go on launching meanwhile.
+        The first run compiles kernels and lets cuDNN choose, which is not allowed during capture. Other
+        threads may launch work meanwhile.
         """
         graph, stream = torch.cuda.CUDAGraph(), self.side_stream()
         with _CAPTURING, torch.cuda.device(self.device), _cudnn_measures():
@@ -142,7 +142,7 @@ class CudaRuntime:
             with torch.cuda.stream(stream):
                 run()
             stream.synchronize()
-            # Of a capture that fails, torch leaves its stream the current one.
+            # If a capture fails, torch leaves its stream the current one.
             recording = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
             with torch.cuda.stream(self.current()), recording:
                 run()
@@ -151,7 +151,7 @@ class CudaRuntime:
 
 @contextlib.contextmanager
 def _cudnn_measures() -> Iterator[None]:
-    """Within it cuDNN times its algorithms the first time that it sees a shape."""
+    """Context in which cuDNN times its algorithms the first time it sees a shape."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
     try:
@@ -161,34 +161,34 @@ def _cudnn_measures() -> Iterator[None]:
 
 
 class HostRuntime:
-    """For kernels emulated on the CPU: one stream, and a graph is the function again."""
+    """For kernels emulated on the CPU: one stream, and a graph is the function itself."""
 
     def side_stream(self) -> None:
-        """There is one stream."""
+        """There is only one stream."""
 
     @contextlib.contextmanager
     def on(self, stream: None) -> Iterator[None]:
-        """Changes nothing."""
+        """Does nothing."""
         yield
 
     def current(self) -> None:
-        """There is one stream."""
+        """There is only one stream."""
 
     def mark(self) -> object:
-        """An event that has come: all that was asked has been done."""
+        """A completed event: all work runs synchronously."""
         return self
 
     def wait(self, event: object) -> None:
-        """All that was asked has been done."""
+        """Does nothing: all work runs synchronously."""
 
     def synchronize(self, event: object) -> None:
-        """All that was asked has been done."""
+        """Does nothing: all work runs synchronously."""
 
     def keep(self, tensor: Tensor) -> None:
-        """Nothing runs behind the host's back."""
+        """Does nothing: all work runs synchronously."""
 
     def pinned(self, shape: tuple[int, ...]) -> Tensor:
-        """Ordinary memory."""
+        """Ordinary host memory."""
         return torch.empty(shape, dtype=torch.uint8)
 
     def capture(self, run: Callable[[], None]) -> Graph:

@@ -1,4 +1,4 @@
-"""One forward pass at one size: its arena, its steps in their streams, and the graph they are recorded in."""
+"""One forward pass at one size: its arena, its steps in their streams, and the graph that records them."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from ..plan import Plan, Step
 from .algorithm import Algorithm, Run, Size
 from .device import Graph, Runtime, empty_bytes
 
-# Microseconds of a launch that are hidden where a kernel may start early, and whose kernels can.
+# Microseconds hidden per launch where a kernel may start early; and the libraries whose kernels can.
 OVERLAP_GAIN = 0.7
 OURS = ("cuda", "triton")
 
 
 @dataclasses.dataclass(frozen=True)
 class ChosenStep:
-    """A step with an algorithm.
+    """A step with its algorithm.
 
     Attributes:
-        step: of the plan.
-        algorithm: chosen for it.
-        overlap: whether it may start before the step ahead of it in its stream has ended.
+        step: step of the plan.
+        algorithm: algorithm chosen for it.
+        overlap: whether it may start before the previous step in its stream has ended.
     """
 
     step: Step
@@ -39,21 +39,21 @@ class ChosenStep:
 
     @property
     def microseconds(self) -> float:
-        """What it should take on an H200."""
+        """Predicted time on an H200."""
         gained = self.overlap and self.algorithm.family in OURS
         return self.algorithm.microseconds - OVERLAP_GAIN * gained
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What a forward pass needs beside its memory: the same for all that have one size.
+    """Everything about a forward pass except its memory: shared by all passes of one size.
 
     Attributes:
-        plan: its steps.
-        size: images, and the extent they are seen at.
-        dtype: of activations.
-        steps: with their algorithms.
-        order: in which they run, and in which streams.
+        plan: plan to run.
+        size: number of images, and the size they are seen as.
+        dtype: dtype of activations.
+        steps: the steps with their algorithms.
+        order: order of the steps, and their streams.
     """
 
     plan: Plan
@@ -64,34 +64,34 @@ class Recipe:
 
     @property
     def name(self) -> str:
-        """What tells it from others with the same algorithms."""
+        """Name that distinguishes it from other recipes with the same algorithms."""
         streams = 1 + max(self.order.streams)
         overlapping = any(chosen.overlap for chosen in self.steps)
         return f"{streams} stream{'s' * (streams > 1)}" + ", overlapping" * overlapping
 
     @property
     def scratch(self) -> dict[int, int]:
-        """Bytes of memory to work in, by step."""
+        """Bytes of scratch memory by step."""
         return {index: chosen.algorithm.scratch for index, chosen in enumerate(self.steps)}
 
     @property
     def launches(self) -> int:
-        """Kernels of one forward pass up to the low-resolution scores."""
+        """Number of kernel launches of one forward pass up to the low-resolution scores."""
         return sum(chosen.algorithm.launches for chosen in self.steps)
 
     @property
     def microseconds(self) -> float:
-        """What it should take on an H200."""
+        """Predicted time on an H200."""
         return makespan(self.order, [chosen.microseconds for chosen in self.steps])
 
 
 def recipes(
     plan: Plan, size: Size, dtype: torch.dtype, chosen: Sequence[Algorithm], streams: int, overlap: bool
 ) -> list[Recipe]:
-    """Forward passes of chosen algorithms: in one stream or two, launches overlapping or not.
+    """Ways to launch the chosen algorithms: in one stream or two, with overlapping launches or not.
 
-    Which is fastest is for the device to say: waiting across streams has its price, and a step that waits
-    for another stream does not overlap the one ahead of it. The first should be.
+    Only the device can tell which is fastest: waiting across streams has a cost, and a step that waits for
+    another stream cannot overlap its predecessor. The first is predicted to be.
     """
     times = [algorithm.microseconds for algorithm in chosen]
     orders = [in_sequence(plan)]
@@ -118,9 +118,9 @@ class BoundStep:
     """A step of a forward pass that has run.
 
     Attributes:
-        step: of the plan.
-        algorithm: that runs it.
-        shape: of its result.
+        step: step of the plan.
+        algorithm: algorithm that runs it.
+        shape: shape of its result.
         run: launches it alone, on the current stream.
     """
 
@@ -134,9 +134,9 @@ class Forward:
     """A forward pass over an arena of its own, from images in a fixed tensor to low-resolution scores.
 
     Attributes:
-        images: what it reads: uint8 (N, H, W, 3) or normalised float (N, 3, H, W).
+        images: input tensor: uint8 (N, H, W, 3) or normalised float (N, 3, H, W).
         arena: memory of all activations.
-        result: what `finish` writes to, if there is one.
+        result: tensor that `finish` writes to, if any.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class Forward:
         """Lays out the arena.
 
         finish: takes the low-resolution scores and `result` once all steps have run.
-        prepare: gives the images as the first step takes them, where it does not take them as they are.
+        prepare: converts the images for the first step, where it does not take them directly.
         """
         self.recipe, self.images, self.result = recipe, images, result
         self._runtime, self._finish, self._prepare = runtime, finish, prepare
@@ -161,12 +161,12 @@ class Forward:
         values = {value for bound in recipe.steps if bound.algorithm.in_arena for value in bound.step.outputs}
         layout = arena.lay_out(plan, values, *size, dtype, recipe.order, recipe.scratch)
         self.arena = empty_bytes(layout.size, images.device)
-        # What lives outside the arena joins these as it is made.
+        # Values outside the arena are added as they are created.
         self._values = {v.index: arena.view(self.arena, layout, v, *size, dtype) for v in values}
         self._scratch = [self._scratch_of(layout, index, nbytes) for index, nbytes in recipe.scratch.items()]
         self._side = runtime.side_stream() if any(recipe.order.streams) else None
         self._graph: Graph | None = None
-        # The memory is of this stream: whoever runs it first may be in another.
+        # The memory belongs to this stream, and the first run may be in another.
         self.done()
 
     def _scratch_of(self, layout: arena.Layout, index: int, nbytes: int) -> Tensor | None:
@@ -185,7 +185,7 @@ class Forward:
         self._graph = self._runtime.capture(self.run)
 
     def wait(self) -> None:
-        """Makes the current stream wait for the last pass, if that ran in another."""
+        """Makes the current stream wait for the last pass, if that ran in another stream."""
         stream = self._runtime.current()
         if self._last[0] != stream:
             self._runtime.wait(self._last[1])
@@ -201,11 +201,11 @@ class Forward:
             self.run()
 
     def done(self) -> None:
-        """Says that all that reads this memory has been given to the current stream."""
+        """Marks that all work that reads this memory has been submitted to the current stream."""
         self._last: tuple[Any, Any] = (self._runtime.current(), self._runtime.mark())
 
     def run(self) -> None:
-        """Launches every step, each in its stream, and what finishes the pass."""
+        """Launches every step, each in its stream, then `finish`."""
         runtime, streams = self._runtime, self.recipe.order
         awaited = {other for waits in streams.waits for other in waits}
         marks: dict[int, Any] = {}
@@ -227,7 +227,7 @@ class Forward:
             self._finish(self.scores, self.result)
 
     def bound_steps(self) -> list[BoundStep]:
-        """Every step, on what the last pass left."""
+        """Every step, with the inputs left by the last pass."""
         return [
             BoundStep(
                 chosen.step,
@@ -239,7 +239,7 @@ class Forward:
         ]
 
     def run_step(self, index: int) -> None:
-        """Launches one step on the current stream; its inputs are what the last pass left."""
+        """Launches one step on the current stream, with the inputs left by the last pass."""
         bound = self.recipe.steps[index]
         inputs = [self._values[value.index] for value in bound.step.inputs] or [self._seen]
         in_arena = bound.algorithm.in_arena

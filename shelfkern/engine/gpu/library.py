@@ -1,6 +1,6 @@
 """The library's ways to run a step: cuDNN's and cuBLASLt's calls through torch, norms folded into weights.
 
-Results of cuDNN live in tensors of torch's own; a matrix product writes into the arena.
+Results of cuDNN are tensors allocated by torch; a matrix product writes into the arena.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ...normalisation import Normalisation
 from .. import plan as p
 from ..image import prepare_image, statistics
 
-# inputs (the images, where a step has none), outputs in the arena, its own result or None.
+# inputs (the images, for a step without any) and outputs in the arena; returns a result outside it, or None.
 Size = tuple[int, int]
 Folded = tuple[Tensor, Tensor | None]
 LibraryRun = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor | None]
@@ -26,7 +26,7 @@ LibraryRun = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor | None]
 def folded(
     weight: Tensor, scale: Tensor | None, shift: Tensor | None, dtype: torch.dtype, device: torch.device
 ) -> Folded:
-    """Filters times scale in channels_last storage, and the shift, both of `dtype`."""
+    """Filters times scale in channels_last storage, and the shift, both in `dtype`."""
     if scale is not None:
         weight = weight * scale[:, None, None, None]
     weight = weight.to(device, dtype).contiguous(memory_format=torch.channels_last)
@@ -54,8 +54,8 @@ def others(step: p.Conv, inputs: Sequence[Tensor]) -> tuple[Tensor | None, Tenso
 def conv(
     step: p.Conv, weight: Tensor, bias: Tensor | None, normalisation: Normalisation, size: Size
 ) -> LibraryRun:
-    """A convolution with its bias, and the rest in place."""
-    # Made here: a graph being recorded takes nothing from the host.
+    """A convolution with its bias, then the rest of the epilogue in place."""
+    # Created here: a graph capture cannot copy from the host.
     colours = statistics(normalisation, weight.device)
 
     def run(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Tensor:
@@ -72,7 +72,7 @@ def cudnn_fused_fits(step: p.Conv) -> bool:
 
 
 def cudnn_fused(step: p.Conv, weight: Tensor, bias: Tensor | None) -> LibraryRun:
-    """A convolution of cuDNN with bias, residual and relu in one."""
+    """A cuDNN convolution fused with bias, residual and relu."""
     geometry: Any = ([step.stride] * 2, [step.padding] * 2, [1, 1], 1)
 
     def run(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Tensor:
@@ -84,7 +84,7 @@ def cudnn_fused(step: p.Conv, weight: Tensor, bias: Tensor | None) -> LibraryRun
 
 
 def cublaslt_fits(step: p.Conv) -> bool:
-    """Whether it is a matrix product with an epilogue of cuBLASLt: 1x1, bias, relu or nothing."""
+    """Whether it is a matrix product with a cuBLASLt epilogue: 1x1, bias, and relu or no activation."""
     plain = step.weight.shape[2:] == (1, 1) and step.stride == 1 and step.act.slope in (None, 0)
     return plain and bool(step.inputs) and step.shift is not None and not (step.residual or step.skip)
 
@@ -104,7 +104,7 @@ def cublaslt(step: p.Conv, weight: Tensor, bias: Any) -> LibraryRun:
 
 
 def shared_block(step: p.SharedBlockStep, first: Folded, second: Folded) -> LibraryRun:
-    """Two convolutions, each with filters that its norm is folded into: two copies of the weights."""
+    """Two convolutions, each with its norm folded into the filters: two copies of the weights."""
 
     def run(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Tensor:
         (x,) = inputs
@@ -115,7 +115,7 @@ def shared_block(step: p.SharedBlockStep, first: Folded, second: Folded) -> Libr
 
 
 def cudnn_fused_block(step: p.SharedBlockStep, first: Folded, second: Folded) -> LibraryRun:
-    """The same in two calls of cuDNN, for a block of relus."""
+    """The shared block as two fused cuDNN calls, if both activations are relu."""
     geometry: Any = ([1, 1], [1, 1], [1, 1], 1)
 
     def run(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Tensor:
@@ -128,14 +128,14 @@ def cudnn_fused_block(step: p.SharedBlockStep, first: Folded, second: Folded) ->
 
 
 def deconv_add(weight: Tensor, bias: Tensor | None) -> LibraryRun:
-    """A transposed convolution, and the skip in place."""
+    """A transposed convolution, then the skip in place."""
     return lambda inputs, outputs: F.conv_transpose2d(inputs[0], weight, bias, 2, 1, 1).add_(inputs[1])
 
 
 def stem(
     step: p.Stem, weight: Tensor, bias: Tensor | None, normalisation: Normalisation, size: Size
 ) -> LibraryRun:
-    """Normalisation, convolution, activation and pooling, one after the other."""
+    """Normalisation, convolution, activation and pooling as separate calls."""
     colours = statistics(normalisation, weight.device)
 
     def run(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Tensor:

@@ -30,10 +30,10 @@ from .device import Runtime, gpu_of, runtime_of
 from .forward import Forward, Recipe, recipes
 from .timing import candidate, compile_ahead, key_of
 
-# Forward passes that are kept with their graphs and arenas, and sizes whose algorithms are.
+# The number of forward passes kept with their graphs and arenas, and of sizes whose algorithms are kept.
 KEPT_PASSES = 8
 KEPT_RECIPES = 64
-# Of Triton's compiler, whose time is mostly spent outside Python.
+# Threads for Triton's compiler, which spends most of its time outside Python.
 COMPILING_THREADS = 8
 
 
@@ -43,7 +43,7 @@ class Options:
 
     Attributes:
         device: a GPU; or the CPU, where kernels are emulated.
-        dtype: of activations and scores.
+        dtype: dtype of activations and scores.
         ours, theirs: whether our kernels and the library's calls may run.
         graphs: whether passes are recorded as CUDA graphs.
         streams: 2 lets independent steps run side by side.
@@ -59,7 +59,7 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class _Key:
-    """What a forward pass is made for: images as they come, and whether labels are made of the scores."""
+    """Key of a forward pass: shape and dtype of the images, and whether it computes labels."""
 
     n: int
     h: int
@@ -85,10 +85,10 @@ class _Problem:
 
 
 class GpuProgram:
-    """Runs a plan on a GPU. May run in several threads and streams at once.
+    """Runs a plan on a GPU. Safe to use from several threads and streams at once.
 
     Attributes:
-        plan: with the names of the algorithms that run it.
+        plan: the plan, including the names of its algorithms.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class GpuProgram:
             options.ours,
             options.theirs,
         )
-        # Asked once, for asking whether there is a GPU takes longer than a launch.
+        # Cached, because checking for a GPU takes longer than a launch.
         self._resizes = self.context.unavailable("upsample_bilinear", "triton") is None
         self._labels = self.context.unavailable("upsample_argmax", self.context.cuda) is None
         self._statistics = statistics(normalisation, options.device)
@@ -129,7 +129,7 @@ class GpuProgram:
         key = self._key(images, labels=False)
         with self._on_device(), self._passes.borrow(key) as forward:
             self._run(forward, images)
-            # Outside the graph: into memory of its own, where a graph would need a copy of full size.
+            # Outside the graph, into new memory: inside it would need a full-size copy.
             out = torch.empty(self._scores_shape(key), dtype=self.options.dtype, device=images.device)
             self._resize(key, forward.scores, out)
             forward.done()
@@ -161,7 +161,7 @@ class GpuProgram:
         forward.launch()
 
     def bind(self, images: Tensor, labels: bool, result: Tensor | None = None) -> Forward:
-        """A forward pass that reads the images in place and writes to one result, a new one by default."""
+        """A forward pass that reads the images in place and writes to `result`, by default a new tensor."""
         key = self._key(images, labels)
         if result is None:
             kind = torch.uint8 if labels else self.options.dtype
@@ -172,12 +172,12 @@ class GpuProgram:
             return self._recorded(key, images, functools.partial(finish, key), result)
 
     def recipe(self, size: Size) -> Recipe:
-        """The algorithms for n images seen as h x w, chosen once."""
+        """The recipe for n images seen as h x w, chosen once."""
         with self._choosing:
             return self._recipe(size)
 
     def algorithm_names(self, n: int, h: int, w: int) -> list[str]:
-        """The algorithm of each step for n images seen as h x w."""
+        """The name of each step's algorithm for n images seen as h x w."""
         return [bound.algorithm.name for bound in self.recipe((n, h, w)).steps]
 
     def algorithms(self, step: int, size: Size) -> list[Algorithm]:
@@ -195,15 +195,15 @@ class GpuProgram:
 
     def _problem(self, index: int, size: Size) -> _Problem:
         step = self.plan.steps[index]
-        # With packed weights of their own, so that those of the losers go.
+        # With a separate `Packed`, so that weights packed for the losers are freed.
         tried = algorithms(step, size, self.context, Packed())
         candidates = [candidate(step, algorithm, size, self.context) for algorithm in tried]
-        # Weights that do not fit into L2 come from memory at every pass.
+        # Weights that do not fit into L2 come from memory in every pass.
         cold = self.plan.weight_bytes() * self.options.dtype.itemsize / 4 > self.context.gpu.l2_bytes
         return _Problem(key_of(step, size, self.context), size, candidates, cold)
 
     def _compile(self, problems: list[_Problem]) -> None:
-        """Compiles what is about to be timed, or to run: each kernel takes a second."""
+        """Compiles the kernels that are about to be timed or run: each takes a second."""
         if self.options.device.type != "cuda":
             return
         distinct = {problem.key: problem for problem in problems}.values()
@@ -222,7 +222,7 @@ class GpuProgram:
         return next(algorithm for algorithm in found if algorithm.name == winner)
 
     def _choose_recipe(self, found: list[Recipe]) -> Recipe:
-        """The fastest way to launch the chosen algorithms: whole passes are timed."""
+        """The fastest way to launch the chosen algorithms, found by timing whole passes."""
         first = found[0]
         names = " ".join(chosen.algorithm.name for chosen in first.steps)
         problems = " ".join(key_of(chosen.step, first.size, self.context) for chosen in first.steps)
@@ -238,7 +238,8 @@ class GpuProgram:
 
     def _key(self, images: Tensor, labels: bool) -> _Key:
         n, h, w = image_size(images)
-        # A stem reads raw images, or those of its own dtype: others are rounded as they are copied in.
+        # A stem reads raw images, or normalised ones in the program's dtype: others are converted by the
+        # copy.
         return _Key(n, h, w, torch.uint8 if images.dtype is torch.uint8 else self.options.dtype, labels)
 
     def _forward(self, key: _Key) -> Forward:

@@ -1,4 +1,4 @@
-"""The ways to run steps on codes of 8 bits: our Triton kernels, and torch's calls on what codes stand for.
+"""The ways to run quantized steps: our Triton kernels, and torch's calls on dequantized values.
 
 `OURS` and `THEIRS` have the form of those in `algorithms.py`.
 """
@@ -26,11 +26,11 @@ from . import cost, library
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """Filters as they are multiplied.
+    """Filters as the kernels multiply them.
 
     Attributes:
-        data: (K, taps, C): codes, or where x is floating of the activations' dtype.
-        step: (K,) float32, what one step of each channel's codes is; of floating ones 1.
+        data: (K, taps, C): 8-bit values, or where x is floating the activations' dtype.
+        step: (K,) float32, quantization step of each output channel; 1 for floating filters.
     """
 
     data: Tensor
@@ -42,7 +42,7 @@ class Weights:
         return steps if norm is None else norm * steps
 
     def filters(self, kernel: Sequence[int]) -> Tensor:
-        """(K, C, kernel_h, kernel_w) float32 in channels_last storage: codes as numbers."""
+        """(K, C, kernel_h, kernel_w) float32 in channels_last storage; quantized values are not scaled."""
         return self.data.float().unflatten(1, tuple(kernel)).permute(0, 3, 1, 2)
 
 
@@ -55,7 +55,7 @@ def _weights(weight: Tensor, context: base.Context, codes: torch.dtype | None) -
 
 
 def unfit(kind: torch.dtype | None, context: base.Context) -> str | None:
-    """Why the GPU cannot multiply codes of a dtype, None if it can."""
+    """Reason why the GPU cannot multiply an 8-bit dtype, None if it can."""
     needed = conv.CODE_CAPABILITIES.get(kind, (0, 0)) if kind is not None else (0, 0)
     if context.gpu.capability >= needed:
         return None
@@ -95,7 +95,7 @@ def _ours_conv(step: p.QuantizedConv, size: Size, context: base.Context, packed:
 
 
 def _norm(step: p.QuantizedConv, weights: Weights, context: base.Context) -> tuple[Tensor, Tensor | None]:
-    """Scale, with the steps of codes in it, and shift."""
+    """Scale, including the quantization steps, and shift."""
     scale, shift = (None if t is None else context.vector(t) for t in (step.scale, step.shift))
     return weights.scale(scale, step.x_step if step.inputs[0].codes else 1.0), shift
 
@@ -135,7 +135,7 @@ def _ours_block(step: p.QuantizedBlock, size: Size, context: base.Context, packe
 
 
 def _norms(step: p.QuantizedBlock, weights: Weights, context: base.Context) -> list[Tensor]:
-    """Scale and shift of both convolutions, the steps of codes in the scales."""
+    """Scale and shift of both convolutions, with the quantization steps included in the scales."""
     scale1, shift1, scale2, shift2 = context.vectors(*base.norms(step))
     return [weights.scale(scale1, step.x_step), shift1, weights.scale(scale2, step.hidden_step), shift2]
 
@@ -211,7 +211,7 @@ def _write(step: p.QuantizedConv | p.QuantizedBlock, result: Tensor, outputs: Se
 
 
 def _their_time(step: p.QuantizedConv | p.QuantizedBlock, size: Size, context: base.Context) -> float:
-    """A convolution in float32, what comes before and after it in passes over memory."""
+    """Time of a convolution in float32, and of passes over memory before and after it."""
     problem = dataclasses.replace(base.problem_of(step, size, context), dtype=torch.float32)
     wide = 2 * step.output.bytes(*size, torch.float32)
     return cost.library_conv(problem, "tf32", context.gpu) + cost.passes(7 * wide, context.gpu, 7)

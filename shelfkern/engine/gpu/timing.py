@@ -1,4 +1,4 @@
-"""What a tuner times: a step's algorithms on random tensors of its shapes."""
+"""Candidates for a tuner: a step's algorithms on random tensors of its shapes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def key_of(step: p.Step, size: Size, context: Context) -> str:
 
 
 def candidate(step: p.Step, algorithm: Algorithm, size: Size, context: Context) -> Candidate:
-    """One algorithm on tensors of its own, for a tuner."""
+    """One algorithm with its own tensors, for a tuner."""
 
     def drawn(value: p.Value) -> Tensor:
         return problem.random_value(value, size, context.dtype, context.device)
@@ -42,9 +42,9 @@ def candidate(step: p.Step, algorithm: Algorithm, size: Size, context: Context) 
 
 
 def compile_ahead(candidates: Sequence[Candidate], device: torch.device, threads: int) -> None:
-    """Runs each candidate once, several at a time, so that Triton compiles them beside each other.
+    """Runs each candidate once, several at a time, so that Triton compiles them in parallel.
 
-    One that fails is not complained of here: whoever runs it next is told.
+    Failures are ignored here: they will be raised again by the next run.
     """
 
     def run(candidate: Candidate) -> None:
@@ -57,9 +57,9 @@ def compile_ahead(candidates: Sequence[Candidate], device: torch.device, threads
 
 
 def tuner_of(device: torch.device, tune: bool | float) -> Tuner:
-    """A tuner for a device, which times if `tune`; for emulated kernels one that remembers nothing.
+    """A tuner for a device, which times if `tune` is set; for emulated kernels without a cache.
 
-    tune: whether it may, or seconds for which it may.
+    tune: whether it may time, or for how many seconds.
     """
     if device.type != "cuda":
         return Tuner(TuneCache(None, {}), None)
