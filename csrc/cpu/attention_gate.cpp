@@ -2,14 +2,14 @@
 #include "codes.h"
 #include "dtypes.h"
 
-// exp from libm: nothing of the standard library is instantiated here.
+// exp from libm: the standard library's templates must not be instantiated here.
 #include <math.h>
 
 namespace shelfkern {
 namespace SHELFKERN_ISA {
 namespace {
 
-// Pixels summed in float32 by one task. Few, since the pieces are added in float64; fixed, and the
+// Pixels per task, summed in float32. Few, since the pieces are added in float64; the size is fixed and the
 // pieces are added in order, so that the result does not depend on the number of threads.
 constexpr int64_t kPiece = 64;
 

@@ -1,25 +1,24 @@
 #include "../common/parallel.h"
 #include "dtypes.h"
 
-// sqrt from libm: nothing of the standard library is instantiated here.
+// sqrt from libm: the standard library's templates must not be instantiated here.
 #include <math.h>
 
 namespace shelfkern {
 namespace SHELFKERN_ISA {
 namespace {
 
-// Pixels summed in float32 by one task, which still fit the second-level cache when they are read again.
-// Fixed, and the pieces are added in order in float64, so that the result does not depend on the number of
-// threads.
+// Pixels per task, summed in float32, which still fit in L2 when they are read again. The size is fixed, and
+// the pieces are added in order in float64, so that the result does not depend on the number of threads.
 constexpr int64_t kPiece = 64;
-// Pixels that are summed in registers before they join their piece's sum in memory.
+// Pixels that are summed in registers before they are added to their piece's sum in memory.
 constexpr int64_t kRun = 8;
-// Channels that are summed side by side: four cache lines of a pixel.
+// Channels that are summed together: four cache lines of a pixel.
 constexpr int64_t kBlock = 64;
-// Channels whose bits are stored together.
+// Channels whose mask bits are stored together.
 constexpr int kGroup = 16;
 
-// The pixels of an N x hw image stack in pieces, none across two images.
+// The n x hw pixels in pieces, none of which spans two images.
 struct Pieces {
     int64_t hw, an_image, count;
 
@@ -33,7 +32,7 @@ struct Pieces {
     }
 };
 
-// One bit a lane of 16 values that are all ones or zero, the first lane lowest.
+// One bit per lane of 16 lanes that are all ones or zero, the first lane lowest.
 inline uint32_t bits_of(const vi* masks) {
     uint8_t bytes[kGroup];
     for (int l = 0; l < kGroup / kLanes; ++l) {
@@ -42,7 +41,7 @@ inline uint32_t bits_of(const vi* masks) {
     }
     uint64_t halves[2];
     std::memcpy(halves, bytes, sizeof(halves));
-    // The product's highest byte gathers the lowest bits of eight bytes.
+    // The product's highest byte collects the lowest bits of eight bytes.
     constexpr uint64_t kGather = 0x0102040810204080;
     return static_cast<uint32_t>(halves[0] * kGather >> 56 | halves[1] * kGather >> 56 << 8);
 }
@@ -75,8 +74,8 @@ inline void add_block(const T* x, int64_t pixels, int64_t c, int64_t i, float* s
     for (int v = 0; v < V; ++v) store(sums + i + v * kLanes, load(sums + i + v * kLanes) + sum[v]);
 }
 
-// The same for all channels: kRun pixels at a time, for a sum in memory waits for the store before, and a sum
-// of sums is rounded less often.
+// As above for all channels: kRun pixels at a time, because a sum in memory waits for the previous store, and
+// blocked sums are rounded less often.
 template <typename T, typename Body>
 inline void add_over_pixels(const T* x, int64_t pixels, int64_t c, float* sums, const Body& body) {
     for (int64_t done = 0; done < pixels; done += kRun, x += kRun * c) {
@@ -104,7 +103,7 @@ struct SquaredDistance {
     float operator()(float v, int64_t i) const { return (v - mean[i]) * (v - mean[i]); }
 };
 
-// Mean of a piece, and the sum of squared distances from it.
+// Mean of a piece, and the sum of squared deviations from it.
 template <typename T>
 void moments_of_piece(const T* x, int64_t pixels, int64_t c, float* mean, float* squares) {
     for (int64_t i = 0; i < c; ++i) mean[i] = squares[i] = 0;
@@ -114,7 +113,7 @@ void moments_of_piece(const T* x, int64_t pixels, int64_t c, float* mean, float*
     add_over_pixels(x, pixels, c, squares, SquaredDistance{mean});
 }
 
-// The pieces' moments as all pixels': for channels [from, to).
+// Merges the pieces' moments into those of all pixels, for channels [from, to).
 void merge_moments(const Pieces& pieces, const float* means, const float* squares, int64_t c, int64_t from,
                    int64_t to, float* mean, float* var) {
     double total[kBlock] = {}, square[kBlock] = {};
@@ -150,8 +149,8 @@ void find_moments(const BnActDropout& a, const Pieces& pieces, float* means) {
     });
 }
 
-// What the pixels of one image need, by value: what is reached through memory would be read again after
-// every store.
+// Parameters of one image's pixels, by value: values reached through memory would be reloaded after every
+// store.
 template <typename T>
 struct Apply {
     const T *x, *residual;
@@ -229,7 +228,7 @@ void forward(const BnActDropout& a) {
     });
 }
 
-// The gradient before the activation, and x - mean, of pixels of one image; by value as Apply.
+// The gradient of the activation's argument, and x - mean, for pixels of one image; by value like Apply.
 template <typename T>
 struct Gradient {
     const T *grad, *x;
@@ -261,7 +260,7 @@ struct Gradient {
         }
     }
 
-    // Channel i.
+    // Channel i alone.
     void one(int64_t pixel, int64_t i, float* g, float* apart) const {
         *g = load_one(grad + pixel * c + i);
         if (noise) *g *= noise[i];
@@ -270,8 +269,8 @@ struct Gradient {
     }
 };
 
-// Adds the gradient before the activation to sums, and its products with x - mean to products: of pixels
-// from first, for G groups of channels from i.
+// Adds the gradient of the activation's argument to sums, and its products with x - mean to products: for
+// pixels from first and G groups of channels from i.
 template <int G, typename T>
 inline void add_gradient_block(const Gradient<T>& gradient, int64_t first, int64_t pixels, int64_t i,
                                float* sums, float* products) {
@@ -294,7 +293,7 @@ inline void add_gradient_block(const Gradient<T>& gradient, int64_t first, int64
     }
 }
 
-// The same for all channels.
+// As above for all channels.
 template <typename T>
 void add_gradients(const Gradient<T> gradient, int64_t first, int64_t pixels, float* sums, float* products) {
     int64_t i = 0;
@@ -343,8 +342,8 @@ void write_gradients(const Gradient<T> gradient, int64_t first, int64_t pixels, 
     }
 }
 
-// Gradients of bias and weight: sums of the gradient before the activation, and of its products with
-// x - mean over the standard deviation.
+// Gradients of bias and weight: sums of the gradient of the activation's argument, and of its products with x
+// - mean, divided by the standard deviation.
 template <typename T>
 void find_sums(const BnActDropoutBackward& a, const Pieces& pieces, float* scratch) {
     parallel_for(a.threads, pieces.count, [&](int64_t piece) {
@@ -377,7 +376,7 @@ void backward(const BnActDropoutBackward& a) {
     const Pieces pieces(a.n, a.hw);
     float* scratch = static_cast<float*>(thread_scratch(0, (2 * pieces.count + 3) * a.c * 4));
     find_sums<T>(a, pieces, scratch + 3 * a.c);
-    // scale * (g - mean of g - normalised x * mean of their product), as products with g and x - mean.
+    // scale * (g - mean of g - normalised x * mean of their product), as a linear function of g and x - mean.
     float *scale = scratch, *shift = scale + a.c, *slope = shift + a.c;
     const float count = static_cast<float>(a.n * a.hw);
     for (int64_t i = 0; i < a.c; ++i) {

@@ -1,4 +1,4 @@
-// Activations in unsigned codes of 8 bits.
+// Loads and stores of uint8 activations.
 #pragma once
 
 #include "vec.h"
@@ -10,7 +10,7 @@
 namespace shelfkern {
 namespace SHELFKERN_ISA {
 
-// Compilers take bytes to vectors of 32 bits, and back, lane by lane: 50 instructions where there is one.
+// Compilers convert between bytes and 32-bit lanes one by one: 50 instructions instead of one.
 static inline vf load(const uint8_t* p) {
 #if defined(__AVX512F__)
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -24,10 +24,10 @@ static inline vf load(const uint8_t* p) {
 }
 static inline float load_one(const uint8_t* p) { return *p; }
 
-// The nearest codes, ties to even, within [0, 255]; NaN becomes 0.
+// Rounds to nearest, ties to even, clamped to [0, 255]; NaN becomes 0.
 static inline void store(uint8_t* p, vf v) {
 #if defined(__AVX512F__)
-    // What is too large to be a whole number becomes 2^31, which saturates too.
+    // Values too large for an int32 become 2^31, which also saturates.
     const __m512i whole = _mm512_cvtps_epi32(_mm512_max_ps((__m512)v, _mm512_setzero_ps()));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtusepi32_epi8(whole));
 #elif defined(__AVX2__)

@@ -9,11 +9,11 @@ namespace shelfkern {
 namespace SHELFKERN_ISA {
 namespace {
 
-// One chunk of a strip and its sums: half of an L2, of 512 KiB or with AVX-512 1 MiB, beside the weights
-// that pass by.
+// Size of one chunk of a strip and its sums: half of an L2, of 512 KiB or with AVX-512 1 MiB, leaving room
+// for the weights that stream by.
 constexpr int64_t kStripBytes = kMaxPanels == 1 ? 224 * 1024 : 448 * 1024;
 
-// Elements to words, the last one filled up with zeros.
+// Packs elements into words, zero-filling the last one.
 void pack_channels(const float* from, Float32::Word* to, int64_t count) {
     std::memcpy(to, from, count * sizeof(float));
 }
@@ -43,13 +43,13 @@ void fill(Word* to, int64_t count, Word zero) {
     for (int64_t i = 0; i < count; ++i) to[i] = zero;
 }
 
-// What stands for 0 outside the image.
+// The padding value outside the image.
 template <typename P>
 typename P::Word outside(const Conv& a) {
     return std::is_same<P, Int8>::value ? static_cast<typename P::Word>(a.x_zero * 0x01010101u) : 0;
 }
 
-// `count` pixels of a row, side by side where all their channels are.
+// `count` pixels of a row, as one run where they are contiguous.
 template <typename P, typename X>
 void pack_pixels(const X* from, typename P::Word* to, int64_t count, int64_t c, int64_t width,
                  int64_t channels) {
@@ -85,13 +85,13 @@ void pack_strip(const Conv& a, const Shape& s, const X* image, int64_t first_row
     }
 }
 
-// How the output is cut into tasks: strips of rows, and groups of weight panels.
+// How the output is divided into tasks: strips of rows, and groups of weight panels.
 struct Cut {
     int64_t rows, strips, groups, panels;
 };
 
-// Every task reads its strip of the input and its group of the weights: of the cuts with enough tasks
-// for the threads, the one that reads least.
+// Each task reads its strip of the input and its group of the weights: of the cuts with enough tasks for the
+// threads, the one that reads least.
 Cut cut(const Conv& a, const Shape& s) {
     const int64_t panels = divide_up(a.out_c, kPanel);
     const int64_t sums = s.chunks() > 1 ? a.out_w * kMaxPanels * kPanel : 0;
@@ -113,7 +113,7 @@ Cut cut(const Conv& a, const Shape& s) {
     return best;
 }
 
-// A 1x1 convolution reads an input whose pixels are whole words where it is.
+// A 1x1 convolution reads its input in place if the pixels are whole words.
 template <typename P, typename X>
 bool used_in_place(const Conv& a, const Shape& s) {
     if (sizeof(X) * P::kElements != 4 || a.c % P::kElements) return false;
@@ -121,7 +121,7 @@ bool used_in_place(const Conv& a, const Shape& s) {
            (a.out_w - 1) * a.stride < a.w;
 }
 
-// The strip of one task as the product's words.
+// The strip of one task, in the product's words.
 template <typename P, typename X>
 Input<P> input_of(const Conv& a, const Shape& s, int64_t n, int64_t y, int64_t out_rows) {
     using Word = typename P::Word;
@@ -173,7 +173,7 @@ void conv_bn_act(const Conv& args) {
         case Product::int8:
             return run<Int8, uint8_t>(args);
         case Product::int16:
-            return;  // only Winograd's kernels multiply it
+            return;  // int16 is only for Winograd's kernels
     }
 }
 

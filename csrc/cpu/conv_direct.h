@@ -1,11 +1,11 @@
 // Direct convolution on packed strips, the core of conv_bn_act and stem.
 //
 // A strip of input rows is copied once into thread scratch with its zero borders, as words of one float32,
-// two bfloat16 or four codes (product.h), a chunk of channels at a time: [chunk][row][column][word]. In it
-// the kernel_w taps of one kernel row are kernel_w * chunk consecutive words, so a convolution is kernel_h
-// dot products of that run for every pixel, and an output tile is a small matrix product: pixels x panels
-// of 16 channels, kept in registers. Sums pass from chunk to chunk through scratch, so that one chunk of
-// weights stays in cache while the strip's pixels go by.
+// two bfloat16 or four uint8 values (product.h), one chunk of channels at a time: [chunk][row][column][word].
+// There the kernel_w taps of one kernel row are kernel_w * chunk consecutive words, so a convolution is
+// kernel_h dot products of such runs for every pixel, and an output tile is a small matrix product: pixels x
+// panels of 16 channels, kept in registers. Sums pass from chunk to chunk through scratch, so that one chunk
+// of weights stays in cache while the strip's pixels stream by.
 #pragma once
 
 #include <type_traits>
@@ -20,11 +20,11 @@ namespace SHELFKERN_ISA {
 constexpr int kPanel = 16;  // output channels in a weight panel
 constexpr int kPanelVectors = kPanel / kLanes;
 
-// The shape of a register tile, pixels x panels. Each step of its product loads `panels` panels of
-// weights and one number a pixel; a core that loads as many vectors a cycle as it multiplies stalls
-// unless these are far fewer than the products, so tiles are near square. The sums leave registers for
-// the weights and one broadcast: 12 of 16 registers, 24 of 32. Measured with AVX-512, one thread, in
-// GFLOP/s: 24 x 1 86, 12 x 2 135, 8 x 3 176, 6 x 4 176.
+// Shape of a register tile, pixels x panels. Each step of its product loads `panels` vectors of weights and
+// one number per pixel; a core that loads as many vectors per cycle as it multiplies stalls unless loads are
+// far fewer than products, so tiles are near square. The sums leave registers for the weights and one
+// broadcast: 12 of 16 registers, 24 of 32. Measured with AVX-512, one thread, in GFLOP/s: 24 x 1 86, 12 x 2
+// 135, 8 x 3 176, 6 x 4 176.
 #if defined(__AVX512F__)
 constexpr int kMaxPanels = 4;
 constexpr int tile_pixels(int panels) { return panels == 4 ? 6 : panels == 3 ? 8 : 12; }
@@ -33,7 +33,7 @@ constexpr int kMaxPanels = 1;
 constexpr int tile_pixels(int) { return 12 / kPanelVectors; }
 #endif
 
-// One chunk of a strip, and where its sums go.
+// One chunk of a strip, and the location of its sums.
 template <typename P>
 struct TileOf {
     const typename P::Word* input;   // first pixel, first tap
@@ -43,7 +43,7 @@ struct TileOf {
     int64_t weight_panel;            // words between panels
     int64_t kernel_h, run;
     typename P::Scalar* sums;         // pixels x panels x 16, carried between chunks
-    const typename P::Scalar* start;  // panels x 16, what sums begin with; or null, zeros
+    const typename P::Scalar* start;  // panels x 16, initial value of the sums; null: zeros
     bool first, last;                 // chunk
 };
 
@@ -84,8 +84,8 @@ static inline __attribute__((always_inline)) void accumulate(const TileOf<P>& ti
     out = sums;
 }
 
-// Adds the sums of the chunks before. Each chunk is summed from zero: one running sum of thousands of
-// products would lose several times more to rounding than sums of blocks.
+// Adds the sums of the previous chunks. Each chunk is summed from zero: one running sum of thousands of
+// products would have several times the rounding error of blocked sums.
 template <typename P, int kPixels, int kPanels>
 static inline void add_carried(const TileOf<P>& tile, Sums<kPixels, kPanels, typename P::Sum>& sums) {
     constexpr int kVectors = kPanels * kPanelVectors;
@@ -107,19 +107,19 @@ static inline T* moved(T* p, int64_t elements) {
     return p ? p + elements : nullptr;
 }
 
-// What is done with a tile's sums: scale, shift, residual, activation and skip of its output channels, of
-// which there are `channels`. Of codes, which are uint8, to codes or to floats:
+// The epilogue of a tile: scale, shift, residual, activation and skip, for `channels` output channels. From
+// uint8, to uint8 or to float32:
 // act(scale * sum + shift + residual_scale * residual) + skip_scale * skip + bias.
 template <typename T>
 struct Epilogue {
-    const float *scale, *shift;  // or null; of codes of whole panels
-    const T *residual, *skip;    // of the first pixel, or null
+    const float *scale, *shift;  // or null; for uint8 in whole panels
+    const T *residual, *skip;    // at the first pixel, or null
     T* out;
     int64_t row, pixel;  // elements between rows and pixels in out, residual and skip
     int channels;
     float slope;
-    // Of codes.
-    float* floats;  // what is written where out is null
+    // For uint8 only.
+    float* floats;  // output where out is null
     float residual_scale, skip_scale, bias;
 
     Epilogue of_channels(int64_t first, int64_t count) const {
@@ -139,7 +139,7 @@ struct Epilogue {
     }
 };
 
-// Of a Conv or a Winograd: all channels of whole images.
+// For a Conv or a Winograd: all channels of whole images.
 template <typename T, typename Args>
 static Epilogue<T> epilogue_of(const Args& a) {
     Epilogue<T> e{};
@@ -160,7 +160,7 @@ static Epilogue<T> epilogue_of(const Args& a) {
 static inline vf as_floats(vi sum) { return __builtin_convertvector(sum, vf); }
 static inline vf as_floats(vf sum) { return sum; }
 
-// One pixel's `count` channels, whose place is `at`, of what has been scaled and shifted.
+// Finishes `count` channels of one pixel at `at`, from scaled and shifted values.
 template <typename T>
 static inline __attribute__((always_inline)) void finish_channels(vf y, int64_t at, int count,
                                                                   const Epilogue<T>& e) {
@@ -170,7 +170,7 @@ static inline __attribute__((always_inline)) void finish_channels(vf y, int64_t 
     store_up_to(e.out + at, y, count);
 }
 
-// Whether to saturate is all that the activation of codes does.
+// Whether saturation alone implements the activation of uint8.
 static inline bool saturates(const Epilogue<uint8_t>& e) {
     return e.out && e.slope == 0 && e.bias == 0 && !e.skip;
 }
@@ -194,7 +194,7 @@ static inline __attribute__((always_inline)) void finish_channels(vf y, int64_t 
     finish_codes(y, at, count, saturates(e), e);
 }
 
-// The epilogue of sums [pixel][vector], for any tile: compiled once, not for each shape of a tile.
+// The epilogue of sums [pixel][vector], for any tile: compiled once, not for each tile shape.
 template <typename Scalar, typename T>
 static __attribute__((noinline)) void finish_sums(const Scalar* sums, int pixels, int vectors,
                                                   const Epilogue<T>& e) {
@@ -231,9 +231,9 @@ static inline __attribute__((always_inline)) void finish_in_registers(const Sums
     }
 }
 
-// Where a pixel has few input channels, to store the sums and load them again would take as long as half of
-// their products: the tiles of most layers are finished in registers. Of all tiles it would be too much code.
-// Floats win nothing by it.
+// With few input channels per pixel, storing and reloading the sums would take half as long as their
+// products: the tiles of most layers are finished in registers. Doing so for all tiles would be too much
+// code. Float outputs gain nothing from it.
 template <int kPixels, int kPanels>
 static inline void finish(const Sums<kPixels, kPanels, vi>& sums, const Epilogue<uint8_t>& e) {
     if (kPanels > 2 && e.channels == kPanels * kPanel) {
@@ -243,8 +243,8 @@ static inline void finish(const Sums<kPixels, kPanels, vi>& sums, const Epilogue
     finish_sums(reinterpret_cast<const int32_t*>(sums.v), kPixels, kPanels * kPanelVectors, e);
 }
 
-// A tile's residual, on its way while the tile is multiplied: its pixels are too far apart for the CPU to
-// foresee them. Of ShelfNet50's 1x1 convolutions with a residual it saves 2 to 4 % in float32, 6 to 13 % in
+// Prefetches a tile's residual while the tile is multiplied: its pixels are too far apart for the hardware
+// prefetcher. In ShelfNet50's 1x1 convolutions with a residual it saves 2 to 4 % in float32, 6 to 13 % in
 // bfloat16.
 template <int kPixels, typename T>
 static inline void fetch_residual(const Epilogue<T>& e) {
@@ -288,17 +288,18 @@ struct Shape {
     int64_t input_rows(int64_t out_rows) const { return (out_rows - 1) * stride + kernel_h; }
 };
 
-// A packed strip, or with strides an input used in place, its chunks side by side in every pixel.
+// A packed strip, or with strides an input used in place, with the chunks of each pixel adjacent.
 template <typename P>
 struct Input {
     const typename P::Word* data;
-    // Words between input rows, and between neighbouring output pixels; 0 for a packed strip, where they
-    // follow from the chunk's width.
+    // Words between input rows, and between adjacent output pixels; 0 for a packed strip, where they follow
+    // from the chunk's width.
     int64_t row, pixel;
-    const typename P::Scalar* start;  // of each output channel, what its sums begin with; or null
+    const typename P::Scalar* start;  // per output channel, initial value of the sums; or null
 };
 
-// One chunk of `out_rows` output rows, for kPanels panels from output channel `oc`; `o` is of the strip.
+// One chunk of `out_rows` output rows, for kPanels panels from output channel `oc`; `o` is the strip's
+// epilogue.
 template <int kPanels, typename P, typename E>
 static void convolve_chunk(const Shape& s, TileOf<P> tile, int64_t out_rows, int64_t oc,
                            typename P::Scalar* sums, const E& o) {
@@ -307,7 +308,7 @@ static void convolve_chunk(const Shape& s, TileOf<P> tile, int64_t out_rows, int
     const E of_panels = o.of_channels(oc, s.out_c - oc < kPanels * kPanel ? s.out_c - oc : kPanels * kPanel);
     for (int64_t y = 0; y < out_rows; ++y) {
         for (int64_t t = 0; t < tiles; ++t) {
-            // Tiles of nearly equal size: a narrow last one would waste most of the registers.
+            // Tiles of nearly equal size: a narrow last one would leave most registers unused.
             const int64_t x = t * s.out_w / tiles, next = (t + 1) * s.out_w / tiles;
             tile.input = chunk + y * s.stride * tile.input_row + x * tile.input_pixel;
             tile.sums = sums + (y * s.out_w + x) * kPanels * kPanel;
@@ -352,7 +353,7 @@ static void convolve_panels(const Shape& s, const Input<P>& input, int64_t out_r
     }
 }
 
-// The same for the weight panels [begin, end), in groups of nearly equal size.
+// As above, for the weight panels [begin, end), in groups of nearly equal size.
 template <typename P, typename E>
 static void convolve_strip(const Shape& s, const Input<P>& input, int64_t out_rows, int64_t begin,
                            int64_t end, const typename P::Word* weight, typename P::Scalar* sums,

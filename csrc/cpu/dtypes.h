@@ -1,4 +1,4 @@
-// From an element type known at run time to one known to the compiler.
+// Dispatch from a dtype known at run time to an element type known at compile time.
 #pragma once
 
 #include "kernels.h"
@@ -14,7 +14,7 @@ constexpr DType kDType<bf16> = DType::bf16;
 template <>
 constexpr DType kDType<uint8_t> = DType::u8;
 
-// Gives body(T{}) for the T among those an op takes that `dtype` is; for the last without asking.
+// Returns body(T{}) for the one of an op's types that matches `dtype`; the last is used without a check.
 template <typename T, typename... Others, typename Body>
 static inline auto with_type(DType dtype, const Body& body) {
     if constexpr (sizeof...(Others) > 0) {

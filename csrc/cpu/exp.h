@@ -11,7 +11,7 @@ static inline vf power_of_two(vi n) { return (vf)((vu)(n + 127) << 23); }
 
 // e^v within 1.1 ulp for every float, subnormal results included; NaN stays NaN.
 static inline vf exp(vf v) {
-    // Beyond these the result is infinity or 0 whatever v; comparisons with NaN are false.
+    // Beyond these limits the result is infinity or 0 in any case; comparisons with NaN are false.
     v = v > splat(89.0f) ? splat(89.0f) : v;
     v = v < splat(-104.0f) ? splat(-104.0f) : v;
     // v = n ln 2 + r.
@@ -25,7 +25,7 @@ static inline vf exp(vf v) {
     q = q * r + splat(0x1.555490p-3f);
     q = q * r + splat(0x1.fffffcp-2f);
     const vf power = (q * r * r + r) + splat(1.0f);
-    // In two steps, because 2^128 and 2^-150 are no floats.
+    // In two steps, because 2^128 and 2^-150 are not floats.
     const vi n = whole_int(scaled), half = n >> 1;
     return power * power_of_two(half) * power_of_two(n - half);
 }

@@ -6,19 +6,19 @@
 namespace shelfkern {
 namespace SHELFKERN_ISA {
 
-// The full-size coordinates from `begin` that read one low-resolution coordinate, their weights from `at`.
+// The full-size coordinates from `begin` that read one low-resolution coordinate; weights start at `at`.
 struct Support {
     int64_t begin, count, at;
 };
 
-// Those of a whole axis. They are in this thread's scratch memory, in the slot they were made for.
+// Supports of a whole axis, in the given slot of this thread's scratch memory.
 struct Supports {
     Support* of;
     float* weights;
 };
 
-// Of the first `shown` of `full` coordinates. Weights of 0 are left out at the ends, where a gradient that is
-// not finite would meet them.
+// For the first `shown` of `full` coordinates. Zero weights at the ends are dropped, because they would meet
+// non-finite gradients.
 static inline Supports make_supports(int slot, int64_t extent, int64_t full, int64_t shown,
                                      bool align_corners) {
     const int64_t bytes = extent * static_cast<int64_t>(sizeof(Support));
@@ -28,7 +28,7 @@ static inline Supports make_supports(int slot, int64_t extent, int64_t full, int
     const auto visit = [&](const auto& add) {
         for (int64_t at = 0; at < shown; ++at) {
             const Tap t = tap(at, extent, full, align_corners);
-            // At an edge both taps are one coordinate.
+            // At an edge both taps are the same coordinate.
             const float second = t.next == t.first ? 0 : t.fraction;
             if (second < 1) add(supports.of[t.first], at, 1 - second);
             if (second > 0) add(supports.of[t.next], at, second);

@@ -8,7 +8,7 @@ namespace SHELFKERN_ISA {
 
 // ln v within 1 ulp or so for positive, normal, finite v; NaN stays NaN.
 static inline vf log(vf v) {
-    // v = 2^n m, with m from sqrt(1/2) to sqrt(2), so that values about 1 lose no digits.
+    // v = 2^n m, with m from sqrt(1/2) to sqrt(2), so that values near 1 lose no precision.
     const vi n = ((vi)v - 0x3f3504f3) >> 23;
     const vf m = (vf)((vi)v - (n << 23));
     // ln m = 2 artanh(s), whose series ends here with a relative error of 2e-9: s^2 is below 0.0295.

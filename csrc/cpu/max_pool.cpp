@@ -9,10 +9,10 @@ namespace {
 
 constexpr int64_t kSide = 3;
 
-// Taps of a window of 3 from 2 * at - 1 that lie within an axis.
+// Taps of the 3-wide window from 2 * at - 1 that lie within an axis.
 Span taps_within(int64_t at, int64_t size) { return {at == 0 ? 1 : 0, min(kSide, size - 2 * at + 1)}; }
 
-// The largest of a window, the last NaN if there is one, and its tap, which starts as the first.
+// The largest value of a window, the last NaN if there is any, and its tap, initially the first.
 struct Largest {
     vf value = splat(-__builtin_inff());
     vi tap;
@@ -50,7 +50,7 @@ void pool_row(const MaxPool& a, int64_t task) {
     }
 }
 
-// The windows that hold a position of an axis, with the tap that it is to each.
+// The windows that contain a position of an axis, and its tap in each.
 struct Windows {
     int64_t at[2], tap[2], count = 0;
 

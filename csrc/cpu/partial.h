@@ -1,4 +1,4 @@
-// Vectors of which memory has only the first `count` lanes: the last channels of a pixel.
+// Vectors of which only the first `count` lanes exist in memory: the last channels of a pixel.
 #pragma once
 
 #include "codes.h"

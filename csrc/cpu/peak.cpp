@@ -1,4 +1,4 @@
-// The machine's limit: products of registers, with nothing to load or store.
+// The machine's peak rate: products of registers, without loads or stores.
 #include <chrono>
 #include <vector>
 
@@ -12,7 +12,7 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// Independent sums, enough to hide a product's latency; they and the factors are all registers.
+// Independent sums, enough to hide a product's latency; they and the factors all fit in registers.
 #if defined(__AVX512F__)
 constexpr int kSums = 24;
 #define SHELFKERN_REGISTER "+v"
@@ -22,7 +22,7 @@ constexpr int kSums = 12;
 #endif
 constexpr int64_t kRepeats = 20000;
 
-// Operations of one call.
+// Operations per call.
 template <typename P>
 double multiply() {
     using Sum = typename P::Sum;
@@ -33,7 +33,7 @@ double multiply() {
 #pragma GCC unroll 24
         for (int s = 0; s < kSums; ++s) {
             sums[s] = P::add(sums[s], 1, w);
-            asm volatile("" : SHELFKERN_REGISTER(sums[s]));  // or the compiler would see that all are equal
+            asm volatile("" : SHELFKERN_REGISTER(sums[s]));  // hides from the compiler that all are equal
         }
     }
     return 2.0 * kRepeats * kSums * kLanes * P::kElements;

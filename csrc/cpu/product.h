@@ -1,8 +1,7 @@
-// Products of 32-bit words, the step that convolutions repeat: one word of an input, which holds one float,
-// two bfloat16, two whole numbers of 16 bits or four codes of 8 bits, times a word of weights in every lane,
-// added to the lanes' sums.
+// Products of 32-bit words, the inner step of convolutions: one word of the input, holding one float, two
+// bfloat16, two int16 or four uint8 values, times a word of weights in every lane, added to the lanes' sums.
 //
-// Each runs on every instruction set; without instructions of its own it takes several.
+// Each runs on every instruction set; without dedicated instructions it takes several.
 #pragma once
 
 #include "vec.h"
@@ -43,7 +42,7 @@ struct Bfloat16 {
     }
 };
 
-// Sums of two products of 16 bits in every lane.
+// Sum of two 16-bit products in every lane.
 static inline vi dot(vs a, vs b) {
 #if defined(__AVX512BW__)
     return (vi)_mm512_madd_epi16((__m512i)a, (__m512i)b);
@@ -57,7 +56,7 @@ static inline vi dot(vs a, vs b) {
 #endif
 }
 
-// Two whole numbers, the first in the low half.
+// Two int16, the first in the low half.
 struct Int16 {
     using Word = uint32_t;
     using Weights = vu;
@@ -74,7 +73,7 @@ struct Int16 {
     }
 };
 
-// Four codes: those of the input from 0 to 255, those of the weights from -128 to 127.
+// Four 8-bit values: inputs from 0 to 255, weights from -128 to 127.
 struct Int8 {
     using Word = uint32_t;
     using Weights = vu;
@@ -86,7 +85,7 @@ struct Int8 {
 #if defined(__AVX512VNNI__)
         return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)splat_word(x), (__m512i)w);
 #else
-        // Products of 16 bits do not saturate, as those of 8 bits would: bytes 0 and 2, then 1 and 3.
+        // 16-bit products do not saturate, unlike 8-bit ones: bytes 0 and 2, then 1 and 3.
         const vs even = (vs)(w << 8) >> 8, odd = (vs)w >> 8;
         sum += dot((vs)splat_word(x & 0x00ff00ff), even);
         return sum + dot((vs)splat_word(x >> 8 & 0x00ff00ff), odd);

@@ -6,13 +6,13 @@ namespace shelfkern {
 namespace SHELFKERN_ISA {
 namespace {
 
-// Elements of one task: enough to be worth a thread's while.
+// Elements per task: enough to amortise starting a thread.
 constexpr int64_t kTask = 32 * 1024;
 
 void store_codes(const Quantize& a, vf v, uint8_t* to, int64_t count) {
     v = v * splat(a.codes_scale);
     v = v == v ? v : vf{};
-    // Of codes with signs, to which zero may not cost digits.
+    // For signed results: adding zero must not cost precision.
     if (a.sign) v = whole_float(v);
     uint8_t codes[kLanes];
     store(codes, v + splat(a.zero));

@@ -1,8 +1,8 @@
-// The bilinear resize that upsample_bilinear, upsample_argmax and upsample_softmax_sum share.
+// The bilinear resize shared by upsample_bilinear, upsample_argmax and upsample_softmax_sum.
 //
-// A row of the result is made in two steps: the two source rows are blended once, class by class, into
-// a short row; then every vector of neighbouring result pixels picks its sources out of a few
-// consecutive floats of that row by an in-register permutation.
+// A result row is computed in two steps: the two source rows are blended once, class by class, into a short
+// row; then each vector of adjacent result pixels selects its sources from a few consecutive floats of that
+// row by an in-register permutation.
 #pragma once
 
 #include <algorithm>
@@ -38,7 +38,7 @@ static inline Tap tap(int64_t i, int64_t extent, int64_t full, bool align_corner
     return {first, first + 1 < extent ? first + 1 : first, fraction < 1 ? fraction : 1};
 }
 
-// As torch has it, so that infinities meet the same zeros.
+// In torch's form, so that infinities meet the same zeros.
 template <typename V>
 static inline V blend(V from, V to, V fraction) {
     return from * (1 - fraction) + to * fraction;
@@ -49,16 +49,16 @@ struct Columns {
     vi first, next;  // lanes of the kLanes floats from `base`
     vf fraction;
     int64_t base;
-    bool narrow;  // whether kLanes floats reach all of them
+    bool narrow;  // whether kLanes floats contain all of them
 };
 
-// Those of a whole row, and its taps one by one.
+// The taps of a whole row, as vectors and one by one.
 struct ColumnTaps {
     Columns* columns;
     int64_t *first, *next;
 };
 
-// Of results [0, count), the last vector repeating its last: tap_of(x) is where result x reads.
+// For results [0, count), the last vector repeating its last one: tap_of(x) is where result x reads.
 template <typename TapOf>
 static inline void make_columns(int64_t count, const TapOf& tap_of, const ColumnTaps& taps) {
     for (int64_t begin = 0; begin < count; begin += kLanes) {
@@ -79,7 +79,7 @@ static inline void make_columns(int64_t count, const TapOf& tap_of, const Column
     }
 }
 
-// The same in this thread's scratch memory, in the slot given.
+// As above, in the given slot of this thread's scratch memory.
 template <typename TapOf>
 static inline ColumnTaps make_column_taps(int64_t count, const TapOf& tap_of, int slot) {
     const int64_t vectors = (count + kLanes - 1) / kLanes;
@@ -93,7 +93,7 @@ static inline ColumnTaps make_column_taps(int64_t count, const TapOf& tap_of, in
     return taps;
 }
 
-// Of the pixels of a resize's rows.
+// Column taps for the pixels of a resize's rows.
 static inline ColumnTaps make_column_taps(const Resize& a, int slot) {
     const auto tap_of = [&](int64_t x) {
         return tap(a.mirror ? a.full_w - 1 - x : x, a.w, a.full_w, a.align_corners);
@@ -123,7 +123,7 @@ static inline vf resize_columns(const float* row, const Columns& column, const i
     return blend(left, right, column.fraction);
 }
 
-// Floats between the classes' blended rows.
+// Floats between the blended rows of two classes.
 static inline int64_t blended_stride(const Resize& a) { return (a.w + kLanes + 15) / 16 * 16; }
 
 // Blends two source rows (w c) into c rows of w floats.
@@ -141,7 +141,7 @@ static void blend_rows(const Resize& a, const T* scores, int64_t n, int64_t y, f
     }
 }
 
-// Rows of the result in one task.
+// Result rows per task.
 constexpr int64_t kRowsPerTask = 8;
 
 // Calls row(n, y, blended, columns, first, next) for every result row, in parallel.

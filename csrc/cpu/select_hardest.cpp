@@ -1,5 +1,5 @@
-// Which losses online hard example mining keeps: the least of so many greatest by a search over the bits of
-// the losses, then sums. Neither depends on the number of threads.
+// Selects the losses that online hard example mining keeps: the smallest of the `least` greatest, by a search
+// over the bits of the losses, then sums. Neither depends on the number of threads.
 #include <algorithm>
 #include <array>
 #include <vector>
@@ -12,10 +12,10 @@ namespace shelfkern {
 namespace SHELFKERN_ISA {
 namespace {
 
-// Losses in one task.
+// Losses per task.
 constexpr int64_t kBlock = 1 << 16;
 
-// Losses of at least 0 are ordered as their bits are, NaN last, and ignored ones come before all.
+// Non-negative losses have the order of their bits, NaN last; ignored ones come first.
 uint32_t rank_of(float loss) {
     uint32_t bits;
     std::memcpy(&bits, &loss, sizeof(bits));
@@ -30,7 +30,7 @@ float loss_of(uint32_t rank) {
     return loss;
 }
 
-// Calls block(begin, end) for every block, in parallel, and gives their results.
+// Calls block(begin, end) for every block, in parallel, and returns their results.
 template <typename Result, typename Block>
 std::vector<Result> of_blocks(const SelectHardest& a, const Block& block) {
     std::vector<Result> results(static_cast<size_t>((a.count + kBlock - 1) / kBlock));
@@ -39,11 +39,11 @@ std::vector<Result> of_blocks(const SelectHardest& a, const Block& block) {
     return results;
 }
 
-// Digits of a rank, the highest first.
+// Digits of a rank, most significant first.
 constexpr int kDigits = 3, kBits[kDigits] = {11, 11, 10}, kShift[kDigits] = {21, 10, 0};
 using Counts = std::array<int64_t, 1 << 11>;
 
-// The rank of the least of the `least` greatest losses, digit by digit.
+// The rank of the smallest of the `least` greatest losses, digit by digit.
 uint32_t rank_of_last(const SelectHardest& a) {
     uint32_t prefix = 0;
     int64_t wanted = a.least;
@@ -76,7 +76,7 @@ struct Above {
     int64_t above = 0, equal = 0;
 };
 
-// The losses above cutoff; NaN is above everything.
+// Sums the losses above cutoff; NaN is above everything.
 Above add_above(const SelectHardest& a, float cutoff) {
     Above sum;
     for (const Above& part : of_blocks<Above>(a, [&](int64_t begin, int64_t end) {
@@ -108,7 +108,7 @@ Hardest select_hardest(const SelectHardest& a) {
     const Above found = add_above(a, cutoff);
     const double missing = static_cast<double>(a.least - found.above);
     const double share = missing / static_cast<double>(std::max<int64_t>(found.equal, 1));
-    // Ignored pixels fill up with a loss of 0.
+    // Ignored pixels fill the remaining places with a loss of 0.
     const double filled = cutoff > 0 ? missing * static_cast<double>(cutoff) : 0;
     return {cutoff, static_cast<float>(share), found.loss + filled, a.least};
 }

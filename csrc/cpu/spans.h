@@ -1,4 +1,4 @@
-// Whole numbers, and how a range of them is shared out.
+// Integer arithmetic, and the division of a range into parts.
 #pragma once
 
 #include <cstdint>

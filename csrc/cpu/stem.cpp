@@ -11,16 +11,16 @@ namespace SHELFKERN_ISA {
 namespace {
 
 constexpr int64_t kKernel = 7, kStride = 2, kPad = 3;
-// Pooled rows of one task: 2 * 8 + 1 rows of the convolution are made for them, one of them twice.
+// Pooled rows per task: they need 2 * 8 + 1 rows of the convolution, one of which is computed twice.
 constexpr int64_t kPooledRows = 8;
 
-// How a row of pixels lies in words: pixels of three floats or three bfloat16, which words may cut, or of
-// four codes, the last of them unused. The seven pixels of a kernel row begin at a word for every output
-// pixel.
+// Layout of a row of pixels in words: pixels of three floats or three bfloat16, which may straddle words, or
+// of four 8-bit values, the last of them unused. The seven pixels of a kernel row begin at a word for every
+// output pixel.
 template <typename P>
 struct Pixels {
     using Element = typename std::conditional<std::is_same<P, Float32>::value, float, bf16>::type;
-    static constexpr int64_t kElements = 3;  // of a pixel
+    static constexpr int64_t kElements = 3;  // per pixel
 };
 
 template <>
@@ -57,7 +57,7 @@ void read_pixels(StemRows& rows, int64_t y, int64_t count, uint32_t* to) {
     float* row = static_cast<float*>(thread_scratch(2, room * 5));
     uint8_t* codes = reinterpret_cast<uint8_t*>(row + room);
     rows.read(y, count, row);
-    // In every third vector the channels lie alike.
+    // The channels' positions in the vectors repeat every three vectors.
     vf scale[3], shift[3];
     for (int i = 0; i < 3 * kLanes; ++i) {
         scale[i / kLanes][i % kLanes] = rows.of.raw[i % 3];
@@ -94,14 +94,14 @@ void pack_image(StemRows& image, int64_t columns, int64_t first_row, int64_t row
     }
 }
 
-// The rows of features that a row of pooled pixels sees.
+// The rows of features that a row of pooled pixels reads.
 template <typename F>
 struct Window {
     const F* rows[3];
     int count;
 };
 
-// The greatest of up to 3 x 3 pixels, columns x0 to x1, for `count` channels from k.
+// The maximum of up to 3 x 3 pixels, columns x0 to x1, for `count` channels from k.
 template <typename F>
 inline __attribute__((always_inline)) vf greatest(const Window<F>& window, int64_t c, int64_t k, int count,
                                                   int64_t x0, int64_t x1) {
@@ -110,7 +110,7 @@ inline __attribute__((always_inline)) vf greatest(const Window<F>& window, int64
         const F* row = window.rows[y] + k;
         for (int64_t x = x0; x < x1; ++x) {
             const vf v = load_up_to(row + x * c, count);
-            best = ((v > best) | (v != v)) ? v : best;  // NaN wins, as in torch
+            best = ((v > best) | (v != v)) ? v : best;  // NaN propagates, as in torch
         }
     }
     return best;
@@ -148,7 +148,7 @@ void pool_pixel(const Window<uint8_t>& window, int64_t c, int64_t x0, int64_t x1
     }
 }
 
-// Of rows of features, `to`: what is rounded can be rounded before it is pooled.
+// Pools rows of features into `to`: values may be rounded before pooling.
 template <typename F>
 Epilogue<F> epilogue_of(const Stem& a, F* to, int64_t row) {
     Epilogue<F> e{};
@@ -162,8 +162,8 @@ Epilogue<F> epilogue_of(const Stem& a, F* to, int64_t row) {
     return e;
 }
 
-// Rows [begin, end) of pooled pixels. Of features only those that the next row sees are kept, by turns in two
-// pairs of rows, so that they stay in L2.
+// Rows [begin, end) of pooled pixels. Only the feature rows that the next row reads are kept, alternating
+// between two pairs of rows, so that they stay in L2.
 template <typename P, typename T>
 void run_rows(const Stem& a, const ColumnTaps& taps, int64_t n, int64_t begin, int64_t end) {
     using Word = typename P::Word;
@@ -176,7 +176,7 @@ void run_rows(const Stem& a, const ColumnTaps& taps, int64_t n, int64_t begin, i
     pack_image<P>(seen, columns, top, rows, image);
     const int64_t row = a.w / 2 * a.out_c, panels = (a.out_c + kPanel - 1) / kPanel;
     T* const features = static_cast<T*>(thread_scratch(1, 4 * row * static_cast<int64_t>(sizeof(T))));
-    // A kernel row's pixels are the channels of one of its taps.
+    // A kernel row's pixels are the channels of one tap.
     const Shape s{run, run, kKernel, 1, kStride, a.w / 2, a.out_c};
     const auto convolve = [&](int64_t y, int64_t count, T* to) {
         convolve_strip(s, Input<P>{image + (y * kStride - kPad - top) * words, words, pixel, nullptr}, count,

@@ -1,4 +1,4 @@
-// Rows of an image as the stem's convolution sees them: normalised, padded and, where it is asked, enlarged.
+// Rows of an image as the stem's convolution sees them: normalised, padded and, if requested, resized.
 #pragma once
 
 #include <algorithm>
@@ -11,8 +11,8 @@ namespace SHELFKERN_ISA {
 
 static inline bool enlarges(const Stem& a) { return a.padded_h != a.h || a.padded_w != a.w; }
 
-// Where the colours of a row's enlarged pixels read, in this thread's scratch memory; nothing where it is not
-// enlarged.
+// Taps of the colours of a resized row's pixels, in this thread's scratch memory; empty where the image is
+// not resized.
 static inline ColumnTaps stem_taps(const Stem& a, int slot) {
     if (!enlarges(a)) return {};
     const auto tap_of = [&](int64_t i) {
@@ -26,9 +26,9 @@ class StemRows {
    public:
     const Stem& of;
     const bool enlarged;
-    const int64_t rows, columns;  // before those of zeros
+    const int64_t rows, columns;  // without the zero padding
 
-    // Of image n. Uses scratch slots 4 and 5.
+    // For image n. Uses scratch slots 4 and 5.
     StemRows(const Stem& a, const ColumnTaps& taps, int64_t n)
         : of(a),
           enlarged(enlarges(a)),
@@ -44,7 +44,7 @@ class StemRows {
         for (int i = 0; i < 2; ++i) widened_[i] = {memory + i * wide, -1};
     }
 
-    // Pixels of row y as they were given, where they are of 8 bits; else null.
+    // Pixels of row y as given, if they are 8-bit; else null.
     const uint8_t* raw(int64_t y) const {
         if (of.image_dtype != DType::u8 || enlarged) return nullptr;
         return static_cast<const uint8_t*>(of.image) + (n_ * of.image_h + y) * of.image_w * 3;
@@ -71,7 +71,7 @@ class StemRows {
     ColumnTaps taps_;
     int64_t n_;
     float* given_ = nullptr;
-    // A row's neighbours are one of an even number and one of an odd: both are kept for the rows that follow.
+    // Two adjacent rows have one even and one odd index: both are kept for the rows that follow.
     Widened widened_[2];
 
     void read_given(int64_t y, int64_t count, float* to) const {
@@ -92,7 +92,7 @@ class StemRows {
         });
     }
 
-    // Row y of the padded image, as wide as the enlarged one.
+    // Row y of the padded image, resized to the full width.
     const float* widened(int64_t y) {
         Widened& kept = widened_[y & 1];
         if (kept.y == y) return kept.row;

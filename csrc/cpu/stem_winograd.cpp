@@ -1,8 +1,8 @@
 // stem by Winograd's minimal filtering, in float32.
 //
 // The 7x7 convolution of stride 2 is a 4x4 convolution of stride 1 over quads: 2 x 2 pixels of three colours,
-// as twelve channels. In tiles of 4 x 4 outputs it multiplies 7 x 7 times per channel, a quarter of what the
-// direct one does. Tiles are pooled in registers as they are made.
+// as twelve channels. With tiles of 4 x 4 outputs it takes 7 x 7 products per channel, a quarter of the
+// direct convolution's. Tiles are pooled in registers as they are computed.
 #include <algorithm>
 #include <cstring>
 #include <limits>
@@ -17,22 +17,22 @@ namespace SHELFKERN_ISA {
 namespace {
 
 constexpr int kTile = 4, kWindow = 7, kFrequencies = kWindow * kWindow;
-// Of a quad: the colours of its rows' two pixels, one row after the other; and the floats it takes.
+// Colours in one row of a quad's two pixels, in both rows; and floats per quad, padded.
 constexpr int kRowColours = 6, kColours = 2 * kRowColours, kQuad = 16;
-// Output channels of a panel of weights.
+// Output channels in a weight panel.
 constexpr int kPanel = 16;
-// Tiles that are multiplied at once, one in a register each.
+// Tiles that are multiplied at once, each in one register.
 constexpr int kTiles = 6;
-// Rows of quads that are kept: a window's and one more, so that a mask finds them.
+// Rows of quads that are kept: a window's and one more, for indexing by a mask.
 constexpr int kRing = 8;
-// Rows of tiles of one task at least, for the one before the first is made as well.
+// Minimum rows of tiles per task, because the row before the first is computed as well.
 constexpr int64_t kLeastRows = 4;
-// Below all that is pooled.
+// Lowest value, below everything that is pooled.
 constexpr float kLowest = std::numeric_limits<float>::lowest();
 
 // B^T for the points 0, 1, -1, 2, -2, 1/2 and infinity.
 inline __attribute__((always_inline)) void transform_input(const vf (&d)[kWindow], vf (&t)[kWindow]) {
-    vf e[kWindow - 1];  // times x - 1/2, which all rows but the point's own have in common
+    vf e[kWindow - 1];  // times x - 1/2, the common factor of all rows but its own
     for (int i = 0; i < kWindow - 1; ++i) e[i] = d[i + 1] - splat(0.5f) * d[i];
     const vf u = e[3] - splat(4) * e[1], v = e[4] - splat(4) * e[2];
     const vf p = e[3] - e[1], q = e[4] - e[2];
@@ -45,7 +45,7 @@ inline __attribute__((always_inline)) void transform_input(const vf (&d)[kWindow
     t[6] = e[5] - splat(5) * e[3] + splat(4) * e[1];
 }
 
-// A^T for them.
+// A^T for the same points.
 inline __attribute__((always_inline)) void transform_output(const vf (&m)[kWindow], vf (&y)[kTile]) {
     const vf sum1 = m[1] + m[2], difference1 = m[1] - m[2];
     const vf sum2 = m[3] + m[4], difference2 = m[3] - m[4];
@@ -55,7 +55,7 @@ inline __attribute__((always_inline)) void transform_output(const vf (&m)[kWindo
     y[3] = difference1 + splat(8) * difference2 + splat(0.125f) * m[5] + m[6];
 }
 
-// The last where one of them is NaN.
+// The maximum; the last argument if one of them is NaN.
 inline vf greatest(vf a, vf b, vf c) {
     const vf ab = a > b ? a : b;
     return ab > c ? ab : c;
@@ -91,7 +91,7 @@ class Rows {
         line_ = static_cast<float*>(thread_scratch(2, (3 * a.w + kLanes) * 4));
     }
 
-    // Rows [begin, end) of tiles, two of pooled pixels each.
+    // Computes rows [begin, end) of tiles, each two rows of pooled pixels.
     void run(int64_t begin, int64_t end) {
         const int64_t first = begin ? begin - 1 : 0;
         for (int64_t m = kTile * first - 2; m < kTile * first + 1; ++m) read_quads(m);
@@ -112,16 +112,16 @@ class Rows {
     const Stem& a_;
     StemRows image_;
     const int64_t n_, out_h_, out_w_, tiles_, vectors_, row_floats_;
-    // Of quads a ring of rows; of some tiles the windows' columns transformed, the windows, and their
-    // products.
+    // A ring of quad rows; and for some tiles the windows with transformed columns, the transformed windows,
+    // and their products.
     float *quads_, *columns_, *inputs_, *products_;
-    // The last outputs of the tiles to the left, and what the last row of those above was pooled to.
+    // The last outputs of the tiles to the left, and the pooled last row of the tiles above.
     float *left_, *above_;
     float* line_;
 
     float* quads(int64_t m) const { return quads_ + (m & (kRing - 1)) * row_floats_; }
 
-    // Row m of quads, with two of zeros before the first.
+    // Reads quad row m, after two rows of zeros.
     void read_quads(int64_t m) {
         for (int64_t i = 0; i < 2; ++i) {
             const int64_t y = 2 * m + i;
@@ -138,7 +138,7 @@ class Rows {
         }
     }
 
-    // The windows of `count` tiles from x in row j.
+    // Transforms the windows of `count` tiles from x in row j.
     void transform(int64_t j, int64_t x, int64_t count) {
         const int64_t columns = kTile * count + kWindow - kTile, stride = columns * kQuad;
         vf d[kWindow], t[kWindow];
@@ -163,7 +163,7 @@ class Rows {
         }
     }
 
-    // The frequencies of the tiles for vector v of output channels.
+    // Multiplies the tiles' frequencies for vector v of output channels.
     void multiply(int64_t v) {
         const int64_t channel = v * kLanes;
         const float* weight = static_cast<const float*>(a_.weight) +
@@ -183,7 +183,7 @@ class Rows {
         }
     }
 
-    // Gives outputs to the pooled pixels, of which those of row j are written.
+    // Pools the outputs; those of row j are written if `written`.
     void finish(int64_t v, int64_t j, int64_t x, int64_t count, bool written) {
         const int64_t channel = v * kLanes;
         const int some = static_cast<int>(std::min<int64_t>(a_.out_c - channel, kLanes));
@@ -205,7 +205,7 @@ class Rows {
                     all += value;
                 }
             }
-            // 0, or NaN where outputs or their sum are not finite: a maximum may lose it.
+            // 0, or NaN where outputs or their sum are not finite, which a maximum could lose.
             all *= zero;
             const vf spoiled[2] = {all + left[0] * zero, all};
             for (int r = 0; r < kTile; ++r) {
@@ -228,7 +228,7 @@ class Rows {
         for (int r = 0; r < kTile; ++r) store(kept + r * kLanes, left[r]);
     }
 
-    // Of a tile, from its frequencies.
+    // The outputs of a tile from its frequencies.
     static inline __attribute__((always_inline)) void outputs(const float* products, vf (&y)[kTile][kTile]) {
         vf rows[kTile][kWindow], m[kWindow], of_column[kTile];
         for (int c = 0; c < kWindow; ++c) {
@@ -243,7 +243,7 @@ class Rows {
 template <typename T>
 void run(const Stem& a) {
     const int64_t rows = (a.h / 2 + kTile - 1) / kTile;
-    // The grid of tiles is the image's, however they are shared: so are the roundings.
+    // The grid of tiles depends only on the image, not on the tasks, and so do the roundings.
     const int64_t most = a.threads > 1 ? std::min<int64_t>(2 * a.threads, rows / kLeastRows) : 1;
     const int64_t pieces = std::max<int64_t>(most, 1);
     const ColumnTaps taps = stem_taps(a, 3);

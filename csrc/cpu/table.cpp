@@ -46,7 +46,7 @@ constexpr bool kHasIntegers = false;
 
 extern const Kernels table;
 #if defined(SHELFKERN_BASE)
-// Only what dot products serve is compiled again.
+// Only kernels that use dot products are compiled again.
 const Kernels table = [] {
     Kernels kernels = SHELFKERN_BASE::table;
     kernels.isa = SHELFKERN_NAME(SHELFKERN_ISA);

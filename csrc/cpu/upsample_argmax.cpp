@@ -5,7 +5,7 @@ namespace shelfkern {
 namespace SHELFKERN_ISA {
 namespace {
 
-// The first class with the greatest value, for kLanes pixels; NaN counts as greatest, as in torch.
+// The first class with the largest value, for kLanes pixels; NaN counts as largest, as in torch.
 vi best_class(const Resize& a, const float* blended, const Columns& column, const int64_t* first,
               const int64_t* next) {
     const int64_t stride = blended_stride(a);

@@ -7,11 +7,11 @@ namespace shelfkern {
 namespace SHELFKERN_ISA {
 namespace {
 
-// Low-resolution rows in one task: enough tasks for a few planes, and every full-size row that two tasks
-// share is in the cache of one of them.
+// Low-resolution rows per task: enough tasks for a few planes, and each full-size row that two tasks share is
+// in the cache of one of them.
 constexpr int64_t kRowsPerTask = 16;
 
-// Pixels of a row that are summed at once: whole cache lines, for rows may be a multiple of a page apart.
+// Pixels of a row that are summed at once: whole cache lines, because rows may be a multiple of a page apart.
 constexpr int kVectors = 4;
 constexpr int64_t kBlock = kVectors * kLanes;
 

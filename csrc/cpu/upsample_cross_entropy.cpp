@@ -1,9 +1,9 @@
 // Cross-entropy of bilinearly resized scores, and its gradient at the scores' own resolution.
 //
-// Bands of full-size rows are the tasks. A band is made strip by strip: a strip's two source rows are resized
-// along the row once and serve every full-size row between them; the gradient goes the same way back, added
-// over rows first and then, once for each source row, over columns. What belongs to a source row that two
-// bands read is added up at the end. Bands and strips do not depend on the number of threads.
+// Tasks are bands of full-size rows. A band is processed strip by strip: a strip's two source rows are
+// interpolated along the row once and used for every full-size row between them; the gradient takes the same
+// way back, added over rows first and then, once per source row, over columns. Contributions to a source row
+// that two bands read are added at the end. Bands and strips do not depend on the number of threads.
 #include <cstring>
 #include <limits>
 #include <utility>
@@ -19,16 +19,16 @@ namespace shelfkern {
 namespace SHELFKERN_ISA {
 namespace {
 
-// Pixels of a strip: what is kept of them, four floats a class and pixel, fits L1 with 19 classes.
+// Pixels of a strip: its data, four floats per class and pixel, fits in L1 with 19 classes.
 constexpr int kVectors = 4;
 constexpr int64_t kStrip = kVectors * kLanes;
 
-// Full-size rows of a band: at a scale of 8 a source row in four is added up twice.
+// Full-size rows of a band: at a scale of 8 one source row in four belongs to two bands.
 constexpr int64_t kBandRows = 32;
 
 constexpr int32_t kIgnored = -1, kUnknown = -2;
 
-// Source rows [first, last) that a band reads; `at`: those of all bands before it.
+// Source rows [first, last) that a band reads; `at`: number of such rows in all bands before it.
 struct Band {
     int64_t first, last, at;
 };
@@ -43,7 +43,7 @@ struct Shared {
     float smooth_total;
 };
 
-// A source row's part in a strip: its scores, resized along the row, and its gradient; c x kStrip.
+// A source row's data for a strip: its scores, interpolated along the row, and its gradient; c x kStrip.
 struct Row {
     int64_t index;
     float *scores, *sums;
@@ -119,7 +119,7 @@ bool any(vi mask) {
     return all != 0;
 }
 
-// Of kLanes pixels, how much of each pixel's loss counts: its class's weight, 0 if it is ignored.
+// The weight of kLanes pixels' losses: that of the class, 0 for ignored pixels.
 vf weights(const UpsampleCrossEntropy& a, vi label) {
     if (a.weight == nullptr) return label >= 0 ? splat(1.0f) : splat(0.0f);
     vf weight = {};
@@ -129,22 +129,22 @@ vf weights(const UpsampleCrossEntropy& a, vi label) {
     return weight;
 }
 
-// The part of a pixel that hard example mining keeps.
+// The fraction of each pixel's loss that hard example mining keeps.
 vf kept(const UpsampleCrossEntropy& a, int64_t at, int64_t count) {
     if (a.kept_of == nullptr) return splat(1.0f);
     float lanes[kLanes];
     for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] = lane < count ? a.kept_of[at + lane] : -1;
     const vf loss = load(lanes), cutoff = splat(a.cutoff);
-    // NaN, which no comparison holds for, is kept.
+    // NaN, which fails every comparison, is kept.
     return loss == cutoff ? splat(a.share) : (loss < cutoff ? splat(0.0f) : splat(1.0f));
 }
 
-// kLanes neighbouring pixels: where they begin in the strip and in the target, and how many there are.
+// kLanes adjacent pixels: their position in the strip and in the target, and how many exist.
 struct Place {
     int64_t in_strip, at, count;
 };
 
-// The two source rows of a full-size row, and the share of the lower one. `values`: c x kLanes.
+// The two source rows of a full-size row, and the weight of the lower one. `values`: c x kLanes.
 struct Pair {
     Row upper, lower;
     float fraction;
@@ -155,7 +155,7 @@ struct Sums {
     vf loss = {}, weight = {};
 };
 
-// Scores of all classes into values; gives each pixel's greatest.
+// Writes the scores of all classes to values; returns each pixel's maximum.
 vf blend_pair(const Shared& s, const Pair& pair, int64_t in_strip) {
     vf greatest = splat(-std::numeric_limits<float>::infinity());
     for (int64_t k = 0; k < s.a.resize.c; ++k) {
@@ -176,7 +176,8 @@ vf of_label(const float* values, vi label) {
     return value;
 }
 
-// Makes values their exponentials; gives their sum, and what smoothing adds to the loss beyond the logarithm.
+// Replaces values by their exponentials; returns their sum, and the smoothing term of the loss without its
+// logarithm.
 std::pair<vf, vf> exponentials(const Shared& s, float* values, vf greatest) {
     vf sum = {}, even = {};
     for (int64_t k = 0; k < s.a.resize.c; ++k) {
@@ -224,7 +225,7 @@ void make_pixels(const Shared& s, const Pair& pair, const Place& place, vi label
     add_gradient(s, pair, place.in_strip, label, part * all / sum, part * hard, part);
 }
 
-// What a task found: sums in double, and the index of its first pixel with an unknown label, -1 if none.
+// Results of a task: sums in double, and the index of its first pixel with an unknown label, -1 if none.
 struct Found {
     double loss = 0, weight = 0;
     int64_t unknown = -1;
@@ -282,7 +283,7 @@ class Task {
         enter(pair_.upper, t.first);
         pair_.fraction = t.next == t.first ? 0 : t.fraction;
         if (pair_.fraction > 0) enter(pair_.lower, t.next);
-        // A row without a share may hold anything.
+        // A row with weight 0 may contain non-finite values.
         Pair pair = pair_;
         if (pair.fraction == 0) pair.lower = pair.upper;
         for (int64_t x = strip_.begin; x < strip_.end; x += kLanes) {
@@ -332,7 +333,7 @@ std::vector<Band> make_bands(const Resize& a) {
     return bands;
 }
 
-// Adds the bands' parts of every source row, in their order.
+// Adds the bands' contributions to every source row, in order.
 void add_bands(const Shared& s, int64_t rows, float* gradient) {
     const Resize& a = s.a.resize;
     parallel_for(a.threads, a.n * a.h, [&](int64_t task) {

@@ -8,10 +8,10 @@ namespace shelfkern {
 namespace SHELFKERN_ISA {
 namespace {
 
-// Pixels whose classes are held at once: a few whole cache lines of out in every class.
+// Pixels processed at once: a few whole cache lines of out in every class.
 constexpr int64_t kVectors = 4, kPixels = kVectors * kLanes;
 
-// exp of every class for one vector of pixels, into values[k * kPixels]; gives its factor.
+// exp of every class for one vector of pixels, into values[k * kPixels]; returns its factor.
 vf exponentials(const Resize& a, const float* blended, const Columns& column, const int64_t* first,
                 const int64_t* next, float* values) {
     const int64_t stride = blended_stride(a);
@@ -21,7 +21,7 @@ vf exponentials(const Resize& a, const float* blended, const Columns& column, co
     return splat(1.0f);
 }
 
-// The same less the pixel's greatest value; the factor makes their sum 1.
+// exp of the values minus each pixel's maximum; the factor makes their sum 1.
 vf softmax(const Resize& a, const float* blended, const Columns& column, const int64_t* first,
            const int64_t* next, float* values) {
     const int64_t stride = blended_stride(a);
@@ -40,7 +40,7 @@ vf softmax(const Resize& a, const float* blended, const Columns& column, const i
     return splat(1.0f) / sum;
 }
 
-// out += values * factors for neighbouring pixels of one class.
+// out += values * factors for adjacent pixels of one class.
 void add(float* out, const float* values, const float* factors, int64_t pixels) {
     int64_t x = 0;
     for (; x + kLanes <= pixels; x += kLanes) {

@@ -1,5 +1,5 @@
 // Vectors of the instruction set a file is compiled for, as compiler extensions, so that one source serves
-// them all; intrinsics only where compilers take several instructions for one.
+// all; intrinsics only where compilers need several instructions instead of one.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +23,7 @@ constexpr int kLanes = 4;
 typedef float vf __attribute__((vector_size(4 * kLanes)));
 typedef int32_t vi __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t vu __attribute__((vector_size(4 * kLanes)));
-typedef int16_t vs __attribute__((vector_size(4 * kLanes)));  // two in the place of one float
+typedef int16_t vs __attribute__((vector_size(4 * kLanes)));  // two per float lane
 typedef uint16_t vh __attribute__((vector_size(2 * kLanes)));
 typedef uint8_t vb __attribute__((vector_size(kLanes)));
 
@@ -59,7 +59,7 @@ static inline void store(int32_t* p, vi v) { std::memcpy(p, &v, sizeof(v)); }
 // Between vectors a cast keeps the bits.
 static inline vf load(const bf16* p) {
 #if defined(__AVX512BW__)
-    // One permutation, between zeros, where to widen and to shift are two.
+    // One permutation with zeros, instead of widening and shifting.
     const __m512i halves = _mm512_castsi256_si512((__m256i)load_vector<vh>(p));
     const __m512i at = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     return (vf)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, _mm512_slli_epi32(at, 16), halves);
@@ -68,7 +68,7 @@ static inline vf load(const bf16* p) {
 #endif
 }
 
-// Rounds to nearest, ties to even; NaN stays NaN. The instruction takes what is below 2^-126 for 0.
+// Rounds to nearest, ties to even; NaN stays NaN. The instruction flushes values below 2^-126 to 0.
 static inline void store(bf16* p, vf v) {
 #if defined(__AVX512BF16__)
     const __m256bh half = _mm512_cvtneps_pbh((__m512)v);
@@ -81,11 +81,11 @@ static inline void store(bf16* p, vf v) {
     std::memcpy(p, &half, sizeof(half));
 }
 
-// 1.5 * 2^23: floats from 2^23 to 2^24 are the whole numbers there, so that what is added to it is rounded.
+// 1.5 * 2^23: floats from 2^23 to 2^24 are integers, so adding this rounds to an integer.
 constexpr float kAmongWholeNumbers = 12582912;
 
-// The nearest whole number, ties to even, of values from -2^22 to 2^22: in the low 22 bits, as a float, as an
-// integer.
+// Values from -2^22 to 2^22 rounded to the nearest integer, ties to even: in the low 22 bits, as a float, and
+// as an integer.
 static inline vu whole_bits(vf v) { return (vu)(v + splat(kAmongWholeNumbers)); }
 static inline vf whole_float(vf v) { return (vf)whole_bits(v) - splat(kAmongWholeNumbers); }
 static inline vi whole_int(vf v) { return (vi)whole_bits(v) - (vi)splat(kAmongWholeNumbers); }
@@ -105,7 +105,7 @@ static inline void store_one(bf16* p, float f) {
     p->bits = static_cast<uint16_t>(f == f ? rounded : (bits >> 16) | 0x40);
 }
 
-// relu for slope 0, leaky relu, nothing for slope 1; -inf and NaN as torch has them.
+// relu for slope 0, leaky relu, no activation for slope 1; -inf and NaN as in torch.
 static inline vf activate(vf v, float slope) {
     const vf zero = {};
     return zero > v ? (slope == 0 ? zero : v * splat(slope)) : v;

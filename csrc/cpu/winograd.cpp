@@ -1,8 +1,8 @@
 // 3x3 convolutions of padding 1, and transposed ones of stride 2, with fewer multiplications.
 //
 // The input of a block of tiles is transformed once, into V (winograd_input.h), and for each group of weight
-// panels multiplied, frequency after frequency, into M (winograd_products.h), which the output transform and
-// the epilogue turn into outputs (winograd_output.h). Blocks follow one another in bands or waves.
+// panels multiplied, frequency after frequency, into M (winograd_products.h), from which the output transform
+// and the epilogue compute outputs (winograd_output.h). Blocks are processed in bands or waves.
 #include "dtypes.h"
 #include "winograd_bands.h"
 #include "winograd_filters.h"

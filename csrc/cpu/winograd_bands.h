@@ -1,5 +1,5 @@
-// Few weights come transformed: a task is some blocks whose V and M stay in L2, and weights stream by once a
-// block.
+// For small weights, which are transformed ahead: a task is some blocks whose V and M stay in L2, and the
+// weights stream by once per block.
 #pragma once
 
 #include "winograd_input.h"
@@ -9,43 +9,43 @@
 namespace shelfkern {
 namespace SHELFKERN_ISA {
 
-// What V and M of a block take at most: a quarter of an L2, of 512 KiB or with AVX-512 1 MiB, beside the
-// weights that pass by and what is fetched ahead.
+// The most that V and M of a block take: a quarter of an L2, of 512 KiB or with AVX-512 1 MiB, leaving room
+// for the weights that stream by and for prefetched data.
 constexpr int64_t kBlockBytes = kMaxPanels == 1 ? 128 * 1024 : 256 * 1024;
-// But a weight is multiplied with so many tiles' frequencies: V from L3 costs less than reading the weights
-// more often.
+// But each weight is multiplied with at least this many tile frequencies: V from L3 costs less than reading
+// the weights more often.
 constexpr int64_t kLeastRows = 12;
-// So many stay in one block. With AVX2, 16 are multiplied 6, 5 and 5 at a time, but in two blocks 4 at a
-// time, which leaves multipliers waiting for loads: 256 channels to 128 at 16 x 16 takes 1.06 of the time.
+// Up to this many stay in one block. With AVX2, 16 are multiplied 6, 5 and 5 at a time, but in two blocks 4
+// at a time, where multipliers wait for loads: 256 channels to 128 at 16 x 16 takes 1.06 of the time.
 // Register tiles of AVX-512 are four times as wide and do not wait.
 constexpr int64_t kWholeRows = kMaxPanels == 1 ? 18 : kLeastRows;
 
-// How tiles and panels are cut into tasks: blocks that follow one another in bands, groups of panels in
-// parts.
+// How tiles and panels are divided into tasks: bands of consecutive blocks, and parts, which are groups of
+// panels.
 struct Cut {
     int64_t blocks, bands, parts;
 };
 
-// Tiles of a block whose weights are used often enough.
+// Tiles per block needed to reuse the weights often enough.
 template <typename Filter>
 static int64_t least_tiles() {
     return divide_up(kLeastRows * Geometry<Filter>::kWeights, Geometry<Filter>::kFrequencies);
 }
 
-// Tiles of a block that L2 has room for.
+// Tiles per block that fit in L2.
 template <typename Filter>
 static int64_t most_tiles(const Geometry<Filter>& g) {
     const int64_t whole = tile_pixels(kMaxPanels);
     return max(least_tiles<Filter>(), kBlockBytes / g.tile_bytes() / whole * whole);
 }
 
-// Every group of panels.
+// All groups of panels.
 template <typename Filter>
 static Span all_groups(const Geometry<Filter>& g) {
     return {0, divide_up(g.panels, kGroup)};
 }
 
-// Blocks as large as caches and the threads' share allow; few of them also share out the panels.
+// Blocks as large as caches and each thread's share allow; if there are few, panels are divided too.
 template <typename Filter>
 static Cut cut(const Geometry<Filter>& g) {
     const bool whole =
@@ -58,7 +58,8 @@ static Cut cut(const Geometry<Filter>& g) {
     return {divide_up(blocks, bands) * bands, bands, min(all_groups(g).end, tasks / bands)};
 }
 
-// The outputs of one block for some groups of panels; fetch_next adds what the next block's transform reads.
+// The outputs of one block for some groups of panels; fetch_next adds data that the next block's transform
+// reads.
 template <typename Filter, typename T, typename Fetch>
 static void convolve_block(const Geometry<Filter>& g, Span tiles, Span groups, const Fetch& fetch_next) {
     using P = typename Filter::P;
@@ -81,7 +82,7 @@ static void convolve_block(const Geometry<Filter>& g, Span tiles, Span groups, c
     }
 }
 
-// Blocks whose V and M stay in L2, with weights that are transformed already.
+// Blocks whose V and M stay in L2, with transformed weights.
 template <typename Filter, typename T>
 static void run_bands(const Geometry<Filter>& g) {
     const Cut c = cut(g);

@@ -1,10 +1,11 @@
 // The transforms of Winograd's minimal filtering (Lavin & Gray, arXiv 1509.09308), on vectors of channels.
 //
-// A tile is kOut x kOut outputs made from a window of kIn x kIn inputs by kFrequencies^2 products a pair of
-// channels: y = At [ (G w Gt) . (Bt x B) ] A. Windows begin kStep inputs after one another, the first
-// kPadding before the image. The first kShared frequencies of a dimension have the same weights, the others
-// their own. Weights are transformed here up to kScales, one over the product of a point's distances to the
-// others, or in Python (ops/_conv_winograd.py): the points here and there are the same.
+// A tile is kOut x kOut outputs, computed from a window of kIn x kIn inputs with kFrequencies^2 products per
+// pair of
+// channels: y = At [ (G w Gt) . (Bt x B) ] A. Windows begin kStep inputs apart, the first kPadding before the
+// image. The first kShared frequencies of a dimension share their weights, the others have their own. Weights
+// are transformed here except for kScales, one over the product of a point's distances to the others, or in
+// Python (ops/_conv_winograd.py): the points here and there are the same.
 #pragma once
 
 #include "vec.h"
@@ -45,7 +46,7 @@ struct Pairs {
     constexpr double scale_a() const { return 1 / (2.0 * a * (1.0 * a * a - 1.0 * b * b)); }
     constexpr double scale_b() const { return 1 / (2.0 * b * (1.0 * b * b - 1.0 * a * a)); }
 
-    // Of even and odd powers: w0 + p^2 w2 or w0 alone, and w1.
+    // For even and odd powers: w0 + p^2 w2 or w0 alone, and w1.
     inline __attribute__((always_inline)) void weights(vf even_a, vf even_b, vf odd, vf* out) const {
         out[0] = even_a + splat(a) * odd;
         out[1] = even_a - splat(a) * odd;
@@ -63,12 +64,12 @@ struct Pairs {
         out[3] = even_b - vb * odd_b;
     }
 
-    // Of the points 0, before these, and infinity.
+    // For the point 0, which precedes these, and for infinity.
     inline __attribute__((always_inline)) vf edge(vf x0, vf x2, vf x4) const {
         return x4 - splat(a * a + b * b) * x2 + splat(a * a * b * b) * x0;
     }
 
-    // Adds what these points make of four outputs.
+    // Adds the contribution of these points to four outputs.
     inline __attribute__((always_inline)) void output(const vf* m, vf (&y)[4]) const {
         const vf sum_a = m[0] + m[1], sum_b = m[2] + m[3];
         const vf difference_a = m[0] - m[1], difference_b = m[2] - m[3];
@@ -79,8 +80,8 @@ struct Pairs {
     }
 };
 
-// F(4 x 4, 3 x 3) of stride 1. Points 0, a, -a, b, -b and infinity. The errors of a = 5/8 and b = 3/2 are
-// half of those of the usual 1 and 2, for the same number of operations, and all powers here are exact.
+// F(4 x 4, 3 x 3) of stride 1. Points 0, a, -a, b, -b and infinity. a = 5/8 and b = 3/2 have half the error
+// of the usual 1 and 2, for the same number of operations, and all powers here are exact.
 struct Filter4 {
     static constexpr int kIn = 6, kFrequencies = 6, kShared = 1, kOut = 4, kStep = 4, kPadding = 1;
     static constexpr Pairs kPairs = {0.625f, 1.5f};
@@ -109,8 +110,8 @@ struct Filter4 {
     }
 };
 
-// F(4, 2): four sums of two taps by five products. Points a, -a, b, -b and infinity. The errors of a = 3/8
-// and b = 5/4 are half of those of 0, 1, -1 and 2.
+// F(4, 2): four sums of two taps with five products. Points a, -a, b, -b and infinity. a = 3/8 and b = 5/4
+// have half the error of 0, 1, -1 and 2.
 struct TwoTaps {
     static constexpr Pairs kPairs = {0.375f, 1.25f};
     static constexpr double kScaleA = kPairs.scale_a(), kScaleB = kPairs.scale_b();
@@ -132,8 +133,8 @@ struct TwoTaps {
     }
 };
 
-// 4 x 4 outputs of stride 2, 3 x 3. The middle tap meets every second input, once, without a transform; the
-// other two meet those between.
+// 4 x 4 outputs of stride 2, 3 x 3. The middle tap reads every second input, without a transform; the other
+// two read the inputs between.
 struct FilterStride2 {
     static constexpr int kIn = 9, kFrequencies = 9, kShared = 4, kOut = 4, kStep = 8, kPadding = 1;
 
@@ -158,7 +159,7 @@ struct FilterStride2 {
 };
 
 // 8 x 8 outputs of the transposed convolution of stride 2, 3 x 3, padding 1 and output padding 1. Even
-// outputs see the middle tap, odd ones the other two.
+// outputs use the middle tap, odd ones the other two.
 struct FilterTransposed {
     static constexpr int kIn = 5, kFrequencies = 9, kShared = 4, kOut = 8, kStep = 4, kPadding = 0;
 
@@ -185,7 +186,7 @@ struct FilterTransposed {
     }
 };
 
-// In two dimensions: of the columns of kIn x kIn vectors, then of the rows of kOut x kIn that these make.
+// In two dimensions: the columns of kIn x kIn vectors, then the rows of the resulting kOut x kIn.
 // Calls get(row, column) and put(row, column, vector).
 template <int kIn, int kOut, void (*kTransform)(const vf (&)[kIn], vf (&)[kOut]), typename Get, typename Put>
 static inline __attribute__((always_inline)) void transform_square(const Get& get, const Put& put) {

@@ -1,4 +1,4 @@
-// From pixels to V.
+// The input transform: from pixels to V.
 #pragma once
 
 #include "winograd_filters.h"
@@ -7,13 +7,13 @@
 namespace shelfkern {
 namespace SHELFKERN_ISA {
 
-// The pixels of a tile's window. Of codes, `zero` is that of 0.
+// The pixels of a tile's window. `zero` is the zero point of uint8 pixels.
 template <typename T, int kPixels>
 struct Pixels {
     const T* at[kPixels];
     int zero;
 
-    // Up to kLanes channels of one of them.
+    // Up to kLanes channels of one pixel.
     inline __attribute__((always_inline)) vf values(int pixel, int64_t c, int count) const {
         const vf v = load_up_to(at[pixel] + c, count);
         return std::is_same<T, uint8_t>::value ? v - splat(static_cast<float>(zero)) : v;
@@ -25,13 +25,13 @@ template <typename Filter, typename Window, typename Put>
 static inline __attribute__((always_inline)) void transform_vector(const Window& window, int64_t c, int count,
                                                                    const Put& put) {
     constexpr int kIn = Filter::kIn, kFrequencies = Filter::kFrequencies;
-    // Rows first, in the order of the pixels: its columns are the window's rows.
+    // Rows first, in the order of the pixels: columns in transform_square are rows of the window.
     transform_square<kIn, kFrequencies, Filter::input>(
         [&](int column, int row) { return window.values(row * kIn + column, c, count); },
         [&](int column, int row, vf v) { put(row * kFrequencies + column, v); });
 }
 
-// transform_vector for some channels.
+// transform_vector for a range of channels.
 template <typename Filter, typename Window, typename Put>
 static inline __attribute__((always_inline)) void transform_channels(const Window& window, Span channels,
                                                                      const Put& put) {
@@ -55,12 +55,12 @@ static void transform_tile(const Window& window, const Transformed<Filter>& v, i
     }
 }
 
-// As bits, which order sizes as floats do, NaN above all.
+// Magnitude as bits, which order like floats, NaN above all.
 static inline vu size_of(vf v) { return (vu)v & 0x7fffffff; }
 static inline vu greater(vu a, vu b) { return a > b ? a : b; }
 
-// Of a tile's values: what 1 is worth where the largest is 2^14 - 1, and its inverse. Values that are not
-// finite make what is to become of the tile NaN.
+// Quantization step of a tile's values where the largest is 2^14 - 1, and its inverse. Non-finite values make
+// the tile's outputs NaN.
 struct Unit {
     float value, inverse;
 };
@@ -70,21 +70,21 @@ static inline Unit unit_of(vu sizes) {
     for (int i = 0; i < kLanes; ++i) bits = sizes[i] > bits ? sizes[i] : bits;
     float largest;
     std::memcpy(&largest, &bits, sizeof(largest));
-    constexpr float kMost = 16383, kLeast = 1e-30f;  // or the inverse would be infinite
+    constexpr float kMost = 16383, kLeast = 1e-30f;  // smaller: the inverse would be infinite
     if (!(largest < __builtin_inff())) return {__builtin_nanf(""), 0};
     largest = largest > kLeast ? largest : kLeast;
     return {largest / kMost, kMost / largest};
 }
 
-// The nearest whole numbers of 16 bits, two to a word.
+// Rounds to int16, two to a word.
 static inline void store_whole(uint32_t* p, vf v) {
     const vh whole = __builtin_convertvector(whole_bits(v), vh);
     std::memcpy(p, &whole, sizeof(whole));
 }
 
-// The same in whole numbers of one unit for all of the tile, for values of different channels are summed.
-// Levels make channels alike by what becomes of them: of the largest weights, not of the largest values,
-// digits count.
+// As above, as int16 with one step for the whole tile, because values of different channels are summed.
+// Levels scale channels by their effect on the result: precision matters where the weights are largest, not
+// the values.
 template <typename Filter, typename Window>
 static void transform_tile_to_whole(const Window& window, const Transformed<Filter>& v, int64_t tile,
                                     const float* levels) {
@@ -131,7 +131,7 @@ uint8_t zero_of<uint8_t>(const Winograd& a) {
     return static_cast<uint8_t>(a.x_zero);
 }
 
-// V of some of its tiles. Pixels beyond the image are one of zeros.
+// V of some of its tiles. Pixels beyond the image point to zeros.
 template <typename Filter, typename T>
 static void transform_input(const Geometry<Filter>& g, const Transformed<Filter>& v, Span tiles) {
     constexpr int kIn = Filter::kIn;

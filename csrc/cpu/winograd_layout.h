@@ -1,4 +1,5 @@
-// Winograd's tiles in the image, and where a block of them keeps its transformed inputs, V, and products, M.
+// Positions of Winograd's tiles in the image, and the layout of a block's transformed inputs, V, and
+// products, M.
 #pragma once
 
 #include "../common/parallel.h"
@@ -10,7 +11,7 @@ namespace SHELFKERN_ISA {
 
 constexpr int kGroup = 4;  // panels whose sums are kept at once
 
-// What a thread holds at once.
+// Scratch slots that a thread uses at the same time.
 enum Slot { kSlotV, kSlotM, kSlotAhead, kSlotWeights, kSlotZeros, kSlotUnits, kSlotTile, kSlots };
 static_assert(kSlots == kScratchSlots, "no kernel holds more at once, so there are as many slots as here");
 
@@ -38,10 +39,10 @@ struct Geometry {
     int64_t tiles = a.n * tiles_h * tiles_w;
     int64_t panels = divide_up(a.out_c, kPanel);
 
-    // Words of V for so many channels of a tile at one frequency, with padding.
+    // Words of V for `channels` channels of a tile at one frequency, with padding.
     static int64_t words(int64_t channels) { return divide_up(channels, kPanel) * kPanel / P::kElements; }
 
-    // Of V and M.
+    // Size of a tile's V and M.
     int64_t tile_bytes() const { return kFrequencies * (words(a.c) + min(panels, kGroup) * kPanel) * 4; }
 };
 
@@ -53,16 +54,16 @@ struct Layout {
 
     int64_t tiles, row;  // words of a tile at one frequency
 
-    // Between weights is a gap, for a power of two would have them meet in few sets of the cache.
+    // A gap between weights: at a power of two they would compete for the same cache sets.
     static constexpr int kGap = kPanel;
 
     int64_t words() const { return G::kFrequencies * tiles * row + G::kWeights * kGap; }
 
-    // Of one dimension: the first frequency of a weight, and how many it has.
+    // In one dimension: the first frequency of a weight, and how many it has.
     static constexpr int first(int weight) { return weight == 0 ? 0 : weight + Filter::kShared - 1; }
     static constexpr int shared(int weight) { return weight == 0 ? Filter::kShared : 1; }
 
-    // Frequencies of a weight, from 0 to kWeights.
+    // Number of frequencies that use a weight, whose index is below kWeights.
     static constexpr int frequencies(int weight) {
         return shared(weight / G::kWeightRows) * shared(weight % G::kWeightRows);
     }
@@ -72,7 +73,7 @@ struct Layout {
         return (first(y) * Filter::kFrequencies + shared(y) * first(x)) * tiles * row + weight * kGap;
     }
 
-    // Where a tile's frequencies are.
+    // Pointers to a tile's frequencies.
     template <typename Word>
     void pointers(Word* base, int64_t tile, Word* (&at)[G::kFrequencies]) const {
         for (int weight = 0; weight < G::kWeights; ++weight) {
@@ -87,7 +88,7 @@ struct Layout {
     }
 };
 
-// V of some tiles: that of one chunk of channels after another.
+// V of some tiles, one chunk of channels after another.
 template <typename Filter>
 struct Transformed {
     using G = Geometry<Filter>;
@@ -96,7 +97,7 @@ struct Transformed {
     Span tiles;
     int64_t c, chunks;
     typename P::Word* data = nullptr;
-    float* units = nullptr;  // of whole numbers: what 1 is worth in each tile
+    float* units = nullptr;  // for int16: quantization step of each tile
     // Chunks begin at whole words.
     int64_t channel_words = divide_up(c, P::kElements);
     int64_t widest = divide_up(channel_words, chunks) * P::kElements;  // channels
@@ -108,14 +109,14 @@ struct Transformed {
     }
     typename P::Word* chunk(int64_t i) const { return data + i * layout.words(); }
 
-    // In this thread's memory.
+    // Allocates in this thread's scratch memory.
     void allocate() {
         data = scratch<typename P::Word>(kSlotV, chunks * layout.words());
         if (Filter::kWholeNumbers) units = scratch<float>(kSlotUnits, tiles.count());
     }
 };
 
-// Where a tile's first output is, and the first of its window's inputs.
+// Position of a tile's first output, and of the first input of its window.
 struct Place {
     int64_t n, y, x, in_y, in_x;
 };
@@ -127,7 +128,7 @@ static Place place_of(const Geometry<Filter>& g, int64_t tile) {
             x * Filter::kStep - Filter::kPadding};
 }
 
-// Calls row(place, count) for the runs of tiles that are neighbours in a row of the image.
+// Calls row(place, count) for runs of adjacent tiles in a row of the image.
 template <typename Filter, typename Row>
 static void each_row(const Geometry<Filter>& g, Span tiles, const Row& row) {
     for (int64_t t = tiles.begin; t < tiles.end;) {

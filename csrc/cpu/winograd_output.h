@@ -1,4 +1,4 @@
-// From M to outputs.
+// The output transform: from M to outputs.
 #pragma once
 
 #include "winograd_filters.h"
@@ -7,7 +7,7 @@
 namespace shelfkern {
 namespace SHELFKERN_ISA {
 
-// The outputs of one tile, for as many channels as a vector has from channel `at` of M: put(row, column, y).
+// The outputs of one tile, for one vector of channels from channel `at` of M: put(row, column, y).
 template <typename Filter, typename Put>
 static inline __attribute__((always_inline)) void transform_output(const float* const* from, int64_t at,
                                                                    const Put& put) {
@@ -16,7 +16,7 @@ static inline __attribute__((always_inline)) void transform_output(const float* 
         [&](int row, int column) { return load(from[row * kFrequencies + column] + at); }, put);
 }
 
-// The outputs of a tile that is within the image, for a whole panel from channel `at` of M, in registers.
+// The outputs of a tile entirely within the image, for a whole panel from channel `at` of M, in registers.
 template <typename Filter, typename T>
 static void finish_whole(const float* const* from, int64_t at, float unit, const Epilogue<T>& e) {
     for (int first = 0; first < kPanel; first += kLanes) {
@@ -28,7 +28,7 @@ static void finish_whole(const float* const* from, int64_t at, float unit, const
     }
 }
 
-// Of any tile.
+// The outputs of any tile.
 template <typename Filter, typename T>
 static void finish_part(const float* const* from, int64_t at, float unit, int64_t height, int64_t width,
                         const Epilogue<T>& e) {
@@ -63,7 +63,7 @@ static void finish_tile(const Winograd& a, const Place& place, int64_t oc, int64
     }
 }
 
-// The outputs of V's tiles for some panels from their M.
+// The outputs of V's tiles for some panels, from their M.
 template <typename Filter, typename T>
 static void transform_outputs(const Geometry<Filter>& g, const Transformed<Filter>& v, Span panels,
                               float* m) {

@@ -1,4 +1,4 @@
-// From V to M: a matrix product for every weight.
+// From V to M: one matrix product per weight.
 #pragma once
 
 #include "winograd_ahead.h"
@@ -6,22 +6,22 @@
 namespace shelfkern {
 namespace SHELFKERN_ISA {
 
-// Products that are summed from zero before they join the rest. Of 256 channels a running sum makes twice
-// the error of four sums of 64.
+// Products summed from zero before the partial sum joins the total. For 256 channels one running sum has
+// twice the error of four sums of 64.
 constexpr int64_t kTerms = 64;
 
-// A block's V and M of one weight. Rows are tiles and their frequencies.
+// A block's V and M for one weight. Rows are tiles and their frequencies.
 template <typename P>
 struct Matrices {
     const typename P::Word *v, *weight;
-    const float* units;  // of whole numbers: what 1 of the weights is worth, per output channel
+    const float* units;  // for int16: quantization step of the weights, per output channel
     float* m;
     int64_t rows, words, weight_panel, units_panel;
     int64_t v_row, m_row;  // words between rows
-    bool add;              // to what M holds
+    bool add;              // whether to add to M
 };
 
-// The products of one chunk of channels, summed from zero. A step fetches one of `lines`, if kFetch.
+// The products of one chunk of channels, summed from zero. With kFetch each step prefetches one of `lines`.
 template <bool kFetch, typename P, int kPixels, int kPanels>
 static inline __attribute__((always_inline)) void accumulate_chunk(
     const Matrices<P>& p, const typename P::Word* input, const typename P::Word* weight, int64_t run,
@@ -65,7 +65,7 @@ static inline Sums<kPixels, kPanels> in_floats(const Matrices<Int16>& p,
     return values;
 }
 
-// M of `kPixels` rows and kPanels panels of one weight: chunks of channels, each summed from zero.
+// M for `kPixels` rows and kPanels panels of one weight: chunks of channels, each summed from zero.
 template <int kPixels, int kPanels, typename P>
 static void multiply_rows(const Matrices<P>& p, int64_t first, Ahead& ahead) {
     constexpr int kVectors = kPanels * kPanelVectors;
@@ -75,7 +75,7 @@ static void multiply_rows(const Matrices<P>& p, int64_t first, Ahead& ahead) {
         Sums<kPixels, kPanels, typename P::Sum> sums;
         const typename P::Word *v = p.v + first * p.v_row + words.begin,
                                *weight = p.weight + words.begin * kPanel;
-        // Most steps have nothing to fetch, and its two loads would take 4 % of their time with AVX2.
+        // Most steps have nothing to prefetch, and its two loads would take 4 % of their time with AVX2.
         if (const void* const* lines = ahead.take(words.count())) {
             accumulate_chunk<true>(p, v, weight, words.count(), lines, sums);
         } else {
@@ -104,7 +104,7 @@ static void multiply_rows_of(int64_t count, const Matrices<P>& p, int64_t first,
     }
 }
 
-// M of all rows for `panels` panels, at most kMaxPanels.
+// M for all rows and `panels` panels, at most kMaxPanels.
 template <typename P, int kPanels = kMaxPanels>
 static void multiply_panels(int64_t panels, const Matrices<P>& p, Ahead& ahead) {
     if constexpr (kPanels > 0) {
@@ -117,12 +117,12 @@ static void multiply_panels(int64_t panels, const Matrices<P>& p, Ahead& ahead) 
     }
 }
 
-// Weights of some panels and channels as products read them.
+// Weights of some panels and channels in the layout of the products.
 template <typename P>
 struct Weights {
     const typename P::Word* data;
     int64_t panel, weight;  // words between panels, and between weights of a panel
-    const float* units;     // of whole numbers: what 1 is worth, panels x weights x 16
+    const float* units;     // for int16: quantization step, panels x weights x 16
 };
 
 // M of a block's tiles for some panels and one chunk of V's channels.

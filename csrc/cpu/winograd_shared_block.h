@@ -1,5 +1,5 @@
-// Both convolutions of a shared block by turns, block by block of tiles, down a band of the image: the second
-// reads what the first has just made.
+// Both convolutions of a shared block in turn, block by block of tiles, down a band of the image: the second
+// reads the latest output of the first.
 #pragma once
 
 #include "winograd_bands.h"
@@ -8,7 +8,7 @@
 namespace shelfkern {
 namespace SHELFKERN_ISA {
 
-// Nearly equal blocks of some tiles, one after another.
+// Consecutive blocks of tiles of nearly equal size.
 class Blocks {
    public:
     Blocks(Span tiles, int64_t most) : tiles_(tiles), count_(divide_up(tiles.count(), most)) {}
@@ -29,12 +29,12 @@ class Blocks {
     int64_t count_, next_ = 0;
 };
 
-// A band's hidden tiles and outputs by turns, each hidden block as late as the outputs that read it allow.
+// A band's blocks of hidden tiles and outputs in turn, each hidden block as late as its readers allow.
 class Turns {
    public:
     struct Turn {
         bool hidden;
-        Span tiles;  // none after the last
+        Span tiles;  // empty after the last
     };
 
     Turns(Blocks hidden, Blocks outputs, int64_t row) : hidden_(hidden), outputs_(outputs), row_(row) {}
@@ -51,7 +51,7 @@ class Turns {
     int64_t row_;  // tiles
 };
 
-// One of a shared block's convolutions, from and to dense memory.
+// One convolution of a shared block, from and to dense memory.
 static Winograd convolution(const WinogradBlock& b, const void* x, const float* scale, const float* shift,
                             void* out, float slope) {
     Winograd a{};
@@ -74,7 +74,7 @@ static Winograd convolution(const WinogradBlock& b, const void* x, const float* 
     return a;
 }
 
-// One share of the hidden tiles of the two rows at each edge between bands.
+// One thread's share of the hidden tiles in the two rows at each edge between bands.
 template <typename Filter, typename T>
 static void make_edges(const Geometry<Filter>& g, int64_t rows, int64_t bands, Span mine) {
     const int64_t edge = 2 * g.tiles_w, most = most_tiles(g);
@@ -88,7 +88,7 @@ static void make_edges(const Geometry<Filter>& g, int64_t rows, int64_t bands, S
     }
 }
 
-// Both convolutions for a band of tile rows, of which `made` are hidden ones to be made.
+// Both convolutions for a band of tile rows; `made`: the hidden rows to compute.
 template <typename Filter, typename T>
 static void run_band(const Geometry<Filter>& first, const Geometry<Filter>& second, Span made, Span band) {
     const int64_t row = first.tiles_w, most = most_tiles(first);
@@ -103,8 +103,8 @@ static void run_band(const Geometry<Filter>& first, const Geometry<Filter>& seco
     }
 }
 
-// Bands of tile rows, one a thread. Of hidden rows both bands read the two at the edge between them, which
-// all threads make first.
+// Bands of tile rows, one per thread. The two hidden rows at an edge between bands are read by both; all
+// threads together compute them first.
 template <typename Filter, typename T>
 static void run_block(const WinogradBlock& b) {
     const Winograd to_hidden = convolution(b, b.x, b.scale1, b.shift1, b.hidden, b.slope);

@@ -1,5 +1,6 @@
-// Many weights would come from memory, so they come as they are, and a task is some panels: it transforms
-// chunk after chunk of their channels into L2, for all tiles of a wave, whose V the threads have made before.
+// For large weights, which would come from memory and are therefore not transformed ahead: a task is some
+// panels. It transforms their channels chunk by chunk into L2, for all tiles of a wave, whose V the threads
+// have computed before.
 #pragma once
 
 #include "winograd_input.h"
@@ -11,16 +12,16 @@ namespace SHELFKERN_ISA {
 
 constexpr int kTaps = 9;
 
-// Tiles of a wave: what V of them takes in L3 at most, but so many that transforming the weights, which takes
-// the time of 6 tiles' products, is a tenth of the whole.
+// Tiles of a wave: limited by the size of their V in L3, but enough that transforming the weights, which
+// takes the time of 6 tiles' products, is a tenth of the whole.
 constexpr int64_t kWaveBytes = 4 * 1024 * 1024;
 constexpr int64_t kWaveTiles = 64;
-// With fewer tiles a chunk of weights of half a group leaves more of L2 to V and M: 3 to 10 % faster for 16
+// With fewer tiles, weight chunks for half a group leave more of L2 to V and M: 3 to 10 % faster for 16
 // tiles, 5 % slower for 64.
 constexpr int64_t kFewTiles = 32;
 
-// The 3x3 weights of a panel in words, as ops/conv_bn_act.py packs them: the float32 of a channel, or where
-// products are whole numbers the bfloat16 of two.
+// A panel's 3x3 weights in words, as packed by ops/conv_bn_act.py: one channel's float32, or for int16
+// products two channels' bfloat16.
 struct Taps {
     const uint32_t* data;
     int64_t tap;  // words between taps
@@ -34,8 +35,8 @@ static Taps taps_of(const Winograd& a, int64_t panel, int64_t word) {
         min(a.chunk, words - first) * kPanel};
 }
 
-// G w Gt of as many output channels as a vector has, less the scales: taps are get(words), and
-// put(weight, vector) takes what they make.
+// G w Gt of one vector of output channels, without the scales: taps are get(words), and put(weight, vector)
+// receives the results.
 template <typename Filter, typename Get, typename Put>
 static inline __attribute__((always_inline)) void transform_taps(const uint32_t* words, int64_t tap,
                                                                  const Get& get, const Put& put) {
@@ -74,7 +75,7 @@ class Words {
     Taps taps_{};
 };
 
-// The weights of so many channels of one panel as products read them, to u, u + weight, ...
+// A panel's weights for some channels in the layout of the products, to u, u + weight, ...
 template <typename Filter>
 static void transform_weights(Words<Float32> from, int64_t channels, const float*, const float*, float* u,
                               int64_t weight) {
@@ -91,7 +92,7 @@ static void transform_weights(Words<Float32> from, int64_t channels, const float
 // Channels of level 0 have no weights.
 static inline float inverse_of(float level) { return level > 0 ? 1 / level : 0; }
 
-// In whole numbers, two channels to a word: divided by the channels' levels, times the inverses of the units.
+// As int16, two channels to a word: divided by the channels' levels, times the inverses of the units.
 template <typename Filter>
 static void transform_weights(Words<Int16> from, int64_t channels, const float* levels, const float* inverses,
                               uint32_t* u, int64_t weight) {
@@ -119,7 +120,7 @@ static void transform_weights(Words<Int16> from, int64_t channels, const float* 
     }
 }
 
-// Calls run(taps of the first, count) for words that lie together, panel after panel.
+// Calls run(taps of the first, count) for runs of adjacent words, panel after panel.
 template <typename P, typename Run>
 static void each_run(const Winograd& a, Span panels, Span words, const Run& run) {
     for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
@@ -131,7 +132,7 @@ static void each_run(const Winograd& a, Span panels, Span words, const Run& run)
     }
 }
 
-// What transformed weights of some panels are multiplied by to be whole numbers; null of float32.
+// Factors that convert some panels' transformed weights to int16; null for float32.
 template <typename Filter>
 static const float* inverse_units(const Winograd& a, Span panels, float* inverses) {
     if (!Filter::kWholeNumbers) return nullptr;
@@ -146,7 +147,7 @@ static const float* inverse_units(const Winograd& a, Span panels, float* inverse
     return inverses;
 }
 
-// The outputs of a wave's tiles for some panels from their V.
+// The outputs of a wave's tiles for some panels, from their V.
 template <typename Filter, typename T>
 static void convolve_wave(const Geometry<Filter>& g, const Transformed<Filter>& v, Span panels) {
     using P = typename Filter::P;
@@ -182,7 +183,7 @@ static void convolve_wave(const Geometry<Filter>& g, const Transformed<Filter>& 
     transform_outputs<Filter, T>(g, v, panels, m);
 }
 
-// Waves of tiles, with weights that are not transformed yet.
+// Waves of tiles, with untransformed weights.
 template <typename Filter, typename T>
 static void run_waves(const Geometry<Filter>& g) {
     const Winograd& a = g.a;

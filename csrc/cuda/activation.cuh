@@ -1,4 +1,4 @@
-// The activations of the network, by the slope below zero: 0 relu, 1 none.
+// The network's activations, given by their slope below zero: 0 relu, 1 none.
 #pragma once
 
 #include "primitives.cuh"

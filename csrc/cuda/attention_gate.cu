@@ -1,8 +1,8 @@
 #include "attention_gate.h"
 #include "primitives.cuh"
 
-// Two kernels, since all of x must be read before the first output: sums over slices of the pixels, as
-// many slices as fill the GPU, then the matrix-vector product. Every sum has a fixed order.
+// Two kernels, since all of x must be read before the first output: sums over slices of the pixels, with
+// enough slices to fill the GPU, then the matrix-vector product. Every sum has a fixed order.
 
 namespace shelfkern {
 namespace cuda {
@@ -10,26 +10,26 @@ namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 
-// N: elements of a load. Threads lie side by side along 128 bytes of a pixel's channels, or 32 channels.
+// N: elements per load. Adjacent threads cover 128 bytes of a pixel's channels, or 32 channels.
 template <typename T_, int N_>
 struct Shape {
     using T = T_;
     static constexpr int N = N_;
     static constexpr int kColumns = N == 1 ? 32 : 8, kRows = kThreads / kColumns;
     static constexpr int kChannels = kColumns * N;
-    static constexpr int kAhead = 4;  // loads in flight of a thread
+    static constexpr int kAhead = 4;  // loads in flight per thread
 };
 
 template <typename T>
 struct SliceArgs {
     View<const T> x;
     Global<float> sums;
-    int w, c, groups;  // of channels
+    int w, c, groups;  // groups: of channels
     unsigned pixels, slices;
 };
 
-// A thread's share of pixels [first, last). Four pixels are added in float32 and the rest in float64:
-// few conversions, and no digits lost over large images.
+// A thread's share of pixels [first, last). Four pixels are added in float32 and the rest in float64: few
+// conversions, and no loss of precision over large images.
 template <typename S>
 DEVICE Pack<double, S::N> sum_pixels(const SliceArgs<typename S::T>& args, int64_t image, int channel,
                                      unsigned first, unsigned last) {
@@ -93,9 +93,9 @@ struct GateArgs {
     float pixels;
 };
 
-constexpr int kChunk = kThreads;  // channels at a time
+constexpr int kChunk = kThreads;  // channels per iteration
 
-// The means of up to kChunk channels from `first` on, to be read after a barrier. The warps share the slices.
+// The means of up to kChunk channels from `first`, valid after a barrier. The warps share the slices.
 DEVICE void mean_of_slices(const GateArgs& args, int64_t image, int first, Shared<float> warp_sums,
                            Shared<float> means) {
     for (int i = lane(); i < kChunk && first + i < args.c; i += 32) {
@@ -114,7 +114,7 @@ DEVICE void mean_of_slices(const GateArgs& args, int64_t image, int first, Share
     means.store(mine, sum / args.pixels);
 }
 
-// A warp makes one output of an image.
+// Each warp computes one output of an image.
 KERNEL(kThreads)
 gate_kernel(const GateArgs args) {
     release_next();
@@ -181,7 +181,7 @@ void attention_gate(const AttentionGate& op, Stream stream) {
                         static_cast<int>(x.c),
                         static_cast<int>(op.k),
                         static_cast<float>(pixels)};
-    // Only the sums were not there before: the weights may be read while they are made.
+    // Only the sums come from the previous kernel: the weights may be read while they are computed.
     const Stream after{stream.handle, true};
     launch(gate_kernel, {"attention_gate", kThreads, (kWarps + 1) * kChunk * 4, after},
            {x.n * ceil_div(op.k, kWarps)}, args);

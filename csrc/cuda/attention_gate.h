@@ -10,13 +10,13 @@ struct AttentionGate {
     Nhwc x;                               // at least one pixel
     const float *weight, *scale, *shift;  // k c, k and k, contiguous
     float* sums;                          // memory for n slices c
-    int64_t slices;                       // of the pixels, each summed by blocks of its own
+    int64_t slices;                       // slices of the pixels, each summed by separate blocks
     float* out;                           // n k, contiguous
     int64_t k;
-    DType dtype;  // of x
+    DType dtype;  // dtype of x
 };
 
-// Enqueues the kernels on a cudaStream_t; throws std::runtime_error where CUDA refuses.
+// Enqueues the kernels on a cudaStream_t; throws std::runtime_error on CUDA errors.
 void attention_gate(const AttentionGate& op, Stream stream);
 
 }  // namespace cuda

@@ -19,7 +19,7 @@ namespace cuda {
 namespace {
 
 using Address = uintptr_t;
-// Of n, h and w, in elements.
+// Strides of n, h and w, in elements.
 using Strides = std::array<int64_t, 3>;
 
 template <typename T = void>
@@ -66,7 +66,7 @@ void bind_upsample_argmax(Address scores, Address labels, int dtype, int64_t n, 
                     stream(queue));
 }
 
-// out_strides: of n, c and h.
+// out_strides: strides of n, c and h.
 void bind_upsample_softmax_sum(Address scores, Address out, int dtype, int64_t n, int64_t h, int64_t w,
                                int64_t c, const Strides& scores_strides, int64_t full_h, int64_t full_w,
                                int64_t out_h, int64_t out_w, bool align_corners, bool mirror, bool exp,
@@ -88,7 +88,7 @@ void bind_attention_gate(Address x, Address weight, Address scale, Address shift
                    stream(queue));
 }
 
-// image_strides: of n, channels, h and w. h, w: of out.
+// image_strides: strides of n, channels, h and w. h, w: size of out.
 void bind_stem(Address image, Address values, Address weight, Address scale, Address shift, Address out,
                int image_dtype, int dtype, int64_t n, int64_t image_h, int64_t image_w,
                const std::array<int64_t, 4>& image_strides, int64_t h, int64_t w, int64_t k,

@@ -1,4 +1,4 @@
-// Python's view of the GPU ops: one function an op, compiled into _native (on a GPU) and _emulation.
+// Python bindings of the GPU ops: one function per op, compiled into _native (on a GPU) and _emulation.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -6,7 +6,7 @@
 namespace shelfkern {
 namespace cuda {
 
-// Adds every op to a module, under its own name. Addresses and the stream are integers.
+// Adds every op to a module, under the op's name. Addresses and the stream are integers.
 void bind_cuda_kernels(pybind11::module_& m);
 
 }  // namespace cuda

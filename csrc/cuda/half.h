@@ -1,4 +1,4 @@
-// 16-bit storage formats as raw bits, and packs of neighbouring elements, alike on host and device.
+// 16-bit storage formats as raw bits, and packs of adjacent elements, identical on host and device.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +21,7 @@ struct F16 {
     uint16_t bits;
 };
 
-// N neighbouring elements, aligned to all their bytes: 1, 2, 4, 8 or 16.
+// N adjacent elements, aligned to the pack's size of 1, 2, 4, 8 or 16 bytes.
 template <typename T, int N>
 struct alignas(sizeof(T) * N) Pack {
     T v[N];
@@ -106,14 +106,14 @@ HOST_DEVICE F16 narrow<F16>(float f) {
     return out;
 }
 
-// Two values as a matrix fragment's register holds them: lo in the low half.
+// Two values as a matrix fragment's register holds them, lo in the low half.
 template <typename T>
 HOST_DEVICE uint32_t pack2(float lo, float hi) {
     return static_cast<uint32_t>(narrow<T>(hi).bits) << 16 | narrow<T>(lo).bits;
 }
 
 #if defined(__CUDA_ARCH__)
-// One conversion instruction where the generic form takes three.
+// One conversion instruction instead of the generic form's three.
 template <>
 HOST_DEVICE uint32_t pack2<BF16>(float lo, float hi) {
     uint32_t out;
@@ -138,7 +138,7 @@ HOST_DEVICE Pack<float, 2> unpack2(uint32_t pair) {
 // NaN is larger than any number, as in torch.
 HOST_DEVICE float larger(float a, float b) { return b > a || b != b ? b : a; }
 
-// Of each of two packed elements: one instruction where numbers would take eight.
+// The larger of each of two packed elements: one instruction instead of eight for separate numbers.
 template <typename T>
 HOST_DEVICE uint32_t larger2(uint32_t a, uint32_t b) {
 #if defined(__CUDA_ARCH__)

@@ -1,19 +1,19 @@
-// The only way a kernel reaches the hardware. Everything here has two halves: nvcc gives it as device
-// code (below), any other compiler runs it on the CPU and checks it (../emulation/primitives.h).
+// A kernel's only access to the hardware. Every primitive has two implementations: nvcc compiles device code
+// (below), any other compiler runs it on the CPU and checks it (../emulation/primitives.h).
 //
 // A kernel and its launch:
 //
 //     struct Args { Global<const float> x; Global<float> out; int64_t count; };
 //
-//     KERNEL(kThreads) scale_kernel(const Args args) {          // KERNEL(kThreads, kMinBlocks) as well
-//         wait_for_previous();                                  // before anything that is no weight
+//     KERNEL(kThreads) scale_kernel(const Args args) {          // or KERNEL(kThreads, kMinBlocks)
+//         wait_for_previous();                                  // before any access other than weights
 //         const int64_t i = int64_t{block_index_x()} * kThreads + thread_index();
 //         if (i < args.count) args.out.store(i, 2 * args.x.load(i));
 //     }
 //
 //     launch(scale_kernel, {"scale", kThreads, 0, stream}, {ceil_div(count, kThreads)}, args);
 //
-// Functions that kernels call begin with DEVICE. Arithmetic is plain C++ (expf, fmaf, fmaxf);
+// Functions called by kernels begin with DEVICE. Arithmetic is plain C++ (expf, fmaf, fmaxf);
 // #pragma unroll may be used.
 //
 // Memory. Indices count elements; packs are Pack<T, N> of 1, 2, 4, 8 or 16 bytes, aligned to their size.
@@ -22,23 +22,23 @@
 //     View<T>      view<T>(nhwc): .data is a Global<T>, .offset(n, y, x) the first channel's index.
 //     Shared<T>    shared<T>(byte_offset, count): a window of the block's dynamic shared memory.
 // Each has load(i), load_pack<N>(i), store(i, value), store_pack(i, pack) and + offset; Global and
-// Weights are false where the pointer was null.
+// Weights convert to false where the pointer was null.
 //
-// Threads. thread_index(), block_index_x/y/z(), block_count_x/y/z(), lane() and warp() (of the block).
-//     opaque(value)                hides from the compiler that a value stays the same, so that what
-//                                  follows from it is computed again instead of kept in registers.
+// Threads. thread_index(), block_index_x/y/z(), block_count_x/y/z(), and lane() and warp() within the block.
+//     opaque(value)                hides from the compiler that a value is constant, so that values derived
+//                                  from it are recomputed instead of kept in registers.
 //     barrier()                    every thread of the block; orders shared memory.
 //     warp_barrier()               every lane of the warp; orders shared memory within the warp.
-//     shuffle_xor(value, mask),    every lane of the warp; 4-byte values; orders no memory, like
+//     shuffle_xor(value, mask),    every lane of the warp; 4-byte values; orders no memory, nor do
 //     shuffle(value, lane)         ldmatrix and mma.
 //
 // Asynchronous copies, from global to shared memory.
-//     cp_async_16(dst, src, valid) 16 bytes, aligned; zeros if not valid, src is then not touched.
+//     cp_async_16(dst, src, valid) 16 bytes, aligned; if not valid, writes zeros and does not read src.
 //     cp_async_commit()            closes this thread's group of copies.
 //     cp_async_wait<N>()           returns when at most N of this thread's latest groups are in flight.
-// Other threads see a copy after its issuer has waited and then a barrier.
+// Other threads see a copy after its issuing thread has waited for it and all have passed a barrier.
 //
-// Tensor cores (PTX's fragment layouts; g = lane() / 4, t = lane() % 4). All lanes together.
+// Tensor cores (PTX's fragment layouts; g = lane() / 4, t = lane() % 4). Executed by all lanes together.
 //     ldmatrix_x4(r, row), ldmatrix_x2(r, row): lane 8 * i + j gives the address of row j of the 8x8
 //         matrix i, 16 bytes, aligned; r[i] receives elements (g, 2t) and (g, 2t + 1) of matrix i.
 //         x2 does not use the rows of lanes 16 to 31.
@@ -48,10 +48,10 @@
 //         b 16x8:  b[0] (2t.., g), b[1] (2t + 8.., g)
 //         d 16x8:  d[0], d[1] (g, 2t..), d[2], d[3] (g + 8, 2t..)
 //
-// Launches that overlap (sm_90 and later; nothing before): on a Stream with overlap a kernel may start
-// before the one ahead of it has ended.
-//     wait_for_previous()          returns when it has ended; every thread calls it before its first
-//                                  access to global memory other than weights.
+// Overlapping launches (sm_90 and later; no effect before): on a Stream with overlap a kernel may start
+// before its predecessor has ended.
+//     wait_for_previous()          returns when the predecessor has ended; every thread calls it before
+//                                  its first access to global memory other than weights.
 //     release_next()               allows the next launch to start once all blocks have called it.
 #pragma once
 
@@ -68,7 +68,7 @@ namespace cuda {
 
 struct Launch {
     const char* name;  // the op, for error messages
-    int threads;       // of a block: a multiple of 32
+    int threads;       // per block: a multiple of 32
     int shared_bytes = 0;
     Stream stream = {};
 };
@@ -81,7 +81,7 @@ struct Grid {
 
 constexpr int64_t kMaxGridX = 0x7fffffff, kMaxGridYZ = 65535;
 
-// Throws std::runtime_error where the hardware has no such grid.
+// Throws std::runtime_error where the hardware does not support the grid.
 inline void check_grid(const Launch& launch, const Grid& grid) {
     if (grid.x <= kMaxGridX && grid.y <= kMaxGridYZ && grid.z <= kMaxGridYZ) return;
     throw std::runtime_error(std::string(launch.name) + ": the grid is " + std::to_string(grid.x) + " x " +
@@ -113,7 +113,7 @@ DEVICE int block_count_x() { return gridDim.x; }
 DEVICE int block_count_y() { return gridDim.y; }
 DEVICE int block_count_z() { return gridDim.z; }
 
-// The value, of which the compiler no longer knows where it came from.
+// The value, with its origin hidden from the compiler.
 DEVICE int opaque(int value) {
     asm volatile("" : "+r"(value));
     return value;
@@ -158,7 +158,7 @@ struct Word<16> {
     using Type = uint4;
 };
 
-// A bare pointer with the accesses that the emulator checks.
+// A bare pointer with the access functions that the emulator checks.
 template <typename T, bool kReadOnly>
 struct Pointer {
     using Value = std::remove_const_t<T>;
@@ -310,11 +310,11 @@ DEVICE void release_next() {
 
 inline void check_cuda(const Launch& launch, cudaError_t status) {
     if (status == cudaSuccess) return;
-    cudaGetLastError();  // so that the next call does not report this one's failure
+    cudaGetLastError();  // clears the error, or the next call would report it
     throw std::runtime_error(std::string(launch.name) + ": " + cudaGetErrorString(status));
 }
 
-// Whether the current device can start a kernel before the one ahead of it has ended.
+// Whether the current device can start a kernel before its predecessor has ended.
 inline bool overlaps_launches(const Launch& launch) {
     int device = 0, major = 0;
     check_cuda(launch, cudaGetDevice(&device));
@@ -322,12 +322,12 @@ inline bool overlaps_launches(const Launch& launch) {
     return major >= 9;
 }
 
-// Enqueues kernel(args); an empty grid is none. Throws std::runtime_error where CUDA refuses.
+// Enqueues kernel(args); does nothing for an empty grid. Throws std::runtime_error on CUDA errors.
 template <typename Args>
 void launch(void (*kernel)(Args), const Launch& launch, const Grid& grid, const Args& args) {
     if (grid.empty()) return;
     check_grid(launch, grid);
-    // More than the 48 KB that every device allows must be asked for.
+    // More than the default limit of 48 KB must be requested.
     if (launch.shared_bytes > 48 * 1024) {
         check_cuda(launch, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                 launch.shared_bytes));
@@ -353,7 +353,7 @@ void launch(void (*kernel)(Args), const Launch& launch, const Grid& grid, const 
 namespace shelfkern {
 namespace cuda {
 
-// An Nhwc as a kernel sees it.
+// An Nhwc for use in a kernel.
 template <typename T>
 struct View {
     Global<T> data;

@@ -1,4 +1,4 @@
-// Where the pixels of a bilinear resize read.
+// The source positions that the pixels of a bilinear resize read.
 #pragma once
 
 #include <algorithm>
@@ -11,13 +11,13 @@ namespace cuda {
 
 constexpr float kLargestFloat = std::numeric_limits<float>::max();
 
-// Rows, or columns: `extent` of the source become `full`, then are flipped if `mirror`.
+// Rows, or columns: `extent` source positions become `full`, then are flipped if `mirror`.
 struct Axis {
     int extent, full;
-    float step;  // in the source, for 1 in the result
+    float step;  // distance in the source per position in the result
     bool align_corners, mirror;
 
-    // The most source pixels that `count` neighbouring result pixels read; one to spare for rounding.
+    // The most source positions read by `count` adjacent result positions, including one for rounding.
     int64_t reach(int count) const {
         return std::min<int64_t>(extent, static_cast<int64_t>(step * static_cast<float>(count - 1)) + 4);
     }
@@ -47,7 +47,7 @@ DEVICE Tap tap(const Axis& axis, int i) {
 
 DEVICE float blend(float from, float to, float fraction) { return from * (1 - fraction) + to * fraction; }
 
-// One pixel of the result, read from global memory class by class.
+// One pixel of the result, read from global memory one class at a time.
 template <typename T>
 struct Pixel {
     Global<const T> scores;

@@ -4,23 +4,23 @@
 #include "primitives.cuh"
 #include "shared_block.h"
 
-// A block makes a tile of output pixels. It loads x with a border of two pixels, makes h with a border of
-// one, and both stay in shared memory: h never reaches global memory. The border of h is computed again
-// by the neighbours, 16 % more arithmetic for 12 rows and 20 % for 8.
+// A block computes a tile of output pixels. It loads x with a border of two pixels and computes h with a
+// border of one; both stay in shared memory: h never reaches global memory. Neighbouring tiles recompute the
+// border of h, which is 16 % more arithmetic for 12 rows and 20 % for 8.
 //
 // 64 channels: the weights stay in shared memory for all tiles of a block and for both convolutions.
-// 128 channels: they do not fit, and stream through three buffers, 64 input channels of a tap at a time.
+// 128 channels: they do not fit, and stream through three buffers, 64 input channels of one tap at a time.
 
 namespace shelfkern {
 namespace cuda {
 namespace {
 
 constexpr int kThreads = 256, kTaps = 9, kOutW = 16, kHiddenW = kOutW + 2, kInputW = kOutW + 4;
-constexpr int kPack = 8;        // elements of 16 bytes
-constexpr int kSlabDepth = 64;  // input channels of a slab of weights
+constexpr int kPack = 8;        // elements per 16 bytes
+constexpr int kSlabDepth = 64;  // input channels per slab of weights
 constexpr int kWarpsM = 4, kWarpsN = 2;
 
-// kC: padded channels. kRows: of the output tile.
+// kC: padded channels. kRows: rows of the output tile.
 template <typename T_, int kC_, int kRows_>
 struct Shape {
     using T = T_;
@@ -30,7 +30,7 @@ struct Shape {
     static constexpr int kSlabs = kTaps * kC / kSlabDepth, kSlab = kC * kSlabDepth;
     static constexpr bool kResident = kC == 64;
     static constexpr int kBuffers = kResident ? kSlabs : 3;
-    // Of a warp: rows of 16 pixels, and columns of 8 output channels.
+    // Per warp: rows of 16 pixels, and columns of 8 output channels.
     static constexpr int kHiddenTiles = (kHiddenPixels + 16 * kWarpsM - 1) / (16 * kWarpsM);
     static constexpr int kOutTiles = (kOutPixels + 16 * kWarpsM - 1) / (16 * kWarpsM);
     static constexpr int kColumns = kC / 8 / kWarpsN;
@@ -68,18 +68,18 @@ DEVICE bool inside(const Args<T>& args, int y, int x) {
     return y >= 0 && y < args.h && x >= 0 && x < args.w;
 }
 
-// Where a pack of channels lies. A pixel fills all banks once or twice, so that eight pixels read
-// together collide unless each has its packs in another order: exclusive or with a key that differs
-// among them. `key` counts pixels as the reader does.
+// Position of a pack of channels. A pixel spans all banks once or twice, so eight pixels read together would
+// conflict unless each permutes its packs differently: by exclusive or with a key that differs among them.
+// `key` counts pixels in the reader's order.
 template <int kC>
 DEVICE int swizzled(int pixel, int pack, int key) {
     return pixel * kC + (pack ^ (key & 7)) * kPack;
 }
 
 DEVICE int input_key(int y, int x) { return y * kHiddenW + x; }
-DEVICE int hidden_key(int, int x) { return x; }  // rows of 16 are whole eights
+DEVICE int hidden_key(int, int x) { return x; }  // rows of 16 pixels are multiples of eight
 
-// Input pixels of a tile: asynchronously in packs, or channel by channel where packs do not fit.
+// Loads a tile's input pixels: asynchronously in packs, or one channel at a time where packs do not fit.
 template <typename S, bool kPacks>
 DEVICE void load_input(const Args<typename S::T>& args, const Tile& tile, Shared<typename S::T> input) {
     using T = typename S::T;
@@ -102,7 +102,7 @@ DEVICE void load_input(const Args<typename S::T>& args, const Tile& tile, Shared
     }
 }
 
-// Slab `slab` of the weights into buffer `buffer`, asynchronously.
+// Copies slab `slab` of the weights into buffer `buffer`, asynchronously.
 template <typename S>
 DEVICE void load_slab(const Args<typename S::T>& args, int slab, int buffer, Shared<typename S::T> weight) {
     constexpr int kPerRow = kSlabDepth / kPack;
@@ -113,7 +113,7 @@ DEVICE void load_slab(const Args<typename S::T>& args, int slab, int buffer, Sha
     }
 }
 
-// Runs through the slabs again and again: twice a tile. `done` counts slabs used since the start.
+// Cycles through the slabs, twice per tile. `done` counts slabs used since the start.
 template <typename S>
 struct Slabs {
     Shared<typename S::T> weight;
@@ -124,7 +124,7 @@ struct Slabs {
         for (int slab = 0; slab < kAhead; ++slab) load_slab<S>(args, slab, slab, weight);
     }
 
-    // The weights of the next slab. Every thread has passed here once the one before is used up.
+    // The weights of the next slab. When any thread returns, all have finished with the previous one.
     DEVICE Shared<typename S::T> next(const Args<typename S::T>& args) {
         if constexpr (!S::kResident) {
             cp_async_wait<S::kBuffers - 2>();
@@ -137,20 +137,20 @@ struct Slabs {
     }
 };
 
-// Accumulators of a warp: kTiles rows of 16 pixels by kColumns columns of 8 channels.
+// A warp's accumulators: kTiles rows of 16 pixels by kColumns columns of 8 channels.
 template <int kTiles, int kColumns>
 struct Sums {
     float d[kTiles][kColumns][4];
 };
 
-DEVICE int first_row() { return warp() / kWarpsN * 16; }  // of a warp's first tile; the next are 64 on
+DEVICE int first_row() { return warp() / kWarpsN * 16; }  // of a warp's first tile; the next are 64 apart
 
 template <typename S>
 DEVICE int first_column() {
     return warp() % kWarpsN * S::kColumns * 8;
 }
 
-// B of 16 input channels and the warp's output channels: rows of weights are columns of B.
+// Fragment B for 16 input channels and the warp's output channels: rows of weights are columns of B.
 template <typename S>
 DEVICE void load_b(Shared<typename S::T> weight, int k, uint32_t (&b)[S::kColumns][2]) {
 #pragma unroll
@@ -162,12 +162,12 @@ DEVICE void load_b(Shared<typename S::T> weight, int k, uint32_t (&b)[S::kColumn
     }
 }
 
-// sums = conv3x3(pixels), of kPixels output pixels in rows of kWidth; the pixels come in rows of kPitch.
+// sums = conv3x3(pixels), for kPixels output pixels in rows of kWidth; input pixels are in rows of kPitch.
 template <typename S, int kPixels, int kWidth, int kPitch, int kTiles>
 DEVICE void convolve(const Args<typename S::T>& args, Shared<typename S::T> pixels, Slabs<S>& slabs,
                      Sums<kTiles, S::kColumns>& sums) {
     using T = typename S::T;
-    int index[kTiles];  // of the output pixel whose row of A this lane fetches
+    int index[kTiles];  // index of the output pixel whose row of A this lane loads
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
         index[i] = min(first_row() + i * 16 * kWarpsM + lane() % 16, kPixels - 1);
@@ -200,7 +200,7 @@ DEVICE void convolve(const Args<typename S::T>& args, Shared<typename S::T> pixe
     }
 }
 
-// Calls use(pixel, channel, sum, sum of the next channel) for all that a lane holds, pixels below kPixels.
+// Calls use(pixel, channel, sum, sum of the next channel) for all sums of a lane with pixels below kPixels.
 template <typename S, int kPixels, int kTiles, typename Use>
 DEVICE void for_each_pair(const Sums<kTiles, S::kColumns>& sums, const Use& use) {
 #pragma unroll
@@ -218,14 +218,14 @@ DEVICE void for_each_pair(const Sums<kTiles, S::kColumns>& sums, const Use& use)
     }
 }
 
-// The affine map of two neighbouring channels.
+// Scale and shift applied to two adjacent channels.
 DEVICE void affine(Weights<float> scale, Weights<float> shift, int channel, float& a, float& b) {
     const Pack<float, 2> m = scale.load_pack<2>(channel), c = shift.load_pack<2>(channel);
     a = fmaf(m[0], a, c[0]);
     b = fmaf(m[1], b, c[1]);
 }
 
-// h of the tile; zeros outside the image, which the second convolution pads with.
+// h of the tile; zeros outside the image, as padding of the second convolution.
 template <typename S>
 DEVICE void store_hidden(const Args<typename S::T>& args, const Tile& tile,
                          const Sums<S::kHiddenTiles, S::kColumns>& sums, Shared<typename S::T> hidden) {
@@ -240,7 +240,7 @@ DEVICE void store_hidden(const Args<typename S::T>& args, const Tile& tile,
     });
 }
 
-// The output tile into shared memory, from where it leaves in whole packs.
+// Writes the output tile to shared memory, from which it is stored in whole packs.
 template <typename S>
 DEVICE void store_result(const Args<typename S::T>& args, const Sums<S::kOutTiles, S::kColumns>& sums,
                          Shared<typename S::T> input, Shared<typename S::T> result) {
@@ -294,9 +294,9 @@ shared_block_kernel(const Args<typename S::T> args) {
     Tile tile = tile_of(args, block_index_x(), S::kRows);
     load_input<S, kPacks>(args, tile, input);
     for (int64_t index = block_index_x(); index < args.tiles; index += block_count_x()) {
-        cp_async_commit();  // the first time with the weights that were started
+        cp_async_commit();  // on the first tile includes the copies of the weights
         cp_async_wait<0>();
-        // Streamed weights bring a barrier of their own with every slab.
+        // Streamed weights already have a barrier with every slab.
         if constexpr (S::kResident) barrier();
         {
             Sums<S::kHiddenTiles, S::kColumns> sums;
@@ -306,7 +306,7 @@ shared_block_kernel(const Args<typename S::T> args) {
         if constexpr (S::kResident) barrier();
         Sums<S::kOutTiles, S::kColumns> sums;
         convolve<S, S::kOutPixels, kOutW, kHiddenW>(args, hidden, slabs, sums);
-        barrier();  // h has been read: its memory takes the result
+        barrier();  // h has been read: its memory is reused for the result
         store_result<S>(args, sums, input, hidden);
         barrier();
         const Tile done = tile;

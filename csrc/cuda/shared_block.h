@@ -9,16 +9,16 @@ namespace cuda {
 
 struct SharedBlock {
     Nhwc x;  // up to 128 channels, bf16 or f16
-    // 9 taps x (padded / 64) x padded x 64 of x's type: for every tap and 64 input channels, a row of
-    // them for each output channel; padded is c rounded up to 64 or 128, zeros beyond c.
+    // 9 taps x (padded / 64) x padded x 64 in x's type: for each tap and 64 input channels, a row of 64 for
+    // each output channel; padded is c rounded up to 64 or 128, with zeros beyond c.
     const void* weight;
     const float *scale1, *shift1, *scale2, *shift2;  // padded
     Nhwc out;
     DType dtype;
-    float slope;  // of act: 0 relu, 1 none
+    float slope;  // slope of act: 0 relu, 1 none
     bool skip;
-    int rows;        // of output pixels in a tile: 4, 8 or 12 of 64 padded channels, 4 or 8 of 128
-    int64_t blocks;  // at most; each takes tiles until none is left
+    int rows;        // output rows per tile: 4, 8 or 12 for 64 padded channels, 4 or 8 for 128
+    int64_t blocks;  // at most; each processes tiles until none is left
 };
 
 void shared_block(const SharedBlock& op, Stream stream);

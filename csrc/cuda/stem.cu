@@ -5,16 +5,16 @@
 #include "primitives.cuh"
 #include "stem.h"
 
-// A block makes tiles of pooled pixels for 64 output channels: a patch of the normalised image, the
-// features of the convolution and its weights are in shared memory, and only pooled pixels leave.
+// A block computes tiles of pooled pixels for 64 output channels: a patch of the normalised image, the
+// convolution's output and its weights are in shared memory, and only pooled pixels leave.
 //
-// A tile is 7 x 8 pooled pixels, from 15 x 17 of the convolution: 255, one less than the 8 warps make in
-// two fragments of 16 each, and 14 % more than 4 for each pooled pixel, since neighbours make the border
-// too. It needs 65 KB at 16 bits and 88 KB in float32, so that two blocks share a multiprocessor: one loads
-// or pools while the other convolves.
+// A tile is 7 x 8 pooled pixels, from 15 x 17 of the convolution: 255, one less than the 8 warps compute in
+// two fragments of 16 each, and 14 % more than 4 per pooled pixel, since neighbouring tiles recompute the
+// border. It needs 65 KB at 16 bits and 88 KB in float32, so two blocks share a multiprocessor: one loads or
+// pools while the other convolves.
 //
-// The products of a filter row are 21 neighbours in a row of the patch, the next pixel's begin 6 further:
-// the convolution is a matrix product whose left side is read from the patch in place.
+// The products of a filter row read 21 adjacent elements of a patch row, and the next pixel's begin 6
+// elements further: the convolution is a matrix product whose left operand is read from the patch in place.
 
 namespace shelfkern {
 namespace cuda {
@@ -25,11 +25,11 @@ constexpr int kFilterRows = 7, kFilterRow = 7 * 3;
 constexpr int kPoolH = 7, kPoolW = 8, kPoolPixels = kPoolH * kPoolW;
 constexpr int kConvH = 2 * kPoolH + 1, kConvW = 2 * kPoolW + 1, kConvPixels = kConvH * kConvW;
 // Elements of a patch row. It begins one element before the first window: there bytes of the image can be
-// loaded in fours, and pairs of 16-bit elements are aligned for every window.
+// loaded in groups of four, and pairs of 16-bit elements are aligned for every window.
 constexpr int kPatchStep = 6, kPatchRow = kPatchStep * (kConvW - 1) + 24, kPatchRows = 2 * kConvH + 5;
-constexpr int kLoad = 4;  // elements at a time
-// Tensor cores: a filter row is padded to three eights, its weights to whole sixteens, and then by 8 more so
-// that the eight rows of an ldmatrix lie in different banks.
+constexpr int kLoad = 4;  // elements per load
+// Tensor cores: a filter row is padded to three groups of eight, its weights to a multiple of sixteen, and
+// then by 8 more so that the eight rows of an ldmatrix are in different banks.
 constexpr int kEights = 3, kSteps = (kEights * kFilterRows + 1) / 2, kWeightRow = 16 * kSteps + 8;
 
 template <typename T_, typename Pixel_>
@@ -53,14 +53,14 @@ template <typename S>
 struct Args {
     Global<const typename S::Pixel> image;
     int64_t image_n, image_c, image_h, image_w;  // strides
-    int height, width;                           // of the image
-    bool words;                                  // the image may be read four bytes at a time
+    int height, width;                           // size of the image
+    bool words;                                  // whether the image can be read four bytes at a time
     Weights<float> values;
     Weights<typename S::T> weight;
     Weights<float> scale, shift;
     View<typename S::T> out;
-    int h, w, c;  // of out
-    bool packs;   // out may be written 16 bytes at a time
+    int h, w, c;  // size of out
+    bool packs;   // whether out can be written 16 bytes at a time
     unsigned tiles_y, tiles_x, tiles;
     float slope;
 };
@@ -79,7 +79,7 @@ DEVICE Tile tile_of(const Args<S>& args, unsigned index) {
 
 DEVICE int first_channel() { return block_index_y() * kChannels; }
 
-// The group's weights and the table of normalised bytes.
+// Loads the group's weights and the table of normalised byte values.
 template <typename S>
 DEVICE void load_parameters(const Args<S>& args, Shared<typename S::T> weight, Shared<typename S::T> table) {
     const int64_t from = int64_t{block_index_y()} * S::kWeights;
@@ -101,17 +101,17 @@ struct Loader {
     int row, first;
 
     DEVICE int channel(int k) const { return (first + k + 2) % 3; }
-    DEVICE int column(int k) const { return (first + k + 2) / 3; }  // from that column on
+    DEVICE int column(int k) const { return (first + k + 2) / 3; }  // relative to that column
 };
 
-// Of the thread. The compiler does not see that it is the same for every tile: kept over the convolution,
-// what follows from it would cost registers that are needed there.
+// The thread's loader. It hides from the compiler that it is the same for every tile: values derived from it
+// would occupy registers that the convolution needs.
 DEVICE Loader loader() {
     const int thread = opaque(thread_index());
     return {thread / kLoaders, thread % kLoaders * kLoad};
 }
 
-// The normalised image around a tile, zeros outside of it.
+// Loads the normalised image around a tile, with zeros outside the image.
 template <typename S>
 DEVICE void load_patch(const Args<S>& args, const Tile& tile, Shared<typename S::T> table,
                        Shared<typename S::T> patch) {
@@ -136,8 +136,8 @@ DEVICE void load_patch(const Args<S>& args, const Tile& tile, Shared<typename S:
     }
 }
 
-// The same from rows of bytes, four at a time: they are all inside or all outside. A thread has all its
-// loads in flight at once.
+// As above from rows of bytes, four at a time, which are all inside or all outside. All loads of a thread are
+// in flight at once.
 template <typename S>
 DEVICE void load_patch_words(const Args<S>& args, const Tile& tile, Shared<typename S::T> table,
                              Shared<typename S::T> patch) {
@@ -166,31 +166,31 @@ DEVICE void load_patch_words(const Args<S>& args, const Tile& tile, Shared<typen
     }
 }
 
-// The element before those of a convolution pixel's first filter row.
+// Index of the element before those of a convolution pixel's first filter row.
 DEVICE int patch_at(int pixel) { return pixel / kConvW * 2 * kPatchRow + pixel % kConvW * kPatchStep; }
 
-// Where 16 bytes of a pixel's features lie: neighbouring pixels have them in another order, so that a
-// fragment of eight is written to all banks.
+// Position of 16 bytes of a pixel's features: adjacent pixels permute them differently, so that a fragment of
+// eight is written to all banks.
 template <typename S>
 DEVICE int feature_at(int pixel, int pack) {
     return pixel * S::kKept + (pack ^ (pixel & 7)) * S::kPack;
 }
 
-// scale * sum + shift under the activation; minus infinity above and left of the convolution, where the
-// pooling pads.
+// scale * sum + shift after the activation; minus infinity above and to the left of the convolution's output,
+// the padding of the pooling.
 template <typename S>
 DEVICE float feature(const Args<S>& args, const Tile& tile, int pixel, float scale, float sum, float shift) {
     const bool padding = (tile.y == 0 && pixel < kConvW) || (tile.x == 0 && pixel % kConvW == 0);
     return padding ? -INFINITY : activate(fmaf(scale, sum, shift), args.slope);
 }
 
-// Tensor cores. A warp makes kFragments x 16 pixels of all channels.
+// Tensor cores. A warp computes kFragments x 16 pixels of all channels.
 constexpr int kFragments = 2, kColumns = kChannels / 8;
 
 DEVICE int first_pixel(int fragment) { return (warp() * kFragments + fragment) * 16 + lane() / 4; }
 
-// Two neighbouring elements of each of 8 pixels, from eighth `eight` of their filters. What pads a filter
-// row is some other pixel's, which might not be finite: weights of zero alone would not remove it.
+// Two adjacent elements of each of 8 pixels, from group `eight` of their filter rows. A filter row's padding
+// contains another pixel's values, which may not be finite: weights of zero alone would not remove them.
 template <typename T>
 DEVICE uint32_t load_a(Shared<T> patch, int pixel_at, int eight) {
     if (eight >= kEights * kFilterRows) return 0;
@@ -262,8 +262,8 @@ DEVICE void store_features(const Args<S>& args, const Tile& tile,
     }
 }
 
-// float32. A thread makes kPerThread pixels, 32 apart, of 4 neighbouring channels in each half of the 64:
-// the lanes of a load read neighbouring banks, or one address.
+// float32. A thread computes kPerThread pixels, 32 apart, for 4 adjacent channels in each half of the 64: the
+// lanes of a load read adjacent banks, or one address.
 constexpr int kPerThread = 8, kPixelStep = kThreads / 8;
 
 DEVICE void convolve(Shared<float> patch, Shared<float> weight, float (&sums)[2][kPerThread][4]) {
@@ -274,7 +274,7 @@ DEVICE void convolve(Shared<float> patch, Shared<float> weight, float (&sums)[2]
     }
 #pragma unroll 1
     for (int r = 0; r < kFilterRows; ++r) {
-#pragma unroll 1  // two at a time would need more registers than two blocks have
+#pragma unroll 1  // unrolled by two it needs more registers than two blocks have
         for (int k = 0; k < kFilterRow; ++k) {
             const int tap = (r * kFilterRow + k) * kChannels + thread_index() % 8 * 4;
             const Pack<float, 4> b[2] = {weight.load_pack<4>(tap), weight.load_pack<4>(tap + kChannels / 2)};
@@ -318,7 +318,7 @@ DEVICE void keep_larger(Pack<T, 8>& best, const Pack<T, 8>& values) {
     memcpy(&best, a, 16);
 }
 
-// The pooled tile, for the channels from `channel` on whose features are kept.
+// Pools the tile, for the kept channels from `channel` on.
 template <typename S>
 DEVICE void pool(const Args<S>& args, const Tile& tile, int channel, Shared<typename S::T> features) {
     using Values = Pack<typename S::T, S::kPack>;

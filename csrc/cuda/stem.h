@@ -6,7 +6,7 @@
 namespace shelfkern {
 namespace cuda {
 
-// Three channels. Strides count elements and may be any: an image may be NHWC or NCHW.
+// Three channels. Strides count elements and are arbitrary: an image may be NHWC or NCHW.
 struct Image {
     const void* data;
     DType dtype;
@@ -15,7 +15,7 @@ struct Image {
 
     bool empty() const { return n == 0 || h == 0 || w == 0; }
 
-    // Elements from the first to the last, both included.
+    // Elements from the first to the last, inclusive.
     int64_t extent() const {
         if (empty()) return 0;
         return (n - 1) * stride_n + 2 * stride_c + (h - 1) * stride_h + (w - 1) * stride_w + 1;
@@ -30,20 +30,21 @@ struct Image {
 };
 
 struct Stem {
-    Image image;          // u8, or of out's type and then normalised; zeros beyond it up to 4 h x 4 w of out
-    const float* values;  // 256 x 3: what a byte of each channel is, normalised
-    // Output channels come in groups of 64, zeros beyond the last; taps are filter rows of 7 x 3 elements.
-    // f32: groups x 147 x 64. bf16, f16: groups x 64 x 184, a zero before and two after every filter row,
+    Image image;          // u8, or normalised in out's type; zero-padded to 4 h x 4 w of out
+    const float* values;  // 256 x 3: normalised value of a byte in each channel
+    // Output channels come in groups of 64, zero-padded beyond the last; taps are filter rows of 7 x 3
+    // elements.
+    // f32: groups x 147 x 64. bf16, f16: groups x 64 x 184, one zero before and two after every filter row,
     // and zeros at the end.
     const void* weight;
     const float *scale, *shift;  // whole groups
     Nhwc out;
     DType dtype;
-    float slope;     // of act: 0 relu, 1 none
-    int64_t blocks;  // at most, for a group; each takes tiles until none is left
+    float slope;     // slope of act: 0 relu, 1 none
+    int64_t blocks;  // at most, per group; each processes tiles until none is left
 };
 
-// Enqueues the kernel on a cudaStream_t; throws std::runtime_error where CUDA refuses.
+// Enqueues the kernel on a cudaStream_t; throws std::runtime_error on CUDA errors.
 void stem(const Stem& op, Stream stream);
 
 }  // namespace cuda

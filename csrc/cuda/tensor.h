@@ -12,7 +12,7 @@ namespace cuda {
 
 enum class DType : int { f32 = 0, bf16 = 1, u8 = 2, f16 = 3 };
 
-// Calls run with a value of the floating type that dtype names.
+// Calls run with a value of the floating type that dtype denotes.
 template <typename Run>
 void with_type(const char* op, DType dtype, const Run& run) {
     if (dtype == DType::f32) return run(float{});
@@ -29,12 +29,12 @@ struct Nhwc {
 
     bool empty() const { return n == 0 || h == 0 || w == 0 || c == 0; }
 
-    // Elements from the first to the last, both included.
+    // Elements from the first to the last, inclusive.
     int64_t extent() const {
         return empty() ? 0 : (n - 1) * stride_n + (h - 1) * stride_h + (w - 1) * stride_w + c;
     }
 
-    // Whether every pixel is whole packs of `vector` elements, each aligned to its bytes.
+    // Whether every pixel consists of whole packs of `vector` elements, aligned to their size.
     bool has_packs(int64_t vector, int64_t element_bytes) const {
         const bool aligned = reinterpret_cast<uintptr_t>(data) % (vector * element_bytes) == 0;
         const auto whole = [&](int64_t size, int64_t stride) { return size <= 1 || stride % vector == 0; };
@@ -42,8 +42,8 @@ struct Nhwc {
     }
 };
 
-// Where kernels are enqueued: a cudaStream_t. With overlap a kernel may start before the one ahead has
-// ended, and waits for it before it reads anything but weights: they must have been there long before.
+// The cudaStream_t on which kernels are enqueued. With overlap a kernel may start before its predecessor has
+// ended, and waits for it before reading anything but weights, which must have been written long before.
 struct Stream {
     void* handle = nullptr;
     bool overlap = false;

@@ -28,7 +28,7 @@ DEVICE Pack<float, N> load_gate(Global<const float> gate, int64_t i) {
     return values;
 }
 
-// A thread takes N channels of one input pixel to the four output pixels that it covers: x is read once.
+// A thread adds N channels of one input pixel to the four output pixels that it covers: x is read once.
 template <typename T, int N>
 KERNEL(kThreads)
 upsample_add_kernel(const Args<T> args) {

@@ -14,7 +14,7 @@ struct UpsampleAdd {
     DType dtype;
 };
 
-// Enqueues the kernel on a cudaStream_t; throws std::runtime_error where CUDA refuses.
+// Enqueues the kernel on a cudaStream_t; throws std::runtime_error on CUDA errors.
 void upsample_add(const UpsampleAdd& op, Stream stream);
 
 }  // namespace cuda

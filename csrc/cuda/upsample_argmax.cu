@@ -1,20 +1,20 @@
 #include "resize.cuh"
 #include "upsample_argmax.h"
 
-// A block makes a tile of labels. It stages the scores that the tile reads in shared memory, and with
-// each source pixel its own label. A resized score lies between its four sources, so where those have one
-// label, all between them have it: most pixels of a segmentation need no arithmetic at all.
+// A block computes a tile of labels. It stages the scores that the tile reads in shared memory, and each
+// source pixel's own label. A resized score lies between its four sources, so where those have one label, all
+// pixels between them have it too: most pixels of a segmentation need no arithmetic at all.
 namespace shelfkern {
 namespace cuda {
 namespace {
 
-constexpr int kQuad = 4;  // neighbouring pixels of a thread
+constexpr int kQuad = 4;  // adjacent pixels per thread
 constexpr int kWarpRows = 8, kWarpColumns = 4 * kQuad;
 constexpr int kTileRows = 2 * kWarpRows, kTileColumns = 4 * kWarpColumns;
 constexpr int kThreads = kTileRows * kTileColumns / kQuad, kWarps = kThreads / 32;
-constexpr int kBatch = 5;  // source pixels that a warp loads at once: all of a tile's 40, resized eightfold
-constexpr int kMaxShared = 96 * 1024;        // two blocks a multiprocessor
-constexpr int kNotFinite = -1, kMixed = -2;  // in place of a label
+constexpr int kBatch = 5;  // source pixels that a warp loads at once: for an 8x resize, all of a tile's 40
+constexpr int kMaxShared = 96 * 1024;        // two blocks per multiprocessor
+constexpr int kNotFinite = -1, kMixed = -2;  // instead of a label
 
 using Labels = Pack<uint8_t, kQuad>;
 
@@ -24,7 +24,7 @@ struct Args {
     Global<uint8_t> labels;
     Axis rows, columns;
     int classes, out_h, out_w, tiles_y, tiles_x;
-    int window_pixels;  // source pixels that a tile reads, at most
+    int window_pixels;  // maximum of source pixels that a tile reads
     bool whole_quads;   // whether every quad of labels is inside and aligned
 };
 
@@ -45,14 +45,14 @@ DEVICE Place quad_of_thread(const Place& tile) {
             tile.x + warp() % kAcross * kWarpColumns + lane() % kQuads * kQuad};
 }
 
-// Floats from one staged pixel to the next: an odd number of 16-byte packs, so that neighbours' packs lie
-// in different banks.
+// Floats between staged pixels: an odd number of 16-byte packs, so that adjacent pixels' packs are in
+// different banks.
 HOST_DEVICE int staged_stride(int classes) { return ((classes + 3) / 4 | 1) * 4; }
 
 // The source pixels that a tile reads.
 struct Window {
     Shared<float> values;  // by pixel, then class
-    Shared<int> labels;    // of each pixel: its label, or kNotFinite if one of its scores is not
+    Shared<int> labels;    // per pixel: its label, or kNotFinite if any of its scores is not finite
     int y, x, height, width, stride;
 
     DEVICE int index(int source_y, int source_x) const { return (source_y - y) * width + source_x - x; }
@@ -73,7 +73,7 @@ DEVICE Window window_of_tile(const Args<T>& args, const Place& tile) {
             stride};
 }
 
-// A candidate for the first greatest class; what is not finite beats all that is.
+// A candidate for the first largest class; non-finite values are larger than all finite ones.
 struct Best {
     float value;
     int label;
@@ -94,8 +94,8 @@ struct Best {
     }
 };
 
-// Copies the window, a warp a pixel. What fills the last pack of classes is class 0 again, which never
-// beats the first.
+// Copies the window, one warp per pixel. The last pack of classes is filled with class 0, which never
+// replaces the first.
 template <typename T>
 DEVICE void stage(const Args<T>& args, int image, const Window& window) {
     const int pixels = window.height * window.width, padded = (args.classes + 3) / 4 * 4;
@@ -127,7 +127,7 @@ DEVICE void stage(const Args<T>& args, int image, const Window& window) {
     }
 }
 
-// The label of all source pixels between the taps, or kMixed or kNotFinite.
+// The common label of all source pixels between the taps, or kMixed or kNotFinite.
 DEVICE int common_label(const Window& window, const Tap& y, int first, int last) {
     const int label = window.labels.load(window.index(y.first, first));
     bool same = true, finite = true;
@@ -140,8 +140,8 @@ DEVICE int common_label(const Window& window, const Tap& y, int first, int last)
     return !finite ? kNotFinite : same ? label : kMixed;
 }
 
-// The labels of a quad whose sources are finite and in kColumns neighbouring columns. Every column is
-// blended between its two rows once, and every pixel weighs all columns, most with 0.
+// The labels of a quad whose sources are finite and within kColumns adjacent columns. Each column is blended
+// between its two rows once, and every pixel uses all columns, most with weight 0.
 template <int kColumns>
 DEVICE Labels blended_labels(const Window& window, int classes, const Tap& y, const Tap (&x)[kQuad]) {
     float weight[kQuad][kColumns];
@@ -155,7 +155,7 @@ DEVICE Labels blended_labels(const Window& window, int classes, const Tap& y, co
     }
     int top[kColumns], bottom[kColumns];
     for (int j = 0; j < kColumns; ++j) {
-        // Columns beyond the last may be not finite, which no weight of 0 undoes.
+        // Columns beyond the last may be non-finite, which a weight of 0 does not remove.
         const int source = min(x[0].first + j, x[kQuad - 1].next);
         top[j] = window.index(y.first, source) * window.stride;
         bottom[j] = window.index(y.next, source) * window.stride;
@@ -182,7 +182,7 @@ DEVICE Labels blended_labels(const Window& window, int classes, const Tap& y, co
              static_cast<uint8_t>(label[3])}};
 }
 
-// The first class with the greatest value; NaN counts as greatest, as in torch.
+// The first class with the largest value; NaN counts as largest, as in torch.
 template <typename T>
 DEVICE uint8_t plain_label(const Pixel<T>& pixel, int classes) {
     float best = pixel.value(0);
@@ -203,7 +203,7 @@ DEVICE Labels plain_labels(const Args<T>& args, int image, const Tap& y, const T
     return labels;
 }
 
-// Makes the quad at a place, if that is inside, by make(y tap, x taps).
+// Computes the quad at a place, if that is inside, with make(y tap, x taps).
 template <typename T, typename Make>
 DEVICE void make_quad(const Args<T>& args, const Place& quad, const Make& make) {
     if (quad.y >= args.out_h || quad.x >= args.out_w) return;

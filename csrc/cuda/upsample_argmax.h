@@ -6,8 +6,8 @@
 namespace shelfkern {
 namespace cuda {
 
-// scores: n h w c, c up to 256, resized to full_h x full_w. labels: the first out_h rows and out_w columns
-// of it, n out_h out_w, contiguous.
+// scores: n h w c, c up to 256, resized to full_h x full_w. labels: n out_h out_w, contiguous, the first
+// out_h rows and out_w columns of the result.
 struct UpsampleArgmax {
     Nhwc scores;
     uint8_t* labels;
@@ -16,7 +16,7 @@ struct UpsampleArgmax {
     bool align_corners;
 };
 
-// Enqueues the kernel on a cudaStream_t; throws std::runtime_error where CUDA refuses.
+// Enqueues the kernel on a cudaStream_t; throws std::runtime_error on CUDA errors.
 void upsample_argmax(const UpsampleArgmax& op, Stream stream);
 
 }  // namespace cuda

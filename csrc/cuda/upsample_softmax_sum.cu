@@ -1,18 +1,18 @@
 #include "resize.cuh"
 #include "upsample_softmax_sum.h"
 
-// A warp makes a strip: some neighbouring pixels of one row, in all classes. It blends the strip's two
-// source rows into shared memory of its own, class by class; then each class of the strip is one
-// coalesced read and write of out.
+// A warp computes a strip: some adjacent pixels of one row, in all classes. It blends the strip's two source
+// rows into its part of shared memory, one class at a time; then each class of the strip is one coalesced
+// read and write of out.
 namespace shelfkern {
 namespace cuda {
 namespace {
 
-constexpr int kPixels = 2;  // of a thread, 32 columns apart
+constexpr int kPixels = 2;  // per thread, 32 columns apart
 constexpr int kStrip = 32 * kPixels;
 constexpr int kMaxWarps = 8;
-constexpr int kBatch = 4;              // columns, or classes, whose loads are in flight together
-constexpr int kMaxShared = 96 * 1024;  // two blocks a multiprocessor
+constexpr int kBatch = 4;              // columns, or classes, with loads in flight together
+constexpr int kMaxShared = 96 * 1024;  // two blocks per multiprocessor
 
 template <typename T>
 struct Args {
@@ -22,7 +22,7 @@ struct Args {
     Axis rows, columns;
     int classes, out_h, out_w, warps;
     int64_t strips_x, strips;
-    int stride;  // of the blended rows' classes: odd, so that neighbouring classes are in different banks
+    int stride;  // between classes of blended rows: odd, so that adjacent classes are in different banks
     bool exp;
 };
 
@@ -49,7 +49,7 @@ struct StagedPixel {
     }
 };
 
-// Blends the source rows over the columns that a strip reads, lanes taking neighbouring classes.
+// Blends the source rows over the columns that a strip reads; adjacent lanes take adjacent classes.
 template <typename T>
 DEVICE Row stage(const Args<T>& args, const Strip& strip) {
     const int last = min(strip.x + kStrip, args.out_w) - 1;
@@ -78,12 +78,12 @@ DEVICE Row stage(const Args<T>& args, const Strip& strip) {
     return row;
 }
 
-// What turns a pixel's values into what is added: exp(value - shift) * scale.
+// Converts a pixel's values into the terms to add: exp(value - shift) * scale.
 struct Softmax {
     float shift, scale;
 };
 
-// The greatest value and the sum of exponentials in one pass, rescaling the sum where a greater one comes.
+// The maximum and the sum of exponentials in one pass, rescaling the sum when the maximum grows.
 template <typename P>
 DEVICE Softmax softmax(const P& pixel, int classes) {
     float greatest = -kLargestFloat, sum = 0;
@@ -93,11 +93,11 @@ DEVICE Softmax softmax(const P& pixel, int classes) {
         sum = value > greatest ? sum * smaller + 1 : sum + smaller;
         greatest = value > greatest ? value : greatest;
     }
-    // A greatest value of infinity makes all NaN, as in torch.
+    // A maximum of infinity makes all NaN, as in torch.
     return {greatest, 1 / (sum + (greatest - greatest))};
 }
 
-// Adds a thread's pixels, of which those beyond the last column are not made.
+// Adds a thread's pixels, except those beyond the last column.
 template <typename T, typename P>
 DEVICE void add(const Args<T>& args, const Strip& strip, const P (&pixels)[kPixels]) {
     Softmax f[kPixels];

@@ -7,7 +7,7 @@ namespace shelfkern {
 namespace cuda {
 
 // scores: n h w c, resized to full_h x full_w, then flipped left-right if mirror. out: n c out_h out_w
-// float32, the first rows and columns; neighbouring columns are contiguous, strides count elements.
+// float32, the first rows and columns; columns are contiguous, other strides count elements.
 struct UpsampleSoftmaxSum {
     Nhwc scores;
     float* out;
@@ -17,7 +17,7 @@ struct UpsampleSoftmaxSum {
     bool mirror, exp, align_corners;
 };
 
-// Enqueues the kernel on a cudaStream_t; throws std::runtime_error where CUDA refuses.
+// Enqueues the kernel on a cudaStream_t; throws std::runtime_error on CUDA errors.
 void upsample_softmax_sum(const UpsampleSoftmaxSum& op, Stream stream);
 
 }  // namespace cuda

@@ -1,4 +1,4 @@
-// Checked jumps take a switch to another stack for an error.
+// Fortified longjmp treats a jump to another stack as an error.
 #undef _FORTIFY_SOURCE
 
 #include "emulator.h"
@@ -63,7 +63,7 @@ Random random;
 
 // Fibers.
 
-// A stack of its own and the point where it was left. The launching thread's stack is a Fiber as well.
+// A stack and the point where its execution was left. The launching thread's stack is a Fiber as well.
 class Fiber {
    public:
     Fiber() = default;
@@ -77,7 +77,7 @@ class Fiber {
     void prepare(void (*body)()) {
         if (!stack_) allocate();
 #if defined(__SANITIZE_ADDRESS__)
-        // Frames of a launch that was given up are still marked.
+        // Frames of an abandoned launch are still marked.
         ASAN_UNPOISON_MEMORY_REGION(stack_ + kGuard, kStack);
         bottom_ = stack_ + kGuard;
         size_ = kStack;
@@ -105,7 +105,7 @@ class Fiber {
         arrived(fake_stack);
     }
 
-    // First thing after a switch.
+    // The first call after a switch.
     static void arrived([[maybe_unused]] void* fake_stack = nullptr) {
 #if defined(__SANITIZE_ADDRESS__)
         __sanitizer_finish_switch_fiber(fake_stack, &from_->bottom_, &from_->size_);
@@ -113,7 +113,7 @@ class Fiber {
     }
 
    private:
-    // Optimised frames are small, those of a sanitizer's build are not.
+    // Optimised frames are small, those of a sanitizer build are not.
 #if defined(__SANITIZE_ADDRESS__)
     static constexpr size_t kStack = 512 * 1024;
 #else
@@ -150,7 +150,7 @@ struct Copy {
 struct Thread {
     Fiber fiber;
     bool finished = false, previous_done = false;
-    // What it waits at; null while it may run.
+    // Name of the primitive it waits at; null while it may run.
     const char* waits_at = nullptr;
     int line = 0;
     void* request = nullptr;
@@ -159,24 +159,24 @@ struct Thread {
 };
 
 struct Warp {
-    // Lanes that wait at a collective, and what the first of them waits at.
+    // Lanes that wait at a collective, and line and thread of the first of them.
     int arrived = 0, line = 0, thread = 0;
     const char* name = nullptr;
     Complete complete = nullptr;
-    // Counts warp barriers.
+    // Number of warp barriers.
     uint32_t epoch = 0;
 };
 
-// Who touched a byte of shared memory last. Epochs count barriers: of the block, since the launch began.
+// The last accesses to a byte of shared memory. Epochs count barriers: of the block, since the launch began.
 struct SharedByte {
     uint32_t write_epoch, write_warp_epoch, read_epoch, read_warp_epoch;
-    // Two readers stand for all of an epoch: of two warps, or of the latest warp epoch of one.
+    // Two readers represent all of an epoch: of two warps, or of the latest warp epoch of one.
     uint16_t writer, reader, other_reader;
     uint16_t copier;  // 1 + the thread whose copy has not landed
     int write_line, read_line;
 };
 
-// Who touched each byte of 4 KiB of global memory: 1 + the thread's number in the grid, 0 for nobody.
+// The accesses to each byte of 4 KiB of global memory: 1 + the thread's number in the grid, 0 for none.
 struct Page {
     static constexpr int kBytes = 4096;
     uint32_t writer[kBytes], reader[kBytes], other_reader[kBytes];
@@ -221,7 +221,7 @@ std::string at_line(int line) { return line ? " (line " + str(line) + ")" : ""; 
 
 void enter(int thread) { position.thread = thread; }
 
-// Leaves the running thread for a random one that may run, or for the launch where there is none.
+// Switches from the running thread to a random one that may run, or to the launch if there is none.
 void yield() {
     Thread& self = here();
     if (state.runnable.empty()) {
@@ -257,7 +257,7 @@ void finish_thread() {
     self.finished = true;
 }
 
-// Every fiber's body: a thread of one block after another.
+// Body of every fiber: runs one thread of one block after another.
 void run_threads() {
     Fiber::arrived();
     for (;;) {
@@ -274,7 +274,7 @@ void run_threads() {
 
 // Blocks and launches.
 
-// One sentence on threads that wait for ever.
+// Reports in one sentence the threads that wait forever.
 [[noreturn]] void report_deadlock() {
     const auto waits_at = [](int t) { return state.threads[t]->waits_at; };
     const auto state_of = [&](int t) {
@@ -284,7 +284,7 @@ void run_threads() {
     };
     int first = 0, last = state.grid.threads;
     while (!waits_at(first)) ++first;
-    // A collective that lacks lanes explains a barrier that lacks threads.
+    // A collective with missing lanes explains a barrier with missing threads.
     for (int t = first; t < last; ++t) {
         if (waits_at(t) && warp_of(t).arrived) {
             first = t;
@@ -376,7 +376,7 @@ void begin_launch(const Grid& grid) {
     statistics.shared_bytes = std::max<int64_t>(statistics.shared_bytes, grid.shared_bytes);
 }
 
-// Threads of a launch that was given up are in the middle of the kernel: they start anew.
+// Threads of an abandoned launch are in the middle of the kernel: the next launch starts them anew.
 void abandon_threads() {
     for (auto& thread : state.threads) {
         thread->copies.clear();
@@ -478,7 +478,7 @@ namespace {
            line);
 }
 
-// Whether nothing orders another thread's access in this epoch and warp epoch before this thread's.
+// Whether another thread's access in this epoch and warp epoch is not ordered with this thread's.
 bool unordered(int other, uint32_t warp_epoch) {
     return other / kWarp != position.thread / kWarp || warp_epoch == warp_of(position.thread).epoch;
 }
@@ -555,7 +555,7 @@ void read_shared_by_warp(int64_t byte, int bytes, int line) {
     for (int64_t i = byte; i < byte + bytes; ++i) {
         SharedByte& at = state.shared[i];
         check_read(at, i, true, line);
-        // Two lanes stand for all.
+        // Two lanes represent all.
         record_read(at, position.thread, line);
         record_read(at, position.thread ^ 1, line);
     }
@@ -570,7 +570,7 @@ void write_shared(int64_t byte, int bytes, int line) {
 }
 
 void count_bank_conflicts(const unsigned char* const (&rows)[8]) {
-    // A wavefront serves each bank once; a row of 16 bytes takes four of the 32 banks.
+    // A wavefront accesses each bank once; a row of 16 bytes takes four of the 32 banks.
     int wavefronts = 1;
     for (int i = 0; i < 8; ++i) {
         int sharing = 1;

@@ -1,4 +1,4 @@
-// The CPU half of ../cuda/primitives.cuh, which documents it: every access is checked by the emulator.
+// The CPU implementation of ../cuda/primitives.cuh, where it is documented: the emulator checks every access.
 #pragma once
 
 #include <algorithm>
@@ -62,7 +62,7 @@ DEVICE std::string bytes_named(int bytes, const char* what) {
     return std::to_string(bytes) + " bytes of " + what;
 }
 
-// An access of `bytes` at element i of `count`, which must lie inside and on a multiple of its size.
+// Checks an access of `n` elements at element i of `count`, which must be inside and aligned to its size.
 DEVICE void check_access(const char* what, int64_t i, int64_t n, int64_t count, uintptr_t address, int bytes,
                          int line) {
     if (i < 0 || i + n > count) {
@@ -106,7 +106,7 @@ class Pointer {
     Pointer operator+(int64_t offset) const { return {data_, count_, offset_ + offset}; }
     explicit operator bool() const { return data_ != nullptr; }
 
-    // The address of n elements from i, checked as a read of them.
+    // The address of n elements from i, checked as a read of these elements.
     T* source(int64_t i, int n, int line) const {
         T* at = check(i, n, line);
         if (!kReadOnly) emulation::read_global(at, n * static_cast<int>(sizeof(T)), line);
@@ -165,7 +165,7 @@ class Shared {
     void store(int i, T value, SHELFKERN_LINE) const { store_pack(i, Pack<T, 1>{{value}}, line); }
     Shared operator+(int offset) const { return {start_, count_, offset_ + offset}; }
 
-    // Where n elements from i are in the block's shared memory.
+    // The byte offset of n elements from i in the block's shared memory.
     int64_t byte(int64_t i, int n, int line) const {
         const int64_t element = offset_ + i, at = start_ + element * static_cast<int64_t>(sizeof(T));
         check_access("shared", element, n, count_, static_cast<uintptr_t>(at),
@@ -257,7 +257,7 @@ struct MatrixProduct {
     const uint32_t *a, *b;
 };
 
-// Sums in double: the hardware's own order and width of accumulation are not documented.
+// Sums in double: the order and precision of the hardware's accumulation are not documented.
 template <typename T>
 DEVICE void complete_mma(void* const* requests) {
     double a[16][16], b[16][8], d[16][8];
