@@ -1,4 +1,4 @@
-"""The arithmetic that chosen algorithms really do, which may be less than a direct convolution's."""
+"""FLOP that the chosen algorithms actually perform, which may be fewer than a direct convolution's."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ WINOGRAD = re.compile(r"\bwinograd (\d+)x\1\b")
 def step_flop(step: Step, algorithm: str, batch: int, size: Size) -> int:
     """FLOP of one step for images padded to a size, by an algorithm of this name.
 
-    Of minimal filtering, named "winograd mxm", the products. Its transforms are left out: they grow with
-    channels, not with their product.
+    For minimal filtering, named "winograd mxm", only the products. Its transforms are left out: they are
+    proportional to the channels, not to the product of input and output channels.
     """
     direct = 2 * step_macs(step, batch, *size)
     found = WINOGRAD.search(algorithm)
@@ -30,11 +30,11 @@ def step_flop(step: Step, algorithm: str, batch: int, size: Size) -> int:
 
 
 def _tile(step: Step, tile: int) -> tuple[int, int, Fraction]:
-    """Outputs of a tile along each side, products for it, and for each output of a direct convolution.
+    """Outputs per tile side, products per tile, and products per output of a direct convolution.
 
-    Of stride 2, and transposed, one side takes m products of the middle tap and m + 1 of the two others; of
-    transposed ones m counts inputs, of which there are half as many as outputs. Of a stem it is 4 taps of 12
-    colours, of 2 x 2 pixels, on each side, and an output is pooled of 2 x 2 new ones.
+    For stride 2, and transposed, one side takes m products for the middle tap and m + 1 for the two others;
+    if transposed, m counts inputs, half as many as outputs. A stem has 4 taps per side and 12 colours, of 2 x
+    2 pixels, and each pooled output needs 2 x 2 new convolution outputs.
     """
     if isinstance(step, Stem):
         return tile // 2, 12 * (tile + 3) ** 2, Fraction(4 * 3 * 7 * 7)
@@ -46,6 +46,6 @@ def _tile(step: Step, tile: int) -> tuple[int, int, Fraction]:
 
 
 def plan_flop(plan: Plan, batch: int, size: Size) -> int:
-    """FLOP of all steps by the algorithms chosen for this size; direct ones where none is bound."""
+    """FLOP of all steps with the algorithms chosen for this size; direct convolutions if none is bound."""
     names = plan.algorithms(batch, *size) if plan.algorithms else [""] * len(plan.steps)
     return sum(step_flop(step, name, batch, size) for step, name in zip(plan.steps, names, strict=True))

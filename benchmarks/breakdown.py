@@ -1,4 +1,4 @@
-"""Where the time of a forward pass goes: every layer of ours against what the machine allows it."""
+"""Where a forward pass spends its time: each of our layers compared with the machine's limits."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from shelfkern.nn import ShelfNet
 from shelfkern.timing import Timing
 
 MICRO = 1e6
-# Passes on a CPU, after one that is not counted.
+# Passes on a CPU, after an untimed one.
 CPU_ROUNDS = 20
 
 
 class Layer(Protocol):
-    """A step of a forward pass that has run, as `FastShelfNet.bound_steps` gives them."""
+    """A step of a forward pass that has run, as returned by `FastShelfNet.bound_steps`."""
 
     step: Step
     algorithm: Any
@@ -65,7 +65,7 @@ class CpuLayer:
     """A step of a forward pass on a CPU.
 
     Attributes:
-        shape: of its result.
+        shape: shape of its result.
     """
 
     step: Step
@@ -78,9 +78,9 @@ def cpu_layers(
 ) -> tuple[list[CpuLayer], list[Timing], float]:
     """Layers of a forward pass on a CPU, their times, and the median of the whole with its resize, seconds.
 
-    The layers of a pass are timed as they follow each other, with what they read in the caches as then.
+    The layers are timed within whole passes, with the cache contents that they find there.
 
-    fast: not used afterwards, for its steps stop their own time.
+    fast: not usable afterwards, because its steps now time themselves.
     """
     program = fast._program()
     batch, height, width = image_size(images)
@@ -97,7 +97,7 @@ def cpu_layers(
             whole.append(time.perf_counter() - begin)
     chosen = zip(program.plan.steps, program.chosen(size), strict=True)
     layers = [CpuLayer(step, algorithm, step.output.shape(*size)) for step, algorithm in chosen]
-    # The first pass takes up memory.
+    # The first pass allocates memory.
     return layers, [Timing(tuple(times[1:])) for times in seconds], statistics.median(whole[1:])
 
 
@@ -116,11 +116,11 @@ def rows(
 ) -> list[Row]:
     """The rows on a GPU, from the layers and a call of all of them.
 
-    Each layer's calls are alone in a graph, with their inputs in L2, one after the other; in the whole
-    some run side by side. So the sum is not the whole.
+    Each layer is timed alone in a graph of consecutive calls, with its inputs in L2; in the whole some layers
+    run side by side. So the sum is not the time of the whole.
     """
     times = clock.in_graphs({str(index): layer.run for index, layer in enumerate(layers)})
-    # A graph already, which cannot be recorded into another.
+    # Already a graph, which cannot be captured into another.
     together = clock.measure({"whole": whole})["whole"].call.median
     return table_rows(case, layers, [times[str(index)] for index in range(len(layers))], together, ceilings)
 
@@ -132,7 +132,7 @@ def table_rows(
     together: float,
     ceilings: Ceilings,
 ) -> list[Row]:
-    """The rows, from the layers' times and that of the whole, seconds."""
+    """The rows, from the times of the layers and of the whole, in seconds."""
     size = case.batch, *plan_of(case.model).extents.seen(*case.size)
     found = [
         _row(case, size, index, layer, timing, ceilings) | {"share": None}
@@ -148,7 +148,7 @@ def _row(
     case: Case, size: Size, index: int, layer: Layer | CpuLayer, timing: Timing, ceilings: Ceilings
 ) -> Row:
     step = layer.step
-    # What is not codes of 8 bits stays floating: 16 bits on a GPU, float32 on a CPU.
+    # Unquantized layers of an 8-bit network are floating: 16 bits on a GPU, float32 on a CPU.
     floating = case.torch_dtype if case.torch_dtype.is_floating_point else torch.float32
     dtype = _multiplied(layer, floating)
     direct, nbytes = 2 * step_macs(step, *size), step_bytes(step, floating, *size)
@@ -176,7 +176,7 @@ def _row(
 
 
 def _multiplied(layer: Layer | CpuLayer, floating: torch.dtype) -> torch.dtype:
-    """What a layer's products are of: Winograd's are not of what its activations are."""
+    """dtype of a layer's products: for Winograd's filtering it differs from that of its activations."""
     name = layer.algorithm.name
     if "winograd" in name:
         return torch.int16 if "int16" in name else torch.float32

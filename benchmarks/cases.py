@@ -1,4 +1,4 @@
-"""What is measured of whole networks: which cases, in which order, and on which inputs."""
+"""Cases of the whole-network benchmarks: which ones, in which order, and their inputs."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from shelfkern.nn.blocks import EntryBlock, SharedBlock
 
 Size = tuple[int, int]
 
-# Each in order of importance, for a budget may end before the rest.
+# All in order of importance, because the budget may end before the rest.
 MODELS = ("shelfnet18_lw", "shelfnet50", "shelfnet34_lw", "shelfnet101")
-# The weights that ship, trained on CamVid: of the networks here the only one whose labels mean something.
+# The bundled weights, trained on CamVid: the only network here whose labels are meaningful.
 SHIPPED = "camvid"
 SIZES: tuple[Size, ...] = ((512, 512), (1024, 2048))
-# On a CPU networks have sizes of their own: the shipped one that of its frames.
+# On a CPU each network has its own sizes: the bundled one that of its frames.
 CPU_NETWORKS: tuple[tuple[str, Size], ...] = (
     ("shelfnet18_lw", (512, 1024)),
     ("shelfnet18_lw", (512, 512)),
@@ -31,13 +31,13 @@ CPU_NETWORKS: tuple[tuple[str, Size], ...] = (
 )
 BATCHES = {"cpu": (1,), "cuda": (1, 32, 8)}
 DTYPES = {"cpu": ("float32", "bfloat16", "int8"), "cuda": ("float16", "bfloat16")}
-# The paper times these, in float32, at 512x512.
+# The paper gives times for these, in float32, at 512x512.
 PAPER_MODELS = ("shelfnet50", "shelfnet101")
-# Of the pictures that batch norms take their statistics from: count and extent.
+# Pictures from which batch norms take their statistics: count and extent.
 CALIBRATION = (4, 128)
-# Images that variants of 8 bits find their ranges on.
+# Images on which 8-bit variants find their ranges.
 RANGE_IMAGES = 8
-# Of a residual block's last batch norm.
+# Scale of a residual block's last batch norm.
 RESIDUAL_SCALE = 0.2
 
 
@@ -46,13 +46,13 @@ class Case:
     """One network on one input.
 
     Attributes:
-        model: its name.
+        model: name of the model.
         size: height and width.
-        batch: images.
-        dtype: of activations, by name.
-        labels: whether labels are wanted, otherwise full-size scores.
+        batch: number of images.
+        dtype: name of the dtype of activations.
+        labels: whether labels are computed, otherwise full-size scores.
         device: "cpu" or "cuda".
-        threads: of a CPU; None as many as torch has.
+        threads: threads on a CPU; None as many as torch has.
     """
 
     model: str
@@ -65,25 +65,25 @@ class Case:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """Of activations."""
+        """dtype of activations."""
         return getattr(torch, self.dtype)
 
     @property
     def float_dtype(self) -> torch.dtype:
-        """Of images and scores: float32 where activations are codes of 8 bits."""
+        """dtype of images and scores: float32 where activations are 8-bit."""
         return self.torch_dtype if self.torch_dtype.is_floating_point else torch.float32
 
     @property
     def raw(self) -> bool:
-        """Whether images come as uint8 (N, H, W, 3), otherwise normalised (N, 3, H, W) in `dtype`.
+        """Whether images are uint8 (N, H, W, 3), otherwise normalised (N, 3, H, W) in `dtype`.
 
-        On a CPU labels too are made of normalised images, which all variants take.
+        On a CPU labels are also computed from normalised images, which all variants accept.
         """
         return self.labels and self.device == "cuda"
 
     @property
     def output(self) -> str:
-        """What is wanted, in a word."""
+        """Name of the output."""
         return "labels" if self.labels else "scores"
 
     def __str__(self) -> str:
@@ -94,9 +94,9 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Matrix:
-    """Which cases a run measures; what is empty is the device's own choice.
+    """The cases of a run; empty fields are filled in by the device's defaults.
 
-    threads: of a CPU, by default as many as torch has, then one.
+    threads: threads on a CPU, by default as many as torch has, then one.
     """
 
     device: str
@@ -130,7 +130,7 @@ class Matrix:
         return self.threads or every[: 1 if self.quick else None]
 
     def _networks(self) -> list[tuple[str, Size]]:
-        """Models and sizes: on a GPU all pairs; on a CPU those of its own that fit, or those asked for."""
+        """Models and sizes: on a GPU all pairs; on a CPU its default pairs that match, or those asked for."""
         if self.device == "cpu" and not (self.models and self.sizes):
             own = [
                 (model, size)
@@ -144,7 +144,7 @@ class Matrix:
         return [(model, size) for size in sizes for model in names]
 
     def _with_paper(self, cases: list[Case]) -> list[Case]:
-        """The paper's own cases, once the first size is done in the first dtype."""
+        """The paper's own cases, inserted after the first size in the first dtype."""
         if self.device == "cpu" or self.quick or self.dtypes or self.batches or self.sizes:
             return cases
         names = [name for name in PAPER_MODELS if name in (self.models or MODELS)]
@@ -156,10 +156,10 @@ class Matrix:
 @functools.cache
 @torch.no_grad()
 def build(name: str) -> ShelfNet:
-    """A model on the CPU in float32: the shipped one, or a published one, randomly initialised.
+    """A model on the CPU in float32: the bundled one, or a published one, randomly initialised.
 
-    Time does not depend on the values, but without statistics of batch norms activations grow from block to
-    block, beyond what float16 holds: a random model's are calibrated.
+    Time does not depend on the values, but without batch norm statistics activations grow from block to
+    block, beyond the range of float16: therefore a random model is calibrated.
     """
     if name == SHIPPED:
         return models.from_weights(name)
@@ -168,16 +168,17 @@ def build(name: str) -> ShelfNet:
 
 
 def calibrate(model: ShelfNet) -> ShelfNet:
-    """Gives a model's batch norms the statistics of a few pictures; gives it in eval mode."""
+    """Sets a model's batch norm statistics from a few pictures; returns it in eval mode."""
     model.train()
     for path, module in model.named_modules():
-        # As in trained networks a block changes little, so that roundings do not grow from block to block.
+        # As in trained networks, each block changes little, so that rounding errors do not grow from block to
+        # block.
         last = {BasicBlock: "bn2", SharedBlock: "bn2", EntryBlock: "bn2", Bottleneck: "bn3"}.get(type(module))
         if last is not None:
             module.get_submodule(last).weight.fill_(RESIDUAL_SCALE)
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = None  # a plain average
-        # A gate's norm would see a few nearly equal means, whose variance says nothing.
+        # A gate's norm would see only a few nearly equal means, whose variance is meaningless.
         if isinstance(module, nn.Dropout2d) or path.endswith("gate_bn"):
             module.eval()
     count, extent = CALIBRATION
@@ -186,7 +187,7 @@ def calibrate(model: ShelfNet) -> ShelfNet:
 
 
 def pictures(batch: int, size: Size, device: str, seed: int = 0) -> Tensor:
-    """uint8 (N, H, W, 3), coarse shapes with fine noise, the same at every run."""
+    """uint8 (N, H, W, 3), coarse shapes with fine noise, the same in every run."""
     generator = torch.Generator(device).manual_seed(seed)
     height, width = size
     extents = (batch, 3, -(-height // 32), -(-width // 32))
@@ -202,11 +203,11 @@ def normalised(images: Tensor, model: ShelfNet) -> Tensor:
 
 
 def images_of(case: Case, model: ShelfNet) -> Tensor:
-    """What every variant of a case gets, on its device."""
+    """Input of every variant of a case, on its device."""
     raw = pictures(case.batch, case.size, case.device)
     return raw if case.raw else normalised(raw, model).to(case.float_dtype)
 
 
 def range_images(size: Size) -> Tensor:
-    """uint8 (N, H, W, 3) on the CPU: what variants of 8 bits find their ranges on, unlike what is timed."""
+    """uint8 (N, H, W, 3) on the CPU: images for calibrating 8-bit variants, different from the timed ones."""
     return pictures(RANGE_IMAGES, size, "cpu", seed=1)

@@ -1,4 +1,4 @@
-"""Whether a network's result is right: a variant is checked before it is timed, and a wrong one is not."""
+"""Checks a network's result: each variant is checked before it is timed, and not timed if it is wrong."""
 
 from __future__ import annotations
 
@@ -12,29 +12,30 @@ from torch import Tensor
 
 from shelfkern.nn import ShelfNet
 
-# Root-mean-square error of scores over their deviation: about twice what eager torch makes in 16 bits on a
-# CPU. On a GPU float32 is TF32, which has float16's precision. In 8 bits twice the most that ONNX Runtime and
-# OpenVINO make of the networks here: 0.03 of the shipped one, 0.08 of a random ShelfNet50.
+# Root-mean-square error of scores relative to their deviation: about twice that of eager torch in 16 bits on
+# a CPU. On a GPU float32 is TF32, which has float16's precision. In 8 bits it is twice the largest error of
+# ONNX Runtime and OpenVINO on the networks here: 0.03 for the bundled one, 0.08 for a random ShelfNet50.
 MAX_ERROR = {"float32": 2e-5, "tf32": 0.01, "float16": 0.01, "bfloat16": 0.07, "int8": 0.16}
-# No score may be further off than so many times that.
+# The largest error of a single score, as a multiple of that.
 LARGEST = 10
-# Share of labels that may differ from float32's, beyond those of eager torch in the same dtype. Of these a
-# quarter more, since eager's own share changes by as much between memory formats in small images.
+# Fraction of labels that may differ from float32's, beyond those of eager torch in the same dtype. Of
+# eager's, a quarter more is allowed, since its own fraction varies by as much between memory formats in small
+# images.
 MAX_DIFFERENT, EAGERS = 0.001, 1.25
-# The same in 8 bits, which eager torch has not: twice the most that ONNX Runtime and OpenVINO make, 0.02 of
-# the shipped network on noisy shapes, 0.07 of a random ShelfNet50, whose scores are close to each other.
+# The same in 8 bits, which eager torch lacks: twice the largest of ONNX Runtime and OpenVINO, 0.02 for the
+# bundled network on noisy shapes, 0.07 for a random ShelfNet50, whose scores are close to each other.
 MAX_DIFFERENT_INT8 = 0.14
 
 
 class Wrong(Exception):
-    """A variant's result is further from eager torch in float32 than it may be."""
+    """A variant's result differs too much from eager torch in float32."""
 
 
 class Judge:
-    """Holds results of one case against eager torch in float32, computed image by image.
+    """Compares results of one case with eager torch in float32, computed image by image.
 
     Attributes:
-        limit: of the error.
+        limit: limit of the error.
     """
 
     def __init__(self, model: ShelfNet, images: Tensor, case: Case) -> None:
@@ -63,7 +64,8 @@ class Judge:
         return torch.stack([(mine != truth).double().mean() for mine, truth in pairs]).mean().item()
 
     def error_of(self, result: Tensor) -> float:
-        """Of scores the root-mean-square error over their deviation, of labels the share that differs.
+        """For scores the root-mean-square error relative to their deviation, for labels the fraction that
+        differs.
 
         Raises:
             Wrong: it is more than `limit`, or one score is far off, or the result has another shape or dtype.
@@ -75,7 +77,7 @@ class Judge:
             error, largest = self._difference(result), 0.0
         else:
             error, largest = self._errors(result)
-        # Written so that NaN is wrong.
+        # This form of comparison treats NaN as wrong.
         if not error <= self.limit:
             raise Wrong(f"the error is {error:.3g}, at most {self.limit:.3g} is allowed")
         if not largest <= LARGEST * self.limit:
@@ -103,7 +105,7 @@ def _finished(scores: Tensor, case: Case) -> Tensor:
 
 @contextlib.contextmanager
 def exact_float32() -> Iterator[None]:
-    """Within it products of float32 are of float32, not of TF32; cuDNN does not search."""
+    """Context in which float32 products use float32, not TF32; cuDNN does not search."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     try:
@@ -115,7 +117,7 @@ def exact_float32() -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_search() -> Iterator[None]:
-    """Within it cuDNN takes its first guess: searching would cost more than the few calls."""
+    """Context in which cuDNN takes its first choice: searching would cost more than the few calls."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = False
     try:

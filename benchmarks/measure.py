@@ -20,7 +20,7 @@ from shelfkern.timing import Timing, time_interleaved
 
 Run = Callable[[], object]
 MIB = 2**20
-# What a timer takes for no limit, seconds.
+# Seconds that a timer treats as unlimited.
 FOREVER = 1e6
 
 
@@ -39,7 +39,7 @@ class Times:
 
 @contextlib.contextmanager
 def threads_of(case: Case) -> Iterator[None]:
-    """Within it torch has a case's threads."""
+    """Context in which torch uses a case's number of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(case.threads or before)
     try:
@@ -49,14 +49,14 @@ def threads_of(case: Case) -> Iterator[None]:
 
 
 class Meter:
-    """Measures variants on one device, each set of them for about `seconds` a clock."""
+    """Measures variants on one device, each set of them for about `seconds` per clock."""
 
     def __init__(self, device: str, seconds: float) -> None:
         self.device = device
         self._stopwatch = Stopwatch(device, seconds)
 
     def ceilings(self, dtypes: tuple[torch.dtype, ...]) -> Ceilings:
-        """What the machine reaches."""
+        """The machine's measured peak rates."""
         return measure_ceilings(self._stopwatch, dtypes)
 
     def context_lost(self) -> bool:
@@ -73,7 +73,7 @@ class Meter:
         return {name: Times(calls[name], waited[name]) for name in runs}
 
     def in_graphs(self, runs: Mapping[str, Run]) -> dict[str, Timing]:
-        """Times of one call within a replayed CUDA graph of several, without launches by the host."""
+        """Times of one call within a replayed CUDA graph of several calls, without launches by the host."""
         graphs = {name: record(_repeated(run)) for name, run in runs.items()}
         replays = {name: graph.replay for name, graph in graphs.items()}
         return {
@@ -82,7 +82,7 @@ class Meter:
         }
 
     def launches(self, run: Run) -> int | None:
-        """Kernels that a call launches, those of graphs too; None on a CPU, and where none can be seen."""
+        """Kernels launched by a call, including those in graphs; None on a CPU, or if none are reported."""
         if self.device == "cpu":
             return None
         torch.cuda.synchronize()
@@ -118,21 +118,21 @@ def _is_kernel(event: Any) -> bool:
 
 
 def record(run: Run) -> torch.cuda.CUDAGraph:
-    """Calls a function twice on a stream of its own, then records a third call as a CUDA graph."""
+    """Calls a function twice on a separate stream, then records a third call as a CUDA graph."""
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         run()
         run()
     torch.cuda.current_stream().wait_stream(stream)
-    # A capture that fails leaves its own stream the current one.
+    # If a capture fails, torch leaves its stream the current one.
     with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
         run()
     return graph
 
 
 class Footprint:
-    """Memory of a variant: made before it is prepared, asked once it is."""
+    """Memory of a variant: create before preparing the variant, query afterwards."""
 
     def __init__(self, device: str) -> None:
         self._on_gpu = device == "cuda"
@@ -141,10 +141,10 @@ class Footprint:
             self._before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
 
     def of(self, run: Callable[[], Tensor]) -> dict[str, float]:
-        """MiB at the height of a call, weights included; none on a CPU.
+        """Peak MiB of a call, weights included; empty on a CPU.
 
-        allocated_mib: by tensors, of which those inside recorded graphs do not count.
-        reserved_mib: by the allocator, those included.
+        allocated_mib: in tensors, without those inside recorded graphs.
+        reserved_mib: reserved by the allocator, including those.
         """
         if not self._on_gpu:
             return {}
@@ -160,25 +160,25 @@ class Footprint:
 
 
 def free() -> None:
-    """Gives back memory that nothing refers to."""
+    """Frees memory that is no longer referenced."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 class OutOfTime(BaseException):
-    """The time allowed is spent. Not an Exception, which the code it interrupts may catch and go on from."""
+    """The time limit was reached. Not an Exception, which interrupted code might catch and continue."""
 
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raises OutOfTime in its block after so many seconds; in the main thread, not nested."""
+    """Raises OutOfTime in its block after this many seconds; only in the main thread, not nested."""
 
     def interrupt(number: int, frame: object) -> None:
         raise OutOfTime
 
     before = signal.signal(signal.SIGALRM, interrupt)
-    # Again every second, should it be swallowed after all.
+    # Repeats every second, in case the exception is swallowed after all.
     signal.setitimer(signal.ITIMER_REAL, min(max(seconds, 1e-3), FOREVER), 1.0)
     try:
         yield

@@ -1,11 +1,11 @@
-"""Whole networks on this machine, beside their peers: `make bench` and `make bench-cpu` run it.
+"""Whole networks on this machine, compared with their peers: run by `make bench` and `make bench-cpu`.
 
-Every variant is checked against eager torch in float32 first and not timed if it is wrong. Variants of one
-case run interleaved in one process, on as many threads as the case says. On a CPU each variant's memory is
-that of a process of its own (`resident.py`).
+Every variant is first checked against eager torch in float32, and not timed if it is wrong. Variants of one
+case run interleaved in one process, with the case's number of threads. On a CPU each variant's memory is
+measured in a process of its own (`resident.py`).
 
-Rows go to benchmarks/results as JSON lines; `table.py` makes tables of them for the README and docs/cpu.md,
-and `plot.py` draws them.
+Rows go to benchmarks/results as JSON lines; `table.py` generates the tables of the README and docs/cpu.md
+from them, and `plot.py` draws them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-# Clocks, ceilings and plans' shapes are those of the op benchmarks.
+# Clocks, ceilings and plans' shapes are shared with the op benchmarks.
 sys.path.append(str(Path(__file__).parent / "ops"))
 
 import breakdown
@@ -40,11 +40,11 @@ from shelfkern.nn import ShelfNet
 
 RESULTS = Path(__file__).parent / "results"
 FILES = {"cpu": "models_cpu.jsonl", "cuda": "models_gpu.jsonl"}
-# Exit status after a kernel that broke the CUDA context, which gpu.sh knows; --resume then goes on.
+# Exit status after a kernel broke the CUDA context, handled by gpu.sh; --resume then continues.
 CONTEXT_LOST = 70
 LOST = "broke the CUDA context"
 CASE_SECONDS = {"cpu": 5.0, "cuda": 1.0}
-# Kept back, while variants are prepared, for timing them; with less time than two of these no case is begun.
+# Time reserved for timing while variants are prepared; with less than twice this no case is started.
 LEAST_SECONDS = 3.0
 # Left out by --quick: they compile or search for minutes.
 SLOW = ("max-autotune", "tensorrt")
@@ -56,12 +56,12 @@ class ContextLost(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """A run: who takes part, with which clocks, until when.
+    """A run: its variants, clocks and deadline.
 
     Attributes:
-        ceilings: for each number of threads that a case has.
+        ceilings: peak rates for each number of threads in the cases.
         tune: whether ours may time its algorithms first.
-        memory: whether each variant's memory on a CPU is measured, where a case has all threads.
+        memory: whether each variant's memory on a CPU is measured, in cases with all threads.
     """
 
     peers: list[Peer]
@@ -74,7 +74,7 @@ class Bench:
     def case(self, case: Case, broken: set[str]) -> list[rows.Row]:
         """Rows of all variants of a case.
 
-        broken: names of variants that are not tried, for they broke the CUDA context before.
+        broken: names of variants to leave out, because they broke the CUDA context before.
         """
         model = build(case.model)
         images = images_of(case, model)
@@ -98,7 +98,7 @@ class Bench:
                 raise ContextLost([rows.skipped(case, LOST)]) from error
             raise
         found = [peer for peer in self.peers if peer.name in outcomes]
-        # Before processes of their own, this one's copies go.
+        # Free this process's copies before starting other processes.
         runs.clear()
         free()
         for peer in found:
@@ -116,7 +116,7 @@ class Bench:
         return self.memory and case.device == "cpu" and case.threads in (None, most)
 
     def _resident(self, peer: Peer, model: ShelfNet, images: Tensor, case: Case) -> dict[str, float]:
-        """MiB of a variant in a process of its own; none, with a word about it, if they cannot be had."""
+        """MiB of a variant in a process of its own; empty, with a message, if it cannot be measured."""
         if self.deadline.left < LEAST_SECONDS:
             return {}
         try:
@@ -129,11 +129,11 @@ class Bench:
     def _prepared(
         self, peer: Peer, model: ShelfNet, images: Tensor, case: Case, judge: Judge
     ) -> tuple[rows.Outcome, Run | None]:
-        """A variant's error and memory with its call; or why it is not timed, without."""
+        """A variant's error and memory, with its call; or the reason why it is not timed, without a call."""
         reason = peer.why_not()
         if reason is not None:
             return rows.Outcome(reason), None
-        # Time to measure what is prepared by then is kept back.
+        # Some time is reserved for measuring the variants that are ready by then.
         allowed = min(peer.seconds, self.deadline.left - LEAST_SECONDS)
         if allowed <= 0:
             return rows.Outcome("skipped: no time was left to prepare it"), None
@@ -162,7 +162,7 @@ class Bench:
         return rows.Outcome(reason, error, judge.limit), None
 
     def _time(self, runs: dict[str, Run], outcomes: dict[str, rows.Outcome]) -> None:
-        """Adds times, and once all are taken the counts of launches, for profiling may slow what follows."""
+        """Adds times, and after all of them launch counts, because profiling may slow down later calls."""
         if not runs:
             return
         try:
@@ -177,10 +177,10 @@ class Bench:
             outcomes[name] = dataclasses.replace(outcomes[name], times=times[name], launches=launches)
 
     def safely(self, case: Case, broken: set[str]) -> list[rows.Row]:
-        """`case`, or the one row that says why there is none. Leaves no memory behind.
+        """`case`, or a single row with the reason why it failed. Frees all memory.
 
         Raises:
-            ContextLost: with the row of the variant that broke it; nothing can be freed any more.
+            ContextLost: with the row of the variant that broke the context; nothing can be freed any more.
         """
         try:
             with torch.no_grad(), threads_of(case):
@@ -196,7 +196,7 @@ class Bench:
         return found
 
     def layers(self, case: Case) -> list[rows.Row]:
-        """Rows of our layers in a case; none, with a word about it, if they cannot be had."""
+        """Rows of our layers in a case; none, with a message, if they cannot be measured."""
         model, ceilings = build(case.model), self.ceilings[case.threads]
         try:
             with torch.no_grad(), threads_of(case), time_limit(self.deadline.left):
@@ -214,10 +214,10 @@ class Bench:
 
 
 def ceilings_of(meter: Meter, cases: list[Case]) -> dict[int | None, Ceilings]:
-    """What the machine reaches in all dtypes of the cases, by their numbers of threads."""
+    """The machine's peak rates in all dtypes of the cases, by number of threads."""
     dtypes = tuple(dict.fromkeys(case.torch_dtype for case in cases))
     if cases and cases[0].device == "cpu":
-        dtypes += (torch.int16,)  # of which some algorithms are, whatever the case's dtype
+        dtypes += (torch.int16,)  # used by some algorithms, whatever the case's dtype
     found = {}
     for case in {case.threads: case for case in cases}.values():
         with threads_of(case):
@@ -235,9 +235,9 @@ def measure(
 ) -> None:
     """Runs cases in order until the time is spent; the rest are listed as skipped.
 
-    layers: where the breakdown of the cases of scores goes, if it is wanted.
+    layers: file for the breakdown of cases with scores, or None.
     """
-    # Also what broke the context while it was timed, when nobody knows which variant did.
+    # Including cases whose context was lost during timing, where the variant is unknown.
     lost = {rows.case_of(row) for row in results.rows if row["variant"] is None and row["reason"] == LOST}
     done = lost | {rows.case_of(row) for row in results.rows if row["reason"] is None}
     console = Console(width=200)
@@ -322,7 +322,7 @@ def main(
     except ContextLost:
         click.echo("a variant broke the CUDA context: --resume goes on without it", err=True)
         sys.stdout.flush()
-        # At once: what is still to be freed would fail, and perhaps abort.
+        # Exit at once: freeing the remaining memory would fail, and perhaps abort.
         os._exit(CONTEXT_LOST)
 
 

@@ -1,7 +1,7 @@
-"""Draws results of whole networks as bars, an SVG beside each file: `make bench` runs it.
+"""Draws results of whole networks as bars, an SVG beside each file: run by `make bench`.
 
-Files of cases (models_*.jsonl) give a panel a case; those of layers (*_layers.jsonl) a bar a layer, with the
-part of it that the machine's ceilings account for.
+Files of cases (models_*.jsonl) have one panel per case; those of layers (*_layers.jsonl) one bar per layer,
+with the part of it that the machine's ceilings account for.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from table import FILES, RESULTS, Case, Row, case_of, cases, is_ours, read
 
 OURS, OTHERS, FLOOR = "#1b6ca8", "#b8c4ce", "#123b5d"
 COLUMNS = 4
-# Cases of a file that are drawn: its first, which are the most important.
+# Number of a file's cases that are drawn: the first ones, which are the most important.
 SHOWN = 8
-# The same of files of layers.
+# The same for files of layers.
 SHOWN_LAYERS = 4
-# Of a CPU all cases on the most threads.
+# On a CPU, all cases with the most threads.
 SHOWN_CPU = 24
 
 
 def draw_case(axis: Any, case: Case, rows: dict[str, Row]) -> None:
-    """A bar a variant."""
+    """One bar per variant."""
     medians = [row["median_ms"] for row in rows.values()]
     spread = [[row["median_ms"] - row["p10_ms"], row["p90_ms"] - row["median_ms"]] for row in rows.values()]
     colours = [OURS if is_ours(name) else OTHERS for name in rows]
@@ -62,7 +62,7 @@ def draw_cases(rows: list[Row]) -> Any:
     for axis in axes.flat[len(found) :]:
         axis.set_visible(False)
     shown = list(dict.fromkeys(variant for by_variant in found.values() for variant in by_variant))
-    # Panels of a row share their variants' places: one that a case lacks has an empty one.
+    # Panels of a row place variants alike: a variant missing from a case leaves a gap.
     empty = {"median_ms": float("nan"), "p10_ms": float("nan"), "p90_ms": float("nan")}
     for axis, (case, by_variant) in zip(axes.flat, found.items(), strict=False):
         draw_case(axis, case, {variant: by_variant.get(variant, empty) for variant in shown})
@@ -71,7 +71,7 @@ def draw_cases(rows: list[Row]) -> Any:
 
 
 def draw_layers(rows: list[Row]) -> Any:
-    """A figure with a panel for each of the first cases: a bar a layer in their order, its floor in it."""
+    """A figure with a panel for each of the first cases: one bar per layer, in order, with its floor."""
     by_case: dict[str, list[Row]] = {}
     for row in rows:
         case = case_of(row)
@@ -98,7 +98,7 @@ def draw_layers(rows: list[Row]) -> Any:
 
 
 def draw(path: Path) -> None:
-    """Writes the figure of a file beside it; none of a file without times."""
+    """Writes a file's figure beside it; none if the file has no times."""
     if path.stem.endswith("_layers"):
         rows = [json.loads(line) for line in path.read_text().splitlines() if line]
         make = draw_layers
@@ -107,13 +107,13 @@ def draw(path: Path) -> None:
     if not rows:
         print(f"{path} holds no times", file=sys.stderr)
         return
-    # With fixed ids and without a date, so that equal results give equal files.
+    # With fixed ids and no date, so that equal results give equal files.
     plt.rcParams["svg.hashsalt"] = "shelfkern"
     make(rows).savefig(path.with_suffix(".svg"), metadata={"Date": None})
 
 
 def main() -> None:
-    """Draws the files that are named, by default those of benchmarks/results that are there."""
+    """Draws the named files, by default those that exist in benchmarks/results."""
     names = [*FILES, *(f"{Path(name).stem}_layers.jsonl" for name in FILES)]
     paths = [Path(name) for name in sys.argv[1:]] or [RESULTS / name for name in names]
     for path in paths:

@@ -1,12 +1,12 @@
-"""What fewer bits cost in accuracy: mIoU on CamVid in float32, 16 bits, int8 and fp8.
+"""The accuracy of lower precision: mIoU on CamVid in float32, 16 bits, int8 and fp8.
 
     python benchmarks/quantization.py --data camvid
 
-The GPU's codes are multiplied on a CPU by torch, exact but for the order of sums; on a GPU by the kernels
-that the engine chooses. On a CPU its own engine, ONNX Runtime and OpenVINO follow, calibrated on the same
-frames, as `models.py` times them.
+On a CPU, torch computes the GPU's 8-bit products, exact except for the order of sums; on a GPU the kernels
+chosen by the engine do. On a CPU the CPU engine, ONNX Runtime and OpenVINO follow, calibrated on the same
+frames, in the form that `models.py` times.
 
-Rows go to benchmarks/results/quantization.jsonl, of which the table of docs/quantization.md is made.
+Rows go to benchmarks/results/quantization.jsonl, from which the table of docs/quantization.md is generated.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# What every row says of its run is as in the op benchmarks.
+# Metadata of the rows is shared with the op benchmarks.
 sys.path.append(str(Path(__file__).parent / "ops"))
 
 from cases import Size, normalised
@@ -57,7 +57,7 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """What is measured: codes of `dtype` with ranges found by `method`, or activations of `dtype`."""
+    """A variant: 8-bit `dtype` with ranges found by `method`, or floating activations of `dtype`."""
 
     name: str
     dtype: torch.dtype
@@ -74,7 +74,7 @@ VARIANTS = (
 
 
 def deployed(range_images: RangeImages) -> list[tuple[str, Peer, torch.dtype]]:
-    """What runs on a CPU in the end: name, peer and dtype."""
+    """The 8-bit implementations for a CPU: name, peer and dtype."""
     ours = Shelfkern("shelfkern", "shelfkern", range_images=range_images)
     theirs = OpenVino(range_images=range_images)
     return [
@@ -88,7 +88,7 @@ def deployed(range_images: RangeImages) -> list[tuple[str, Peer, torch.dtype]]:
 
 
 def spread(dataset: Dataset, count: int) -> list[Sample]:
-    """So many frames, evenly over the film: neighbours are alike."""
+    """`count` frames, spaced evenly over the film, because adjacent ones are alike."""
     count = min(count, len(dataset))
     return [dataset[index * len(dataset) // count] for index in range(count)]
 
@@ -101,7 +101,7 @@ def raw(frames: Sequence[Sample]) -> Tensor:
 def program_of(
     model: ShelfNet, variant: Variant, calibration: Sequence[Tensor], device: torch.device
 ) -> GpuProgram:
-    """The network as a variant runs it."""
+    """A variant's program for the network."""
     plan, dtype = lower(model), variant.dtype
     if dtype in KINDS:
         ranges = calibrate(plan, calibration, dtype, model.normalisation, variant.method)
@@ -132,7 +132,7 @@ def labels_by(peer: Peer, model: ShelfNet, dtype: torch.dtype, frames: Sequence[
 def row(
     variant: Variant, labels: np.ndarray, exact: np.ndarray, frames: Sequence[Sample], seconds: float
 ) -> Row:
-    """One variant's figures; `exact` are float32's labels."""
+    """One variant's results; `exact` are float32's labels."""
     matrix = ConfusionMatrix(len(camvid.CLASSES))
     for frame, predicted in zip(frames, labels, strict=True):
         matrix.update(np.asarray(frame.mask), predicted)
@@ -150,7 +150,7 @@ def row(
 
 
 def digest(model: ShelfNet) -> str:
-    """Tells weights from others."""
+    """Hash that identifies the weights."""
     found = hashlib.sha256()
     for value in model.state_dict().values():
         found.update(value.cpu().contiguous().numpy().tobytes())
@@ -158,7 +158,7 @@ def digest(model: ShelfNet) -> str:
 
 
 def table(rows: list[Row]) -> str:
-    """The page's table, and where its figures come from."""
+    """The page's table, and the source of its figures."""
     titles = ("variant", "mIoU", "change from float32", "pixel accuracy", "labels differing from float32")
     lines = titled(*titles)
     first = rows[0]
@@ -188,7 +188,7 @@ def write_page(rows: list[Row]) -> None:
 def rows_of_deployed(
     model: ShelfNet, pictures: Sequence[Tensor], frames: Sequence[Sample], exact: np.ndarray
 ) -> Iterator[Row]:
-    """A row for each of `deployed`; with a reason where it has no labels."""
+    """A row for each of `deployed`; with a reason if it has no labels."""
 
     def range_images(size: Size) -> Tensor:
         return torch.cat(list(pictures))

@@ -1,8 +1,8 @@
 """Peak memory of one variant on a CPU, in a process of its own that holds nothing else.
 
-The parent writes what the variant starts from: a runtime's own file, or ours, and for torch the model. So
-the peak is of preparing that and calling it: no export counts, and of torch.compile no C++ compiler, which
-runs in other processes and whose output the parent left in the cache.
+The parent writes the variant's starting point: a runtime's own file, or ours, and for torch the model. So the
+peak covers loading that and calling it: no export, and for torch.compile no C++ compiler, which runs in other
+processes and whose output the parent left in the cache.
 Peaks are the kernel's high-water mark of the process's memory map: getrusage's would include the parent's,
 from which it was forked.
 """
@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Calls before the peak is read: torch.compile runs its graph as it is from the third on.
+# Calls before the peak is read: torch.compile runs its graph unchanged from the third on.
 CALLS = 4
 SECONDS = 300
 STATUS = Path("/proc/self/status")
@@ -28,12 +28,13 @@ Task = dict[str, Any]
 
 
 def of(peer: Any, model: Any, images: Any, case: Any) -> dict[str, float]:
-    """A variant's memory as `measure` gives it; of ours also `memory_with_model_mib`, beyond what was there.
+    """A variant's memory as from `measure`; for ours also `memory_with_model_mib`, beyond what was there
+    before.
 
-    That is of a process which makes it from a model, and keeps that, instead of from a file.
+    That is for a process which accelerates a model, and keeps it, instead of loading a file.
 
     Raises:
-        RuntimeError: as `measure`.
+        RuntimeError: as for `measure`.
     """
     task = task_of(peer, model, images, case)
     found = measure(task)
@@ -43,12 +44,12 @@ def of(peer: Any, model: Any, images: Any, case: Any) -> dict[str, float]:
 
 
 def measure(task: Task) -> dict[str, float]:
-    """A variant's memory, MiB: `memory_mib` at its height, `memory_net_mib` beyond what was there before.
+    """A variant's memory, MiB: peak `memory_mib`, and `memory_net_mib` beyond what was there before.
 
     Before it there are the interpreter, the imported libraries and the images.
 
     Args:
-        task: as `task_of` gives it.
+        task: result of `task_of`.
 
     Raises:
         RuntimeError: the process failed; the message has its last line.
@@ -66,7 +67,7 @@ def measure(task: Task) -> dict[str, float]:
 
 
 def task_of(peer: Any, model: Any, images: Any, case: Any) -> Task:
-    """What a process needs to know, with its files written."""
+    """The process's input, after writing the files that it names."""
     import numpy as np
     import torch
     from peers.cpu_runtimes import Runtime, read
@@ -97,7 +98,7 @@ def task_of(peer: Any, model: Any, images: Any, case: Any) -> Task:
 
 
 def main() -> None:
-    """Runs a task; prints the peaks before and after, MiB, as the last line."""
+    """Runs a task; prints the peaks before and after, in MiB, as the last line."""
     task = json.loads(sys.argv[1])
     make = _runtime(task) if "runtime" in task else _torch(task)
     before = peak()
@@ -141,7 +142,7 @@ def _torch(task: Task) -> Callable[[], Callable[[], object]]:
 
 
 def peak() -> float:
-    """MiB of this process at their height so far."""
+    """Peak memory of this process so far, MiB."""
     (kib,) = re.findall(r"^VmHWM:\s+(\d+) kB", STATUS.read_text(), re.MULTILINE)
     return int(kib) / 1024
 

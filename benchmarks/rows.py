@@ -1,4 +1,4 @@
-"""Rows of whole networks' results: what each says, the file they go to, and the table that is printed."""
+"""Rows of whole networks' results: their fields, their file, and the printed table."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from shelfkern.files import replacing
 from shelfkern.timing import Timing, median_ratio
 
 Row = dict[str, Any]
-# Bytes of a full-size label.
+# Bytes per full-size label.
 LABEL_BYTES = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of one variant of a case.
+    """Outcome of one variant of a case.
 
     Attributes:
         reason: why it has no times, None if it has.
-        error: of its result; None where there is none.
-        limit: of the error.
-        prepared: seconds until it gave its first result.
-        memory: as `measure.Footprint` gives it.
-        launches: kernels of a call, where they were counted.
-        times: of its calls.
-        flop: that its algorithms do; None for direct convolutions.
+        error: error of its result; None if there is no result.
+        limit: limit of the error.
+        prepared: seconds until its first result.
+        memory: as from `measure.Footprint`.
+        launches: kernels launched by a call, if counted.
+        times: times of its calls.
+        flop: FLOP of its algorithms; None for direct convolutions.
     """
 
     reason: str | None = None
@@ -48,7 +48,7 @@ class Outcome:
 
 
 def about_case(case: Case) -> Row:
-    """What identifies a case."""
+    """The fields that identify a case."""
     return {
         "model": case.model,
         "size": list(case.size),
@@ -61,7 +61,7 @@ def about_case(case: Case) -> Row:
 
 
 def case_of(row: Row) -> Case:
-    """The case that a row is of."""
+    """The case of a row."""
     labels = row["output"] == "labels"
     threads = row.get("threads") if row["on"] == "cpu" else None
     return Case(row["model"], tuple(row["size"]), row["batch"], row["dtype"], labels, row["on"], threads)
@@ -75,7 +75,7 @@ def skipped(case: Case, reason: str) -> Row:
 def row(case: Case, peer: Peer, outcome: Outcome, ours: Times | None, ceilings: Ceilings) -> Row:
     """The row of one variant.
 
-    ours: times of this library, which the others are held against.
+    ours: times of this library, to compare with.
     """
     found = about_case(case) | {"variant": peer.name, "ours": peer.ours, "reason": outcome.reason}
     found |= {"error": outcome.error, "limit": outcome.limit, "prepared_s": _round(outcome.prepared)}
@@ -115,7 +115,7 @@ def _figures(case: Case, timing: Timing, ceilings: Ceilings) -> Row:
 
 
 def _actual(case: Case, timing: Timing, flop: int, ceilings: Ceilings) -> Row:
-    """A CPU's arithmetic as it is done, and how much of the machine's it is."""
+    """FLOP that the algorithms actually perform on a CPU, and the fraction of the machine's peak."""
     if case.device != "cpu":
         return {}
     rate = flop / timing.median
@@ -129,7 +129,7 @@ def _actual(case: Case, timing: Timing, flop: int, ceilings: Ceilings) -> Row:
 
 
 def with_fastest_peer(rows: list[Row]) -> list[Row]:
-    """A case's rows; those of ours say which other is the fastest, and its time over theirs by rounds."""
+    """A case's rows; ours also name the fastest peer, and its time over ours by rounds."""
     others = [row for row in rows if not row["ours"] and row.get("ours_times_faster") is not None]
     if not others:
         return rows
@@ -140,10 +140,10 @@ def with_fastest_peer(rows: list[Row]) -> list[Row]:
 
 
 def floor_of(case: Case) -> tuple[int, int]:
-    """A case's arithmetic (FLOP of its convolutions) and least traffic (bytes).
+    """A case's arithmetic (FLOP of its convolutions) and minimum traffic (bytes).
 
-    The least traffic reads images and weights once and writes the result: what lies between them may stay
-    on the chip. Sizes are those that the backbone sees.
+    The minimum traffic reads images and weights once and writes the result: intermediates may stay on the
+    chip. Sizes are those that the backbone sees.
     """
     plan = plan_of(case.model)
     height, width = case.size
@@ -160,12 +160,12 @@ def _round(value: float | None) -> float | None:
 
 
 class ResultsFile:
-    """JSON lines, written whole at every addition, so that a run that is cut off leaves what it has.
+    """JSON lines, rewritten with every addition, so that an interrupted run keeps its results.
 
     Args:
-        path: of the file, replaced at the first addition.
-        about: what every row says of its run.
-        keep: takes up the rows that are there instead.
+        path: path of the file, replaced at the first addition.
+        about: fields about the run, added to every row.
+        keep: whether existing rows are kept instead.
     """
 
     def __init__(self, path: Path, about: Row, keep: bool = False) -> None:
@@ -174,7 +174,7 @@ class ResultsFile:
 
     def add(self, rows: list[Row]) -> None:
         """Adds rows and writes the file."""
-        # A row knows its own number of threads.
+        # A row has its own number of threads, which takes precedence.
         self.rows += [self._about | row for row in rows]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(self.path) as temporary:
@@ -187,7 +187,7 @@ def read(path: Path) -> list[Row]:
 
 
 def table(rows: list[Row]) -> Table:
-    """Rows as a table to print."""
+    """A table of the rows, for printing."""
     found = Table(
         "case", "variant", "ms (p10-p90)", "wall ms", "images/s", "limit", "launches", "MiB", "ours"
     )

@@ -1,6 +1,6 @@
-"""Networks in files as ONNX Runtime and OpenVINO run them on a CPU, at their best settings there.
+"""ONNX Runtime and OpenVINO running a network from a file on a CPU, with their best settings there.
 
-Without torch, so that a process which measures a runtime's memory holds nothing else.
+Does not import torch, so that a process which measures a runtime's memory holds nothing else.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ from typing import Any
 import numpy as np
 
 INPUT, OUTPUT = "images", "result"
-# Gives the result of the images, which may be written anew between calls.
+# Returns the result for the images, which may be overwritten between calls.
 Call = Callable[[], np.ndarray]
-# What OpenVINO calls convolutions in a compiled model, and dtypes of 8 bits.
+# OpenVINO's names of convolutions in a compiled model, and of 8-bit dtypes.
 CONVOLUTIONS, BITS_8 = ("Convolution", "Deconvolution"), ("u8", "i8")
 
 
 def onnxruntime(path: Path, images: np.ndarray, threads: int, dtype: str) -> Call:
-    """A session with all graph optimisations, on an ONNX file."""
+    """A session with all graph optimisations, for an ONNX file."""
     runtime = importlib.import_module("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads
-    # Its threads would go on spinning beside the next variant.
+    # Its threads would go on spinning while the next variant runs.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return lambda: session.run(None, {INPUT: images})[0]
 
 
 def openvino(path: Path, images: np.ndarray, threads: int, dtype: str) -> Call:
-    """A model compiled for latency, on an ONNX file or one of OpenVINO's own.
+    """A model compiled for latency, from an ONNX file or one in OpenVINO's format.
 
-    Beside codes of 8 bits the rest is in bfloat16 where the CPU has products of it, which is faster.
+    In 8-bit models the rest is in bfloat16 if the CPU has instructions for its products, which is faster.
 
     Raises:
         RuntimeError: dtype is int8, and no convolution runs in 8 bits.
@@ -59,7 +59,7 @@ def _has_bfloat16(core: Any) -> bool:
 
 
 def convolutions(compiled: Any) -> Counter[str]:
-    """How many convolutions of a compiled model OpenVINO runs in each dtype, as it calls them."""
+    """Number of convolutions of a compiled model by dtype, with OpenVINO's names."""
     facts = [node.get_rt_info() for node in compiled.get_runtime_model().get_ops()]
     return Counter(
         fact["runtimePrecision"].astype(str)

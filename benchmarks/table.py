@@ -12,12 +12,12 @@ RESULTS = ROOT / "benchmarks" / "results"
 FILES = ("models_gpu.jsonl", "models_cpu.jsonl")
 CPU_LAYERS = "models_cpu_layers.jsonl"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
-# Images a second on a GTX 1080 Ti, 512x512, batch 1, float32 (arXiv 1811.11254).
+# Images per second on a GTX 1080 Ti, 512x512, batch 1, float32 (arXiv 1811.11254).
 PAPER = {"shelfnet50": 59, "shelfnet101": 42}
-# Speed-ups over the fastest peer that a CPU's results are to reach: scores by dtype, and labels.
+# Target speed-ups over the fastest peer on a CPU: scores by dtype, and labels.
 TARGETS = {"float32": 1.5, "bfloat16": 1.3, "int8": 1.0}
 LABELS_TARGET = 2.0
-# How models.py begins the reason of a result that failed the accuracy check, and what tables say of it.
+# Start of models.py's reason for a result that failed the accuracy check, and its wording in tables.
 REFUSED, FAILED, UNTIMED = "wrong, not timed", "failed the accuracy check", "not timed"
 SPEED_UP = "speed-up over the fastest peer"
 
@@ -25,7 +25,7 @@ Row = dict[str, Any]
 
 
 class Case(NamedTuple):
-    """What was measured; `threads` of a CPU, None on a GPU."""
+    """Key of a measurement; `threads` on a CPU, None on a GPU."""
 
     model: str
     size: str
@@ -36,11 +36,11 @@ class Case(NamedTuple):
 
     @property
     def target(self) -> float:
-        """The speed-up over the fastest peer to reach; in int8 any, whatever the output."""
+        """The target speed-up over the fastest peer; in int8 the same for every output."""
         return LABELS_TARGET if self.output == "labels" and self.dtype != "int8" else TARGETS[self.dtype]
 
     def cells(self) -> tuple[str, ...]:
-        """Of a CPU's table."""
+        """Cells that identify the case in a CPU's table."""
         return (self.model, self.size, self.dtype, self.output, str(self.threads))
 
 
@@ -48,7 +48,7 @@ CASE_COLUMNS = ("model", "size", "dtype", "output", "threads")
 
 
 def read(path: Path, refused: bool = False) -> list[Row]:
-    """Rows of a JSON lines file that were timed; if `refused`, those that failed the accuracy check too."""
+    """Timed rows of a JSON lines file; if `refused`, also those that failed the accuracy check."""
     rows = [json.loads(line) for line in path.read_text().splitlines() if line]
     return [row for row in rows if row.get("reason") is None or (refused and has_failed(row))]
 
@@ -74,7 +74,7 @@ def case_of(row: Row) -> Case:
 
 
 def _name(row: Row) -> str:
-    # As earlier results call it.
+    # Name in earlier results.
     return "shelfkern" if row["variant"] == "shelfkern predict" else row["variant"]
 
 
@@ -84,7 +84,7 @@ def is_ours(variant: str) -> bool:
 
 
 def on_cpu(rows: list[Row]) -> list[str]:
-    """A table with one line a case on the most threads: ours beside the fastest peer."""
+    """A table with one line per case on the most threads: ours beside the fastest peer."""
     most = max(row["threads"] for row in rows)
     lines = titled(*CASE_COLUMNS, "fastest peer", "shelfkern", SPEED_UP)
     for case, by_variant in cases(rows).items():
@@ -102,7 +102,7 @@ def _cpu(rows: list[Row]) -> str:
 
 
 def times_of_all(rows: list[Row], layers: list[Row]) -> list[str]:
-    """One line a case and one column a variant."""
+    """One line per case and one column per variant."""
     found = cases(rows)
     variants = list(dict.fromkeys(variant for case in found.values() for variant in case))
     variants.sort(key=is_ours)
@@ -114,7 +114,7 @@ def times_of_all(rows: list[Row], layers: list[Row]) -> list[str]:
 
 
 def targets(rows: list[Row], layers: list[Row]) -> list[str]:
-    """One line a case: the speed-up reached, the target, and the speed-up at the floor."""
+    """One line per case: the speed-up reached, the target, and the speed-up at the floor."""
     floors = {case_of(row): row["floor_us"] / 1e3 for row in layers if row["layer"] is None}
     lines = titled(*CASE_COLUMNS, SPEED_UP, "target", "outcome", "floor", "speed-up at the floor")
     for case, by_variant in cases(rows).items():
@@ -122,7 +122,7 @@ def targets(rows: list[Row], layers: list[Row]) -> list[str]:
         if peer is None or mine is None:
             continue
         ratio = _least_ratio(by_variant)
-        # Labels take the layers of scores, and less beyond them.
+        # Labels need all layers of scores, and little beyond them.
         floor = floors.get(case._replace(output="scores"))
         possible = peer["median_ms"] / floor if floor else None
         verdict = "met" if ratio is not None and ratio >= case.target else "missed"
@@ -135,7 +135,7 @@ def targets(rows: list[Row], layers: list[Row]) -> list[str]:
 
 
 def arithmetic(rows: list[Row], layers: list[Row]) -> list[str]:
-    """One line a case: GFLOP/s of ours, effective and actual, and of the fastest peer."""
+    """One line per case: GFLOP/s of ours, effective and actual, and of the fastest peer."""
     ours = ("effective", "actual", "% of peak")
     lines = titled(*CASE_COLUMNS, "peak GFLOP/s", *(f"shelfkern, {name}" for name in ours), "fastest peer")
     for case, by_variant in cases(rows).items():
@@ -152,7 +152,7 @@ def arithmetic(rows: list[Row], layers: list[Row]) -> list[str]:
 
 
 def memory(rows: list[Row], layers: list[Row]) -> list[str]:
-    """One line a case whose memory was measured, one column a variant: beyond the libraries, and in all."""
+    """One line per case with measured memory, one column per variant: beyond the libraries, and in total."""
     found = {case: by_variant for case, by_variant in cases(rows).items() if _measured(by_variant)}
     variants = list(
         dict.fromkeys(variant for by_variant in found.values() for variant in _measured(by_variant))
@@ -180,7 +180,7 @@ def _mebibytes(row: Row | None) -> str:
 
 
 def slowest_layers(rows: list[Row], layers: list[Row]) -> list[str]:
-    """On the most threads one line a case and kind of layer, by op and algorithm: time, share, and floor."""
+    """For the most threads, one line per case and kind of layer (op and algorithm): time, share, floor."""
     found: dict[Case, dict[tuple[str, str], list[Row]]] = {}
     most = max((row["threads"] for row in layers), default=0)
     for row in layers:
@@ -199,7 +199,7 @@ def slowest_layers(rows: list[Row], layers: list[Row]) -> list[str]:
 
 
 def on_gpu(rows: list[Row]) -> list[str]:
-    """A table with one line a case: ours, bound too, beside the fastest peer."""
+    """A table with one line per case: ours, also bound, beside the fastest peer."""
     header = ("model", "size", "batch", "dtype", "output", "shelfkern", "shelfkern bound to its input")
     lines = titled(*header, "fastest peer", SPEED_UP, "% of the limit", "MiB, peer's MiB")
     for case, by_variant in cases(rows).items():
@@ -235,7 +235,7 @@ def _paper(rows: list[Row]) -> list[str]:
 
 
 def _fastest_peer(by_variant: dict[str, Row]) -> Row | None:
-    """Of those that were timed."""
+    """The fastest of the timed peers."""
     peers = [row for variant, row in by_variant.items() if not is_ours(variant) and not has_failed(row)]
     return min(peers, key=lambda row: row["median_ms"], default=None)
 
@@ -255,7 +255,7 @@ def _ratio(by_variant: dict[str, Row]) -> str:
 
 
 def _least_ratio(by_variant: dict[str, Row]) -> float | None:
-    """The speed-up over the fastest peer: the least of the medians over rounds."""
+    """The speed-up over the fastest peer: the smallest of the medians over rounds."""
     ratios = [row.get("ours_times_faster") for variant, row in by_variant.items() if not is_ours(variant)]
     return min((ratio for ratio in ratios if ratio is not None), default=None)
 
@@ -273,13 +273,13 @@ def _memory(ours: Row | None, other: Row | None) -> str:
 
 
 def measured_by(rows: list[Row], machine: str) -> str:
-    """The commands that gave the rows, and what they ran on."""
+    """The commands that produced the rows, and the machine and versions."""
     commands = ", ".join(f"`{command}`" for command in dict.fromkeys(row["command"] for row in rows))
     return f"{commands}; {machine}; {_versions(rows)}."
 
 
 def _versions(rows: list[Row]) -> str:
-    """With the commits and the date."""
+    """Versions, with the commits and the date."""
     commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
     versions = f"torch {rows[0]['torch']}, shelfkern {rows[0]['shelfkern']} at {commits}"
     return f"{versions}; {rows[-1]['time'][:10]}"
@@ -291,7 +291,7 @@ def titled(*titles: str) -> list[str]:
 
 
 def line(*cells: str) -> str:
-    """Of a table."""
+    """A line of a table."""
     return f"| {' | '.join(cells)} |"
 
 
@@ -323,14 +323,14 @@ def cpu_page(page: str, rows: list[Row], layers: list[Row]) -> str:
 
 
 def replaced(page: str, text: str, name: str = "results") -> str:
-    """A page with other text between the markers of a name."""
+    """A page with the text between a name's markers replaced."""
     begin, end = (mark.replace("results", name) for mark in (BEGIN, END))
     before, rest = page.split(begin)
     return f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}"
 
 
 def main() -> None:
-    """Rewrites what is between markers in README.md and docs/cpu.md."""
+    """Rewrites the text between the markers in README.md and docs/cpu.md."""
     readme, page = ROOT / "README.md", ROOT / "docs" / "cpu.md"
     readme.write_text(replaced(readme.read_text(), markdown(RESULTS)))
     results, layers = RESULTS / FILES[1], RESULTS / CPU_LAYERS

@@ -1,16 +1,16 @@
-"""Training steps on this machine, beside torch's: forward, backward and the optimiser's step.
+"""Training steps on this machine, compared with torch's: forward, backward and optimiser step.
 
-`make bench-training` runs it. A network trains by its recipe's loss on random labels: the real-time models by
-three cross-entropies of the hardest pixels, the others by one of all pixels, an auxiliary one and the
+Run by `make bench-training`. A network trains with its recipe's loss on random labels: the real-time models
+with three cross-entropies of the hardest pixels, the others with one of all pixels, an auxiliary one and the
 presence of classes. Every variant is checked before it is timed: the loss and all gradients of a small batch
-against float64, with at most twice the error that eager torch makes in the same dtype. Compiled variants draw
-other numbers for dropout: of them the loss is held within a twentieth of eager's. Variants of a case run
-interleaved in one process; memory on a CPU is that of a process for each variant.
+against float64, with at most twice the error of eager torch in the same dtype. Compiled variants draw other
+random numbers for dropout: their loss must be within a twentieth of eager's. Variants of a case run
+interleaved in one process; memory on a CPU is measured in a separate process for each variant.
 
-The loss alone, of three heads, is timed and weighed beside torch's too.
+The loss alone, of three heads, is also compared with torch's, in time and memory.
 
-Rows go to benchmarks/results as JSON lines; `training_page.py` makes the tables of docs/training_speed.md and
-of the README.
+Rows go to benchmarks/results as JSON lines; `training_page.py` generates the tables of docs/training_speed.md
+and of the README.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Clocks and facts about the machine are those of the op benchmarks.
+# Clocks and metadata of the machine are shared with the op benchmarks.
 sys.path.append(str(Path(__file__).parent / "ops"))
 
 import resident
@@ -49,18 +49,18 @@ from shelfkern.timing import median_ratio
 RESULTS = Path(__file__).parent / "results"
 FILES = {"cpu": "training_cpu.jsonl", "cuda": "training_gpu.jsonl"}
 CASE_SECONDS = {"cpu": 5.0, "cuda": 1.0}
-# Of the small batch that is checked.
+# Size of the small batch that is checked.
 CHECKED_BATCH, CHECKED_EXTENT = 4, 96
-# Such batches, of which the best counts: a rounding that turns one activation's sign moves all gradients by a
-# thousandth, of eager torch's too. A mistake spoils every batch.
+# Number of such batches, of which the best counts: a rounding that flips one activation's sign changes all
+# gradients by a thousandth, also in eager torch. A mistake affects every batch.
 CHECKED_BATCHES = 6
-# Of gradients, where eager is as good as exact; and of a compiled variant's loss.
+# Limit of gradients where eager is as good as exact; and of a compiled variant's loss.
 FLOOR, COMPILED_LIMIT = 1e-6, 0.05
-# Of the auxiliary and the presence loss, as published.
+# Weights of the auxiliary and the presence loss, as published.
 AUXILIARY, PRESENCE = 0.5, 0.2
 # The loss alone: strides of its heads, and classes.
 HEADS, CLASSES = (8, 16, 32), 19
-# With less time no case is begun.
+# With less time left no case is started.
 LEAST_SECONDS = 3.0
 
 Run = Callable[[], object]
@@ -69,12 +69,12 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is trained, or of `model` "loss" the loss alone.
+    """A model to train, or with `model` "loss" the loss alone.
 
     Attributes:
-        model: its name.
-        batch, size: images.
-        dtype: "float32", or what autocast computes in.
+        model: name of the model.
+        batch, size: number and size of the images.
+        dtype: "float32", or autocast's dtype.
         device: "cpu" or "cuda".
     """
 
@@ -86,11 +86,11 @@ class Case:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """Of what autocast computes."""
+        """autocast's dtype."""
         return getattr(torch, self.dtype)
 
     def row(self) -> Row:
-        """What identifies it."""
+        """The fields that identify the case."""
         return dataclasses.asdict(self) | {"size": list(self.size)}
 
     def __str__(self) -> str:
@@ -98,7 +98,7 @@ class Case:
         return f"{self.model} {self.batch} x {height} x {width} {self.dtype}"
 
 
-# In order of importance, for a budget may end before the rest.
+# In order of importance, because the budget may end before the rest.
 CASES = {
     "cpu": (
         ("shelfnet18_lw", 4, (256, 256)),
@@ -117,12 +117,12 @@ DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "float32")}
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """How a step is done.
+    """A way to run a step.
 
     Attributes:
         channels_last: memory format of weights and images.
-        compiled: by torch.compile.
-        ours: by fused ops and the loss of low-resolution scores.
+        compiled: whether it uses torch.compile.
+        ours: whether it uses the fused ops and the loss of low-resolution scores.
     """
 
     channels_last: bool = True
@@ -140,7 +140,7 @@ VARIANTS = {
 
 
 class Wrong(Exception):
-    """A variant's result is further from the truth than it may be."""
+    """A variant's result differs too much from the exact one."""
 
 
 class Objective(nn.Module):
@@ -153,7 +153,7 @@ class Objective(nn.Module):
         self.loss = upsample_cross_entropy if ours else upsample_cross_entropy_reference
 
     def forward(self, images: Tensor, target: Tensor, present: Tensor) -> Tensor:
-        """The loss of uint8 labels, and of which classes are present in each image."""
+        """The loss for uint8 labels, and for the classes present in each image."""
         with torch.autocast(self.device, self.autocast, enabled=self.autocast is not None):
             found = self.model.forward_scores(images)
         size = self.model.padded_size(images.shape)
@@ -178,7 +178,7 @@ class Objective(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Random images, labels of which a twentieth are ignored, in blocks, and classes present."""
+    """Random images, labels in blocks, a twentieth of them ignored, and classes present."""
 
     images: Tensor
     target: Tensor
@@ -186,7 +186,7 @@ class Batch:
 
     @classmethod
     def of(cls, case: Case, classes: int, seed: int = 0) -> Batch:
-        """The same at every run."""
+        """A batch that is the same in every run."""
         generator = torch.Generator().manual_seed(seed)
         images = torch.randn(case.batch, 3, *case.size, generator=generator)
         target = random_labels((case.batch, *case.size), classes, generator)
@@ -200,11 +200,12 @@ class Step:
 
     def __init__(self, variant: Variant, case: Case, checked: bool = False, seed: int = 0) -> None:
         self._variant, wide = variant, torch.float64 if case.dtype == "float64" else torch.float32
-        # Calibrated as there, for roundings of a network as it is first made grow from block to block.
+        # Calibrated as for the other benchmarks, because rounding errors of an untrained network grow from
+        # block to block.
         model = copy.deepcopy(build(case.model)).to(case.device, wide).train()
         for norm in model.modules():
             if isinstance(norm, nn.BatchNorm2d):
-                norm.momentum = 0.1  # calibration leaves None, at which torch.compile breaks its graph
+                norm.momentum = 0.1  # calibration leaves None, which breaks torch.compile's graph
         if checked:
             _without_chance(model)
         batch = Batch.of(case, model.config.num_classes, seed)
@@ -219,7 +220,7 @@ class Step:
         self._optimiser = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
 
     def backward(self) -> Tensor:
-        """The loss, with its gradients left in the parameters."""
+        """The loss, after storing its gradients in the parameters."""
         self._optimiser.zero_grad()
         loss = self._call(*self._inputs)
         loss.backward()
@@ -231,14 +232,14 @@ class Step:
         return loss
 
     def gradients(self) -> Tensor:
-        """All of them, float64 on the CPU."""
+        """All gradients, float64 on the CPU."""
         self.backward()
         found = (p.grad for p in self.objective.parameters() if p.grad is not None)
         return torch.cat([gradient.double().cpu().flatten() for gradient in found])
 
 
 def _without_chance(model: nn.Module) -> None:
-    """No dropout, and no statistics of the few means that a gate's norm sees, on which everything hangs."""
+    """Disables dropout, and batch statistics in gates' norms, whose few means make them too sensitive."""
     for path, module in model.named_modules():
         if isinstance(module, nn.Dropout2d):
             module.p = 0.0
@@ -251,10 +252,10 @@ def _channels_last(images: Tensor) -> Tensor:
 
 
 class Judge:
-    """Holds variants of one case against float64.
+    """Compares variants of one case with float64.
 
     Attributes:
-        limit: of the error of gradients over their norm.
+        limit: limit of the gradients' error relative to their norm.
     """
 
     def __init__(self, case: Case) -> None:
@@ -285,7 +286,7 @@ class Judge:
         return Step(Variant(), self._case).backward().item()
 
     def error_of(self, variant: Variant, step: Step) -> float:
-        """Of a variant's gradients over their norm; of a compiled one's first loss.
+        """Error of a variant's gradients relative to their norm; for a compiled one, of its first loss.
 
         Raises:
             Wrong: it is more than allowed.
@@ -294,7 +295,7 @@ class Judge:
             error, limit = abs(step.backward().item() / self._loss - 1), COMPILED_LIMIT
         else:
             error, limit = self._best(variant), self.limit
-        # Written so that NaN is wrong.
+        # This form of comparison treats NaN as wrong.
         if not error <= limit:
             raise Wrong(f"the error is {error:.3g}, at most {limit:.3g} is allowed")
         return error
@@ -327,13 +328,13 @@ class LossAlone:
         return loss.detach()
 
     def gradients(self) -> Tensor:
-        """All of them, float64 on the CPU."""
+        """All gradients, float64 on the CPU."""
         self()
         return torch.cat([one.grad.double().cpu().flatten() for one in self.scores if one.grad is not None])
 
 
 class LossJudge:
-    """As `Judge`, of the loss alone, whose scores are those of the case's dtype in all."""
+    """`Judge` for the loss alone, whose scores have the case's dtype in every variant."""
 
     def __init__(self, case: Case) -> None:
         extents = [min(extent, CHECKED_EXTENT) for extent in case.size]
@@ -348,7 +349,7 @@ class LossJudge:
         return ((found - self._truth).norm() / self._truth.norm()).item()
 
     def error_of(self, variant: Variant, step: LossAlone) -> float:
-        """Of a variant's gradients over their norm.
+        """Error of a variant's gradients relative to their norm.
 
         Raises:
             Wrong: it is more than allowed.
@@ -366,7 +367,7 @@ def prepare(variant: Variant, case: Case) -> Step | LossAlone:
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """A run: which variants take part, with which clock, until when, and whether memory is measured."""
+    """A run: its variants, clock and deadline, and whether memory is measured."""
 
     variants: dict[str, Variant]
     meter: Meter
@@ -428,13 +429,13 @@ class Bench:
 
 
 def alone(task: str) -> float:
-    """MiB that a variant's second call takes at its height, beyond weights, momenta and inputs."""
+    """Peak MiB of a variant's second call, beyond weights, momenta and inputs."""
     fields = json.loads(task)
     name, threads = fields.pop("variant"), fields.pop("threads")
     torch.set_num_threads(threads)
     step = prepare(VARIANTS[name], Case(**fields | {"size": tuple(fields["size"])}))
-    # The first compiles, and brings libraries and momenta. What it left to allocators goes back, and the
-    # high-water mark starts again.
+    # The first call compiles, loads libraries and creates momenta. Memory it left in allocators is returned,
+    # and the high-water mark reset.
     step()
     free()
     native.give_back()
@@ -460,7 +461,7 @@ def cases_of(
     size: tuple[int, int] | None,
     batch: int | None,
 ) -> list[Case]:
-    """Those asked for, by default all of a device."""
+    """The requested cases, by default all of a device."""
     return [
         Case(model, batch or images, size or extents, dtype, device)
         for dtype in dtypes or DTYPES[device]
@@ -470,7 +471,7 @@ def cases_of(
 
 
 def identity(row: Row) -> tuple[Any, ...]:
-    """What tells a row's case."""
+    """Key of a row's case."""
     return row["model"], tuple(row["size"]), row["batch"], row["dtype"]
 
 
@@ -528,7 +529,7 @@ def main(
 
 
 def described(row: Row) -> str:
-    """A row in words, to read."""
+    """A row as readable text."""
     if row["reason"] is not None:
         return f"  {row['variant']:26} {row['reason']}"
     memory = f", {row['memory_mib']:g} MiB" if "memory_mib" in row else ""

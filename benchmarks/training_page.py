@@ -1,4 +1,4 @@
-"""Generates the tables of docs/training_speed.md and of README.md's training, between their markers."""
+"""Generates the training tables of docs/training_speed.md and README.md, between their markers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Row = dict[str, Any]
 
 
 def table(rows: list[Row]) -> list[str]:
-    """One line a variant; ours has its speed-up over the fastest of torch's."""
+    """One line per variant; ours has its speed-up over the fastest of torch's."""
     lines = titled(*COLUMNS)
     for row in rows:
         ratio = _ratio(_peers(row, rows)) if row["variant"] == "shelfkern" else ""
@@ -31,7 +31,7 @@ def table(rows: list[Row]) -> list[str]:
 
 
 def beside(rows: list[Row]) -> list[str]:
-    """One line a case: ours beside the fastest of torch's, and our memory beside the lowest of theirs."""
+    """One line per case: ours beside the fastest of torch's, and our memory beside the lowest of theirs."""
     lines = titled(*BESIDE_COLUMNS)
     for row in rows:
         peers = _peers(row, rows)
@@ -50,7 +50,7 @@ def _peers(row: Row, rows: list[Row]) -> list[Row]:
 
 
 def _ratio(peers: list[Row]) -> str:
-    """The speed-up over the fastest peer: the least of the ratios by rounds."""
+    """The speed-up over the fastest peer: the smallest of the ratios by rounds."""
     return f"**{min(peer['ours_times_faster'] for peer in peers):.2f}x**" if peers else ""
 
 
@@ -63,7 +63,7 @@ def _time(row: Row) -> str:
 
 
 def _mebibytes(rows: list[Row]) -> str:
-    """The least of the rows that have it."""
+    """The smallest memory of the rows that have it."""
     found = [row["memory_mib"] for row in rows if "memory_mib" in row]
     return f"{min(found):.0f}" if found else ""
 
@@ -76,14 +76,14 @@ def _machine(rows: list[Row]) -> str:
 
 
 def page_of(page: str, results: Path) -> str:
-    """docs/training_speed.md with the tables of the result files that exist regenerated."""
+    """docs/training_speed.md with the tables regenerated for which results exist."""
     for name, rows in _results(results).items():
         page = replaced(page, "\n".join(table(rows)), name)
     return page
 
 
 def readme_of(readme: str, results: Path) -> str:
-    """README.md with its table of training on a CPU regenerated."""
+    """README.md with its CPU training table regenerated."""
     rows = _results(results).get("cpu")
     return replaced(readme, "\n".join(beside(rows)), README_MARK) if rows else readme
 
@@ -94,7 +94,7 @@ def _results(folder: Path) -> dict[str, list[Row]]:
 
 
 def main(page: Path = PAGE, readme: Path = README, results: Path = RESULTS) -> None:
-    """Rewrites what is between markers."""
+    """Rewrites the text between the markers."""
     for path, made_of in ((page, page_of), (readme, readme_of)):
         with replacing(path) as temporary:
             temporary.write_text(made_of(path.read_text(), results))

@@ -34,7 +34,7 @@ def inputs(problem: Problem, random: Inputs) -> tuple[Tensors, dict[str, Any]]:
 def reference(
     x: Tensor, grad: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, slope: float | None
 ) -> Tensor:
-    """The gradient of x; those of the others are made too."""
+    """The gradient of x; the other gradients are computed too."""
     with torch.enable_grad():
         x, weight, bias = (t.detach().requires_grad_() for t in (x, weight, bias))
         y = F.batch_norm(x, None, None, weight, bias, True, eps=EPS)

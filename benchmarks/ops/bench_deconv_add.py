@@ -12,7 +12,7 @@ from shelfkern.ops._conv_triton import default_precision
 from shelfkern.ops.conv_bn_act import product_dtype
 from shelfkern.ops.deconv_add import pack_deconv_triton
 
-# Of the nine taps of a channel, those that reach a pixel, on average.
+# Average number of a channel's nine taps that reach a pixel.
 TAPS = 9 / 4
 
 

@@ -64,7 +64,7 @@ def triton(case: Case, kernel: Kernel) -> Run:
 
 
 def library(case: Case, name: str) -> Run:
-    """Two fused calls, each with a copy of the weights into which its norm is folded."""
+    """Two fused calls, each with its norm folded into its own copy of the weights."""
     x, w, scale1, shift1, scale2, shift2 = case.tensors.values()
     first = fused_conv(name, w, scale1, shift1, slope=case.problem.slope)
     second = fused_conv(name, w, scale2, shift2)

@@ -29,9 +29,10 @@ def call(case: Case, kernel: Kernel) -> Run:
 
 
 def judge(op: Op, case: Case) -> Callable[[Tensor], float]:
-    """A label's float64 score is the greatest, up to what float32 resizing in torch calls may be wrong by.
+    """Requires a label's float64 score to be the largest, within the error of float32 resizing in torch
+    calls.
 
-    The error is the largest shortfall over the scores' deviation.
+    The error is the largest shortfall relative to the scores' deviation.
     """
     scores = case.tensors["scores"]
     exact = ops.upsample_bilinear_reference(scores.double(), **case.options)

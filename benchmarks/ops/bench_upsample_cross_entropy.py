@@ -22,7 +22,7 @@ def inputs(problem: Problem, random: Inputs) -> tuple[Tensors, dict[str, Any]]:
 
 
 def reference(scores: Tensor, target: Tensor, size: tuple[int, int]) -> Tensor:
-    """The gradient of interpolate's and cross_entropy's loss."""
+    """The gradient of the loss computed by interpolate and cross_entropy."""
     with torch.enable_grad():
         scores = scores.detach().requires_grad_()
         loss = upsample_cross_entropy_reference(scores, target, size, ignore_index=IGNORED)

@@ -26,7 +26,7 @@ def call(case: Case, kernel: Kernel) -> Run:
 
 
 def floor(case: Case, truth: torch.Tensor) -> float:
-    """A source coordinate rounded in float32, then the sum once."""
+    """Rounding of a source coordinate in float32, and one rounding of the sum."""
     scores = case.tensors["scores"]
     moved = 4 * max(scores.shape[2:]) * float(scores.abs().max())
     return (1 + moved) * torch.finfo(torch.float32).eps * float(truth.abs().max())

@@ -1,4 +1,4 @@
-"""Timing on a CPU and on a GPU, and the ceilings of the machine that times are held against."""
+"""Timing on a CPU and on a GPU, and the machine's peak rates to compare times with."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from shelfkern.timing import Timing, time_interleaved
 Runs = Mapping[str, Callable[[], object]]
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
-# Written before every call on a GPU. Many times its L2, and long enough that the host has launched the
-# call before the device comes to it.
+# Written before every call on a GPU. Many times the size of L2, and long enough that the host has launched
+# the call before the device reaches it.
 FLUSH_BYTES = 1 << 30
-# Calls in a graph, so that the events around it cost little of each.
+# Calls per graph, so that the events around it add little to each.
 GRAPH_CALLS = 20
-# Seconds of the longest call that is also timed in a graph.
+# Longest call, in seconds, that is also timed in a graph.
 GRAPH_LIMIT = 200e-6
 
 COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}
 PRODUCT_EXTENT = {"cpu": 2048, "cuda": 8192}
-# Of a CPU's loop on registers: runs, of which the fastest counts, for another process can only slow one.
+# Runs of the register loop on a CPU, of which the fastest counts, because other processes can only slow it
+# down.
 PEAK_RUNS, PEAK_MILLISECONDS = 5, 100
 
 
@@ -37,9 +38,9 @@ class Times:
 
     Attributes:
         warm: with inputs in the caches, as far as they fit.
-        cold: with none in a GPU's L2; None on a CPU.
-        graph: of one call in a replayed CUDA graph, inputs in L2; None on a CPU, for long calls, and for
-            those that cannot be captured.
+        cold: with nothing in a GPU's L2; None on a CPU.
+        graph: one call in a replayed CUDA graph, inputs in L2; None on a CPU, for long calls, and for calls
+            that cannot be captured.
     """
 
     warm: Timing
@@ -60,7 +61,7 @@ class Stopwatch:
             torch.backends.cudnn.benchmark = True
 
     def context_lost(self) -> bool:
-        """Whether the GPU's context is broken for the rest of the process, as by a write out of bounds."""
+        """Whether the GPU's context is broken for the rest of the process, as by an out-of-bounds write."""
         if self.device == "cpu":
             return False
         try:
@@ -82,7 +83,7 @@ class Stopwatch:
         return time_interleaved(runs, self._rounds(runs), warmup=1)
 
     def on_gpu(self, runs: Runs, cold: bool) -> dict[str, Timing]:
-        """Times between events around single calls, after a flush; and unless cold, after one call more."""
+        """Times between events around single calls, after a flush; unless cold, after one more call."""
         names = list(runs)
         rounds = self._rounds(runs)
         events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in names}
@@ -97,7 +98,7 @@ class Stopwatch:
                 runs[name]()
                 end.record()
                 events[name].append((begin, end))
-            # Keeps the queue of launches short of its limit, where the host would wait in mid-call.
+            # Keeps the launch queue below its limit, at which the host would block in mid-call.
             torch.cuda.synchronize()
         return {
             name: Timing(tuple(begin.elapsed_time(end) / 1e3 for begin, end in pairs))
@@ -105,7 +106,7 @@ class Stopwatch:
         }
 
     def _rounds(self, runs: Runs) -> int:
-        """As many as fit, from one round that also warms up."""
+        """As many rounds as fit, estimated from one that also warms up."""
         for run in runs.values():
             run()
         begin = time.perf_counter()
@@ -133,7 +134,7 @@ def _capture(run: Callable[[], object]) -> torch.cuda.CUDAGraph | None:
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     try:
-        # A capture that fails leaves its own stream the current one.
+        # If a capture fails, torch leaves its stream the current one.
         with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
             for _ in range(GRAPH_CALLS):
                 run()
@@ -145,19 +146,19 @@ def _capture(run: Callable[[], object]) -> torch.cuda.CUDAGraph | None:
 
 @dataclasses.dataclass(frozen=True)
 class Ceilings:
-    """What the machine reaches.
+    """The machine's measured peak rates.
 
     Attributes:
-        bytes_per_s: of a large copy, reads and writes counted.
-        flop_per_s: by the kind of arithmetic: on a GPU of a large matrix product, on a CPU of a loop on
-            registers alone, in as many threads as torch has.
+        bytes_per_s: rate of a large copy, counting reads and writes.
+        flop_per_s: by kind of arithmetic: on a GPU that of a large matrix product, on a CPU that of a loop on
+            registers alone, on as many threads as torch has.
     """
 
     bytes_per_s: float
     flop_per_s: dict[str, float]
 
     def arithmetic(self, dtype: torch.dtype) -> str:
-        """The kind of arithmetic that a dtype is held against: TF32 for float32 where it was measured.
+        """The kind of arithmetic to compare a dtype with: TF32 for float32 where it was measured.
 
         A CPU without 16-bit products computes them in float32: there the faster of the two counts.
         """
@@ -167,12 +168,12 @@ class Ceilings:
         return max((name, "float32"), key=lambda kind: self.flop_per_s.get(kind, 0.0))
 
     def seconds(self, flop: float, nbytes: float, dtype: torch.dtype) -> float:
-        """The least time for so much arithmetic and traffic."""
+        """The minimum time for this much arithmetic and traffic."""
         return max(flop / self.flop_per_s[self.arithmetic(dtype)], nbytes / self.bytes_per_s)
 
 
 def measure_ceilings(stopwatch: Stopwatch, dtypes: tuple[torch.dtype, ...]) -> Ceilings:
-    """Measures this machine's ceilings."""
+    """Measures this machine's peak rates."""
     device = stopwatch.device
     source = torch.empty(COPY_BYTES[device], dtype=torch.uint8, device=device).fill_(1)
     target = torch.empty_like(source)
@@ -187,15 +188,15 @@ def measure_ceilings(stopwatch: Stopwatch, dtypes: tuple[torch.dtype, ...]) -> C
 
 
 def peaks(stopwatch: Stopwatch, dtypes: tuple[torch.dtype, ...]) -> dict[str, float]:
-    """FLOP/s of a CPU by dtype: float32, and those dtypes that it has instructions for.
+    """FLOP/s of a CPU by dtype: float32, and the dtypes that it has instructions for.
 
-    Without native code a large matrix product of float32 stands in.
+    Without native code, a large float32 matrix product is measured instead.
     """
     if native.module is None:
         return {"float32": _product(stopwatch, torch.float32)}
     found = {}
     for kind in dict.fromkeys(str(d).removeprefix("torch.") for d in (torch.float32, *dtypes)):
-        # Of an instruction set without it.
+        # The instruction set may not support the dtype.
         with contextlib.suppress(ValueError):
             found[kind] = max(
                 native.module.peak(kind, torch.get_num_threads(), PEAK_MILLISECONDS) for _ in range(PEAK_RUNS)
@@ -205,7 +206,7 @@ def peaks(stopwatch: Stopwatch, dtypes: tuple[torch.dtype, ...]) -> dict[str, fl
 
 def _product(stopwatch: Stopwatch, dtype: torch.dtype) -> float:
     extent = PRODUCT_EXTENT[stopwatch.device]
-    # Random, since a GPU draws less power and runs faster on zeros.
+    # Random, because with zeros a GPU draws less power and runs faster.
     a, b = (torch.randn(extent, extent, device=stopwatch.device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     return 2 * math.pow(extent, 3) / _median(stopwatch, lambda: torch.mm(a, b, out=out))

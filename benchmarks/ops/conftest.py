@@ -1,6 +1,6 @@
-"""`pytest benchmarks/ops`: every op at every problem of the published models, beside its peers.
+"""`pytest benchmarks/ops`: every op on every problem of the published models, compared with its peers.
 
-`-m quick` takes a few problems an op. A variant whose result is wrong fails and is not timed.
+`-m quick` takes a few problems per op. A variant whose result is wrong fails and is not timed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from results import RESULTS, ResultsFile, about, device_name, rows, table
 from shapes import Entry
 from shapes import table as problems
 
-# Exit status, which gpu.sh knows.
+# Exit status, handled by gpu.sh.
 CONTEXT_LOST = 70
 
 
@@ -58,7 +58,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Quick problems and the device's first dtype come first: a budget may end before the rest."""
+    """Quick problems and the device's first dtype come first, because the budget may end before the rest."""
     dtypes = DTYPES[config.stash[SESSION].device]
 
     def order(item: pytest.Item) -> tuple[bool, int]:
@@ -70,7 +70,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def outcome(request: pytest.FixtureRequest) -> Iterator[Outcome]:
-    """What became of one variant of one problem; the first of them measures all, interleaved."""
+    """Outcome of one variant of one problem; the first request measures all variants, interleaved."""
     op, entry, dtype, variant = request.param
     benchmark = request.getfixturevalue("benchmark")
     benchmark.group = f"{op.name} {entry.problem} {dtype}"
@@ -86,7 +86,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 class Session:
-    """One run: its device, its ceilings, its results."""
+    """One run: its device, peak rates and results."""
 
     def __init__(self, config: pytest.Config) -> None:
         options = config.option
@@ -101,7 +101,7 @@ class Session:
         self._last: tuple[object, dict[str, Outcome]] = (None, {})
 
     def variants(self, op: Op) -> list[str]:
-        """Names of the variants that are compared."""
+        """Names of the variants to compare."""
         left_out = {*self._options.without, *self._avoided(op)}
         return [name for name in op.variants(self.device) if name not in left_out]
 
@@ -117,7 +117,7 @@ class Session:
         pytest.exit(f"{op.name}: {variant} broke the CUDA context, nothing more can run", CONTEXT_LOST)
 
     def outcomes(self, op: Op, entry: Entry, dtype: torch.dtype) -> dict[str, Outcome]:
-        """Outcomes of all variants of a problem, measured when they are first asked for."""
+        """Outcomes of all variants of a problem, measured on first use."""
         key = (op.name, entry.problem, dtype)
         if self._last[0] != key:
             if time.monotonic() > self._deadline:

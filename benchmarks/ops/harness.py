@@ -1,4 +1,4 @@
-"""What the benchmarks of ops share: inputs, variants, and the check before any time is taken."""
+"""Shared by the op benchmarks: inputs, variants, and the check before timing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from shelfkern import ops
 
-# Ours, on each device; emulated and interpreted kernels are for tests.
+# Our backends on each device; emulated and interpreted kernels are for tests.
 BACKENDS = {"cpu": ("native",), "cuda": ("cuda", "triton")}
 LIBRARIES = {"cpu": ("oneDNN",), "cuda": ("cuDNN", "cuDNN fused")}
 EAGER, COMPILED = "eager channels_last", "torch.compile"
@@ -26,26 +26,26 @@ DTYPES = {
     "cuda": (torch.float16, torch.bfloat16, torch.float32),
 }
 
-# Random labels come in squares of so many pixels a side, for neighbours in images mostly agree.
+# Random labels come in squares of this many pixels per side, because adjacent pixels of images mostly agree.
 LABEL_BLOCK = 16
 
 Tensors = dict[str, "Tensor | None"]
-# Computes its op once and gives the result.
+# Computes its op once and returns the result.
 Run = Callable[[], Tensor]
-# A backend's raw function of an op, such as shelfkern.ops.upsample_add_native.
+# The unchecked function of an op's backend, such as shelfkern.ops.upsample_add_native.
 Kernel = Callable[..., None]
 
 
 class Wrong(AssertionError):
-    """A variant's result is further from float64 than it may be."""
+    """A variant's result differs too much from float64."""
 
 
 class ContextLost(Exception):
-    """A kernel broke the CUDA context: this process can measure no more. Its argument is the variant."""
+    """A kernel broke the CUDA context: this process can measure no more. The argument is the variant."""
 
 
 def random_labels(shape: tuple[int, int, int], classes: int, generator: torch.Generator) -> Tensor:
-    """uint8 (N, H, W) in blocks of `LABEL_BLOCK` pixels, of which a twentieth are 255, which is ignored."""
+    """uint8 (N, H, W) in blocks of `LABEL_BLOCK` pixels, a twentieth of them 255, which is ignored."""
     n, height, width = shape
     blocks = (n, -(-height // LABEL_BLOCK), -(-width // LABEL_BLOCK))
     device = generator.device
@@ -56,7 +56,7 @@ def random_labels(shape: tuple[int, int, int], classes: int, generator: torch.Ge
 
 
 class Inputs:
-    """Random tensors of one dtype on one device, the same at every run."""
+    """Random tensors of one dtype on one device, the same in every run."""
 
     def __init__(self, dtype: torch.dtype, device: str) -> None:
         self.dtype = dtype
@@ -64,16 +64,16 @@ class Inputs:
         self._generator = torch.Generator(device).manual_seed(0)
 
     def activation(self, shape: tuple[int, ...]) -> Tensor:
-        """Normal, (N, C, H, W) in NHWC storage."""
+        """Normally distributed, (N, C, H, W) in NHWC storage."""
         return self._normal(shape).to(self.dtype).contiguous(memory_format=torch.channels_last)
 
     def weight(self, shape: tuple[int, ...], terms: int) -> Tensor:
-        """Normal, scaled so that a sum of so many products with normal activations is normal."""
+        """Normally distributed, scaled so that `terms` products with normal activations have a normal sum."""
         weight = (self._normal(shape) / math.sqrt(terms)).to(self.dtype)
         return weight.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else weight
 
     def vector(self, length: int) -> Tensor:
-        """Normal float32."""
+        """Normally distributed float32."""
         return self._normal((length,))
 
     def vectors(self, problem: Problem) -> Tensors:
@@ -85,7 +85,7 @@ class Inputs:
         return torch.randint(0, 256, shape, generator=self._generator, device=self.device, dtype=torch.uint8)
 
     def labels(self, shape: tuple[int, int, int], classes: int) -> Tensor:
-        """As `random_labels`."""
+        """Labels from `random_labels`."""
         return random_labels(shape, classes, self._generator)
 
     def _normal(self, shape: tuple[int, ...]) -> Tensor:
@@ -102,7 +102,7 @@ class Case:
     options: dict[str, Any]
 
     def fresh(self) -> Case:
-        """The same, with an `out` of its own where the op adds to one."""
+        """The same case, with a separate `out` if the op adds to one."""
         if "out" not in self.tensors:
             return self
         return dataclasses.replace(self, tensors=self.tensors | {"out": self.tensors["out"].clone()})
@@ -113,7 +113,7 @@ class Case:
         return self.tensors["out"] if result is None else result
 
     def poisoned(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Memory for the result, of NaN (255 where it is uint8), in NHWC storage if it has 4 dimensions."""
+        """Memory for the result, filled with NaN (255 if uint8), in NHWC storage if it has 4 dimensions."""
         dtype = dtype or self.dtype
         device = next(t.device for t in self.tensors.values() if t is not None)
         value = float("nan") if dtype.is_floating_point else 255
@@ -122,19 +122,19 @@ class Case:
 
 
 def one_rounding(case: Case, truth: Tensor) -> float:
-    """An error that is allowed where eager is exact by luck: one rounding of the largest value."""
+    """An error allowed where eager happens to be exact: one rounding of the largest value."""
     return torch.finfo(case.dtype).eps * float(truth.abs().max())
 
 
 def resize_rounding(case: Case, truth: Tensor) -> float:
-    """The same for resizes, whose source coordinates are rounded in float32."""
+    """The same for resizes, whose source coordinates are rounded to float32."""
     scores = case.tensors["scores"]
     coordinate = torch.finfo(torch.float32).eps * max(scores.shape[2:])
     return (torch.finfo(case.dtype).eps + 4 * coordinate) * float(scores.abs().max())
 
 
 def as_exact(result: Tensor, truth: Tensor, eager: Tensor, floor: float) -> float:
-    """The root-mean-square error over the truth's root mean square.
+    """The root-mean-square error relative to the truth's root mean square.
 
     Raises:
         Wrong: it is more than twice eager's, or the largest error more than four times eager's.
@@ -146,7 +146,7 @@ def as_exact(result: Tensor, truth: Tensor, eager: Tensor, floor: float) -> floa
         ("root-mean-square", errors.square().mean().sqrt(), 2 * allowed.square().mean().sqrt()),
         ("largest", errors.max(), 4 * allowed.max()),
     ):
-        # Written so that NaN is wrong.
+        # This form of comparison treats NaN as wrong.
         if not found <= max(float(limit), floor):
             raise Wrong(f"the {name} error is {found:.3g}, at most {max(float(limit), floor):.3g} is allowed")
     return float(errors.square().mean().sqrt() / truth.square().mean().sqrt())
@@ -164,15 +164,14 @@ class Op:
     """How an op is benchmarked.
 
     Attributes:
-        name: of the op.
-        inputs: from a problem to its tensors, by the names of the op's parameters, and other arguments.
-        kernels: by backend, from a case and the kernel to a call of it with its weights packed and its
-            result allocated beforehand, as the engine calls it. Backends without one are called by the
-            public op.
-        library: from a case and one of `LIBRARIES` to the library's own fused call.
-        reference: in torch calls, by default the op's own.
+        name: name of the op.
+        inputs: maps a problem to its tensors, by the names of the op's parameters, and other arguments.
+        kernels: by backend, maps a case and the kernel to a call with packed weights and preallocated
+            result, as in the engine. Backends without an entry are called through the public op.
+        library: maps a case and one of `LIBRARIES` to the library's own fused call.
+        reference: the op in torch calls, by default its own reference.
         floor: the error that is always allowed.
-        judge: from a case to a check of a result, which gives its error or raises `Wrong`.
+        judge: maps a case to a check of a result, which returns its error or raises `Wrong`.
     """
 
     name: str
@@ -206,14 +205,14 @@ class Op:
         return [*self.ours(device), EAGER, *libraries, COMPILED]
 
     def why_not(self, backend: str, case: Case) -> str | None:
-        """Why a backend has no kernel for the case; None if it has."""
+        """Reason why a backend has no kernel for the case; None if it has."""
         can_run = self._module.can_run
         names = inspect.signature(can_run).parameters
         return can_run(*(case.tensors[name] for name in names if name in case.tensors))[backend]
 
     @property
     def _module(self) -> Any:
-        # As an attribute of shelfkern.ops the name is the public op.
+        # As an attribute of shelfkern.ops, the name refers to the public op.
         return importlib.import_module(f"shelfkern.ops.{self.name}")
 
     def build(self, variant: str, case: Case, compile_options: dict[str, Any]) -> Run:
@@ -252,12 +251,12 @@ class Composition(nn.Module):
         return self._op.refer(dataclasses.replace(self._case, tensors=fixed | moving))
 
     def moving(self) -> Tensors:
-        """What changes from call to call."""
+        """The tensors that change from call to call."""
         return {name: self._case.tensors[name] for name in self._moving}
 
 
 def _compiled(op: Op, case: Case, options: dict[str, Any]) -> Run:
-    # Without it torch.compile would stop compiling after eight shapes of one function.
+    # Otherwise torch.compile would stop compiling after eight shapes of one function.
     torch.compiler.reset()
     composition = Composition(op, case).eval()
     compiled = torch.compile(composition, dynamic=False, options=options)
@@ -266,9 +265,10 @@ def _compiled(op: Op, case: Case, options: dict[str, Any]) -> Run:
 
 
 class Replay:
-    """A clock that shows seconds measured before.
+    """A clock that replays measured seconds.
 
-    pytest-benchmark times one variant after the other; ours were timed interleaved, and reach it by this.
+    pytest-benchmark times one variant after the other; ours were timed interleaved, and are passed to it this
+    way.
     """
 
     def __init__(self) -> None:
@@ -278,7 +278,7 @@ class Replay:
         return self.now
 
     def play(self, seconds: Iterator[float]) -> None:
-        """Moves the clock by the next of the seconds."""
+        """Advances the clock by the next of the seconds."""
         self.now += next(seconds)
 
 
@@ -288,7 +288,7 @@ replayed = pytest.mark.benchmark(timer=REPLAY)
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of one variant: its error and times; or why it was refused, or could not run."""
+    """Outcome of one variant: its error and times; or why it was refused, or could not run."""
 
     error: float | None = None
     times: Times | None = None
@@ -296,7 +296,7 @@ class Outcome:
     unavailable: str | None = None
 
     def replay(self, benchmark: Any) -> None:
-        """Gives pytest-benchmark the times; fails if the variant was refused, skips if it could not run."""
+        """Passes times to pytest-benchmark; fails if the variant was refused, skips if it could not run."""
         if self.refused is not None:
             pytest.fail(self.refused, pytrace=False)
         if self.unavailable is not None:
@@ -310,7 +310,7 @@ class Outcome:
 def compare(
     op: Op, entry: Entry, dtype: torch.dtype, stopwatch: Stopwatch, variants: list[str]
 ) -> dict[str, Outcome]:
-    """Every variant's outcome: all are checked against float64, then the right ones are timed interleaved."""
+    """Every variant's outcome: all are checked against float64, then correct ones are timed interleaved."""
     case = op.case(entry.problem, dtype, stopwatch.device)
     outcomes, runs = _checked(op, case, variants, stopwatch)
     for name, times in (stopwatch.measure(runs) if runs else {}).items():
@@ -338,7 +338,7 @@ def _checked(
         except Exception as error:
             if stopwatch.context_lost():
                 raise ContextLost(name) from error
-            # A peer that this torch lacks is no fault of ours; a kernel of ours that fails is.
+            # A peer missing from this torch is not our failure; a failing kernel of ours is.
             message = f"{name} failed: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
             outcomes[name] = Outcome(refused=message) if ours else Outcome(unavailable=message)
     return outcomes, runs

@@ -23,19 +23,19 @@ def fused_conv(
     stride: int = 1,
     slope: float | None = 0.0,
 ) -> Conv:
-    """A function of x and perhaps a residual: act(scale * conv(x, w) + shift + residual).
+    """A function of x and optionally a residual: act(scale * conv(x, w) + shift + residual).
 
     Padding is half the kernel.
 
     library: "oneDNN"; "cuDNN" is the convolution with a bias, the rest in place; "cuDNN fused" is
-    torch.cudnn_convolution_relu and torch.cudnn_convolution_add_relu.
+        torch.cudnn_convolution_relu and torch.cudnn_convolution_add_relu.
     """
     folded = w if scale is None else w.float() * scale[:, None, None, None]
     folded = folded.to(w.dtype).contiguous(memory_format=torch.channels_last)
     bias = None if shift is None else shift.to(w.dtype)
     if library == "oneDNN":
         return onednn(folded, bias, stride, slope)
-    # cuDNN fuses relu alone.
+    # cuDNN fuses relu only.
     make = cudnn_fused if library == "cuDNN fused" and slope == 0 else cudnn
     return make(folded, bias, stride, slope)
 

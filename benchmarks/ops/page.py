@@ -16,7 +16,7 @@ FILE, README, MARK = "ops_cpu.jsonl", ROOT / "README.md", "ops"
 
 
 def table(rows: list[Row]) -> list[str]:
-    """A line an op: the speed-up over the fastest peer in each dtype."""
+    """One line per op: the speed-up over the fastest peer in each dtype."""
     by_dtype = pairs_by_dtype(rows)
     ops = sorted({op for found in by_dtype.values() for op in found})
     lines = titled("op", *by_dtype)
@@ -27,7 +27,7 @@ def table(rows: list[Row]) -> list[str]:
 
 
 def _cell(of_one_op: list[Pair]) -> str:
-    """The mean, and where there are several problems the least and the greatest."""
+    """The mean, and for several problems the smallest and the largest."""
     if not of_one_op:
         return ""
     ratios = sorted(ours["to_fastest_peer"] for ours, _ in of_one_op)
@@ -36,7 +36,7 @@ def _cell(of_one_op: list[Pair]) -> str:
 
 
 def main() -> None:
-    """Rewrites what is between the markers."""
+    """Rewrites the text between the markers."""
     page = replaced(README.read_text(), "\n".join(table(read(RESULTS / FILE))), MARK)
     with replacing(README) as temporary:
         temporary.write_text(page)

@@ -1,4 +1,4 @@
-"""What a file of op results says: ours beside the fastest peer, problem by problem."""
+"""Pairs from a file of op results: ours beside the fastest peer, problem by problem."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 Row = dict[str, Any]
 # The best of ours and the fastest of the others.
 Pair = tuple[Row, Row]
-# Of each op, a pair for each problem.
+# By op, a pair for each problem.
 Pairs = dict[str, list[Pair]]
 
 
 def pairs(rows: list[Row]) -> Pairs:
-    """Rows by op, of problems that both have. Cold times where there are some."""
+    """Rows by op, for problems that both have. Cold times where there are any."""
     cache = "cold" if any(row["cache"] == "cold" for row in rows) else "warm"
     problems: dict[tuple[str, str], list[Row]] = collections.defaultdict(list)
     for row in rows:
@@ -30,7 +30,7 @@ def pairs(rows: list[Row]) -> Pairs:
 
 
 def pairs_by_dtype(rows: list[Row]) -> dict[str, Pairs]:
-    """`pairs` of each dtype that has some."""
+    """`pairs` of each dtype that has any."""
     dtypes = dict.fromkeys(row["dtype"] for row in rows)
     found = {dtype: pairs([row for row in rows if row["dtype"] == dtype]) for dtype in dtypes}
     return {dtype: some for dtype, some in found.items() if some}

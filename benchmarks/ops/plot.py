@@ -1,4 +1,4 @@
-"""Draws a file of op results: the fraction of the machine's ceiling that ours and the fastest peer reach."""
+"""Draws a file of op results: the fraction of the machine's peak that ours and the fastest peer reach."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OURS, PEER = "#1b6ca8", "#b8643c"
 
 
 def draw(axis: plt.Axes, dtype: str, found: Pairs) -> None:
-    """A line an op: a dot a problem, ours above, the fastest peer below."""
+    """One line per op: one dot per problem, ours above, the fastest peer below."""
     for line, of_one_op in enumerate(found.values()):
         for offset, colour, which, name in ((-0.17, OURS, 0, "shelfkern"), (0.17, PEER, 1, "fastest peer")):
             fractions = [100 * pair[which]["fraction"] for pair in of_one_op]
@@ -38,7 +38,7 @@ def draw(axis: plt.Axes, dtype: str, found: Pairs) -> None:
 
 
 def main() -> None:
-    """Writes an SVG beside each file of results that is named."""
+    """Writes an SVG beside each given file of results."""
     for path in map(Path, sys.argv[1:]):
         rows = [json.loads(line) for line in path.read_text().splitlines() if line]
         by_dtype = pairs_by_dtype(rows)

@@ -1,4 +1,4 @@
-"""Rows of results: what each says, the file they go to, and the table that is printed."""
+"""Rows of results: their fields, their file, and the printed table."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Row = dict[str, Any]
 
 
 def device_name(device: str) -> str:
-    """As files are named after it: "cpu", "h200"."""
+    """Device name used in file names: "cpu", "h200"."""
     if device == "cpu":
         return device
     name = torch.cuda.get_device_name().removeprefix("NVIDIA ")
@@ -29,7 +29,7 @@ def device_name(device: str) -> str:
 
 
 def about(device: str) -> Row:
-    """What every row says of its run."""
+    """Fields about the run, added to every row."""
     facts = environment() | {"command": command(), "device": device_name(device)}
     if device == "cuda":
         facts |= {
@@ -44,7 +44,7 @@ def about(device: str) -> Row:
 def rows(
     op: Op, entry: Entry, dtype: torch.dtype, device: str, outcomes: dict[str, Outcome], ceilings: Ceilings
 ) -> list[Row]:
-    """A row for every variant that was timed, and on a GPU for each state of its cache."""
+    """A row for every timed variant, and on a GPU for each cache state."""
     found = []
     for cache in ("warm", "cold"):
         timings = {name: getattr(o.times, cache) for name, o in outcomes.items() if o.times}
@@ -107,7 +107,7 @@ def _round(value: float) -> float:
 
 
 class ResultsFile:
-    """JSON lines; a run replaces the rows of the ops that it measures and keeps the others'."""
+    """JSON lines; a run replaces the rows of the ops that it measures and keeps the others."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -116,7 +116,7 @@ class ResultsFile:
         self._before = [json.loads(line) for line in text.splitlines() if line]
 
     def add(self, rows: list[Row]) -> None:
-        """Adds rows and writes the file, so that a run that is cut off leaves what it has measured."""
+        """Adds rows and writes the file, so that an interrupted run keeps its results."""
         self.rows += rows
         measured = {row["op"] for row in self.rows}
         kept = [row for row in self._before if row["op"] not in measured]

@@ -1,4 +1,4 @@
-"""The problems that the four published models give each op, read off the models' own plans."""
+"""The problems that the four published models pose to each op, read from the models' plans."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ SIZES = ((512, 512), (1024, 2048))
 Size = tuple[int, int]
 Shape = tuple[int, ...]
 
-# The quick problems: of these models, the first that has the op, at the first size, the heaviest few.
+# Quick problems: for the first of these models that has the op, at the first size, the few with the most
+# work.
 QUICK_MODELS = ("shelfnet18_lw", "shelfnet50")
 QUICK_PROBLEMS = 3
 
-# Bytes of an element written, where it has not the op's dtype. The sum of softmaxes is also read.
+# Bytes per element written, where different from the op's dtype. The sum of softmaxes is also read.
 WRITTEN_BYTES = {"upsample_argmax": 1, "attention_gate": 4, "upsample_softmax_sum": 4 + 4}
 # Products with the four scores around a pixel.
 BILINEAR_MACS = 4
@@ -36,15 +37,15 @@ class Problem:
     """One op at one size.
 
     Attributes:
-        op: its name.
+        op: name of the op.
         reads: shapes of the activations it reads: (N, C, H, W), a gate's (N, C), raw images' (N, H, W, 3),
             labels' (N, H, W).
         writes: shape of its result.
         macs: multiply-adds of its convolutions, products with gates and bilinear weights.
         weight: shape of its weights, empty for none.
-        vectors: names of its float32 parameters of one value an output channel.
-        stride: of the convolution.
-        slope: of the activation: 0 relu, None nothing.
+        vectors: names of its float32 parameters with one value per output channel.
+        stride: stride of the convolution.
+        slope: slope of the activation: 0 relu, None no activation.
         residual, skip: whether these are added before and after the last activation.
         raw: whether it reads uint8 images.
     """
@@ -67,7 +68,7 @@ class Problem:
         return 2 * self.macs
 
     def bytes(self, dtype: torch.dtype) -> int:
-        """The least traffic: each input read once, the result written once. Leaves out mean and std."""
+        """Minimum traffic: each input read once, the result written once. Leaves out mean and std."""
         read = sum(math.prod(shape) * self._read_bytes(shape, dtype) for shape in self.reads)
         read += math.prod(self.weight) * dtype.itemsize if self.weight else 0
         read += 4 * self.writes[1] * len(self.vectors)
@@ -101,7 +102,7 @@ class Entry:
 
 
 def plan_of(model: str) -> Plan:
-    """The plan of a model that ships, or a published model's, of shapes without values."""
+    """The plan of a bundled model, or of a published one, with shapes but no values."""
     if model in models.shipped_weights():
         return lower(models.from_weights(model))
     with torch.device("meta"):
@@ -109,7 +110,7 @@ def plan_of(model: str) -> Plan:
 
 
 def problems_of(plan: Plan, batch: int, size: Size) -> Iterator[Problem]:
-    """Every step's problem, and those of the resizes that follow the plan."""
+    """The problem of every step, and of the resizes that follow the plan."""
     seen = plan.extents.seen(*size)
     for step in plan.steps:
         yield from _problems_of_step(step, batch, seen)
@@ -140,7 +141,7 @@ def _problems_of_step(step: Step, batch: int, size: Size) -> Iterator[Problem]:
 
 
 def _norm_of(conv: Problem) -> Problem:
-    """What training puts in the place of a convolution's epilogue: its gradient is read too."""
+    """The norm that replaces a convolution's epilogue in training: its gradient is read too."""
     reads = (conv.writes,) * (3 if conv.residual else 2)
     return Problem(
         "bn_act_dropout",
@@ -159,13 +160,13 @@ def _problems_of_scores(scores: Shape, size: Size) -> Iterator[Problem]:
     for op in ("upsample_bilinear", "upsample_softmax_sum"):
         yield Problem(op, (scores,), (n, classes, *size), macs)
     yield Problem("upsample_argmax", (scores,), (n, *size), macs)
-    # In training, with its gradient: the resize is made and undone.
+    # In training, with its gradient: the resize is computed forward and backward.
     yield Problem("upsample_cross_entropy", (scores, (n, *size)), scores, 2 * macs)
 
 
 @functools.cache
 def table(batch: int = 1) -> tuple[Entry, ...]:
-    """Every distinct problem of the published models at `SIZES`, in the order in which they first come."""
+    """Every distinct problem of the published models at `SIZES`, in order of first occurrence."""
     uses: dict[Problem, collections.Counter[str]] = {}
     for model in MODELS:
         plan = plan_of(model)
@@ -177,7 +178,7 @@ def table(batch: int = 1) -> tuple[Entry, ...]:
 
 
 def use(model: str, size: Size) -> str:
-    """The name under which `Entry.uses` counts."""
+    """The key in `Entry.uses`."""
     return f"{model} {size[0]}x{size[1]}"
 
 
@@ -186,7 +187,7 @@ def _quick(op: str, uses: dict[Problem, collections.Counter[str]]) -> list[Probl
         name = use(model, SIZES[0])
         found = [problem for problem in uses if problem.op == op and uses[problem][name]]
         if found:
-            # Where nothing is multiplied, those that move the most.
+            # Without multiplications, the traffic decides.
             work = [(problem.macs or problem.bytes(torch.float32)) * uses[problem][name] for problem in found]
             order = sorted(range(len(found)), key=lambda i: -work[i])
             return [found[i] for i in order[:QUICK_PROBLEMS]]

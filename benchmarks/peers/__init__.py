@@ -1,7 +1,7 @@
-"""Who takes part in a comparison of whole networks, a file a family.
+"""The peers in a comparison of whole networks, one file per family.
 
-Each prepares one network for one input and one kind of output, at its best there, and is then called again
-and again. `why_not` says what it lacks on this machine; what goes wrong later is raised.
+Each prepares one network for one input and one kind of output, with its best settings, and is then called
+repeatedly. `why_not` says what is missing on this machine; later failures raise.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class Peer(Protocol):
     """One way to run a network.
 
     Attributes:
-        key: its name at the command line.
-        name: its name in results.
+        key: name on the command line.
+        name: name in results.
         ours: whether it is this library's.
-        seconds: allowed for preparing it.
+        seconds: time allowed for preparing it.
     """
 
     @property
@@ -38,22 +38,22 @@ class Peer(Protocol):
     def seconds(self) -> float: ...
 
     def why_not(self) -> str | None:
-        """Why it cannot run on this machine at all, None if it can."""
+        """Reason why it cannot run on this machine at all, None if it can."""
 
     def prepare(self, model: ShelfNet, images: Tensor, dtype: torch.dtype, labels: bool) -> Run:
         """The network ready to be called.
 
         Args:
             model: on the CPU, in float32, in eval mode; left as it is.
-            images: on the device: uint8 (N, H, W, 3), or normalised (N, 3, H, W) in `dtype`, for codes of 8
-                bits in float32.
-            dtype: of activations.
-            labels: gives labels (N, H, W) uint8, otherwise scores (N, classes, H, W).
+            images: on the device: uint8 (N, H, W, 3), or normalised (N, 3, H, W) in `dtype`, or float32 for
+                8-bit dtypes.
+            dtype: dtype of activations.
+            labels: whether it returns labels (N, H, W) uint8, otherwise scores (N, classes, H, W).
         """
 
 
 def of_device(device: str, tune: bool = True) -> list[Peer]:
-    """All that take part on a device: ours, then the others, those that are soon prepared first.
+    """All peers of a device: ours, then the others, in order of preparation time.
 
     tune: whether ours may time its algorithms while it is prepared.
     """
@@ -65,6 +65,6 @@ def of_device(device: str, tune: bool = True) -> list[Peer]:
 
 
 def chosen(peers: Iterable[Peer], keys: Iterable[str]) -> list[Peer]:
-    """Ours and those of the keys; all of them without keys."""
+    """Ours and those with the given keys; all if no keys are given."""
     wanted = set(keys)
     return [peer for peer in peers if not wanted or peer.ours or peer.key in wanted]

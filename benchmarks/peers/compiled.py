@@ -1,4 +1,4 @@
-"""torch.compile, its weights frozen, so that it folds batch norms into them."""
+"""torch.compile with frozen weights, so that it folds batch norms into them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shelfkern.nn import ShelfNet
 from . import Peer, Run
 from .network import Network, channels_last
 
-# The first call compiles, the next record CUDA graphs.
+# The first call compiles, the next ones record CUDA graphs.
 WARM_UP = 3
 
 
@@ -22,7 +22,7 @@ class Compiled:
     """The network with its images' normalisation and the argmax in one compiled graph, NHWC.
 
     Attributes:
-        mode: of torch.compile.
+        mode: mode of torch.compile.
     """
 
     key: str
@@ -32,20 +32,20 @@ class Compiled:
     ours: bool = False
 
     def why_not(self) -> None:
-        """What it lacks shows when it compiles."""
+        """None: what is missing shows when it compiles."""
 
     def prepare(self, model: ShelfNet, images: Tensor, dtype: torch.dtype, labels: bool) -> Run:
         """As `Peer.prepare`."""
         network = Network(model, dtype, labels).to(images.device)
         images = channels_last(images)
-        # A mode cannot be given along with options, so its own are.
+        # A mode cannot be combined with options, so the mode's own options are passed.
         options = {"freezing": True, **list_mode_options(self.mode)}
         compiled = torch.compile(
             network.to(memory_format=torch.channels_last), dynamic=False, fullgraph=True, options=options
         )
 
         def run() -> Tensor:
-            # Each call a pass of its own: otherwise graphs of variants called in turn are chained.
+            # Each call is a separate step: otherwise the graphs of interleaved variants are chained.
             torch.compiler.cudagraph_mark_step_begin()
             return compiled(images)
 
@@ -55,12 +55,12 @@ class Compiled:
 
 
 def on_cpu() -> list[Peer]:
-    """Those that take part on a CPU."""
+    """Peers on a CPU."""
     return [Compiled("compile", "torch.compile, freezing", "default", 300)]
 
 
 def on_gpu() -> list[Peer]:
-    """Those that take part on a GPU, the slowest to compile last."""
+    """Peers on a GPU, the slowest to compile last."""
     return [
         Compiled("reduce-overhead", "torch.compile reduce-overhead", "reduce-overhead", 100),
         Compiled("compile", "torch.compile", "default", 100),

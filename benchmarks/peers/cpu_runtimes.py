@@ -1,4 +1,4 @@
-"""ONNX Runtime and OpenVINO on a CPU, where they are installed: the network exported as ONNX."""
+"""ONNX Runtime and OpenVINO on a CPU, if installed, with the network exported as ONNX."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _missing(*packages: str) -> str | None:
 
 
 def read(images: Tensor) -> Tensor:
-    """Images as the exported network takes them: raw, or in float32, contiguous."""
+    """Images in the form of the exported network's input: raw, or in float32, contiguous."""
     return (images if images.dtype is torch.uint8 else images.float()).contiguous()
 
 
@@ -33,22 +33,22 @@ class Runtime:
     """A runtime with as many threads as torch has.
 
     Attributes:
-        range_images: gives images that 8 bits find their ranges on.
+        range_images: returns images for calibrating 8-bit networks.
     """
 
     key: str = ""
     name: str = ""
     ours: bool = False
-    # Quantising a large network takes half a minute.
+    # Quantizing a large network takes half a minute.
     seconds: float = 240
     range_images: RangeImages = range_images
 
     def why_not(self) -> str | None:
-        """Needs its own package, and onnx and onnxscript."""
+        """It needs its own package, and onnx and onnxscript."""
         return _missing(self.key, "onnx", "onnxscript")
 
     def file(self, model: ShelfNet, images: Tensor, dtype: torch.dtype, labels: bool) -> Path:
-        """The network as it reads it, for images of a shape; in 8 bits calibrated.
+        """The network in the runtime's file format, for images of a shape; in 8 bits calibrated.
 
         Raises:
             ValueError: it has no convolutions of dtype.
@@ -90,12 +90,12 @@ class OpenVino(Runtime):
     name: str = "OpenVINO"
 
     def file(self, model: ShelfNet, images: Tensor, dtype: torch.dtype, labels: bool) -> Path:
-        """As `Runtime.file`. Bfloat16 is a matter of how it is compiled."""
+        """As `Runtime.file`. bfloat16 is selected when it is compiled."""
         if dtype is torch.int8:
             return openvino_file(model, images.shape, labels, self.range_images)
         return float_file(model, images, labels)
 
 
 def on_cpu() -> list[Peer]:
-    """Those that take part on a CPU."""
+    """Peers on a CPU."""
     return [OnnxRuntime(), OpenVino()]

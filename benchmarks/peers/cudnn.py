@@ -1,4 +1,4 @@
-"""The network as calls of cuDNN in a CUDA graph: batch norms folded, epilogues fused where that is faster."""
+"""The network as cuDNN calls in a CUDA graph: batch norms folded, epilogues fused where that is faster."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from . import Peer, Run
 from .network import Network, channels_last
 
 Call = Callable[..., Tensor]
-# Takes ways to do one thing, gives the number of the fastest.
+# Takes several implementations and returns the index of the fastest.
 Choose = Callable[[Sequence[Callable[[], object]]], int]
-# Calls in the graph that is timed, and replays of it.
+# Calls in the graph that is timed, and its replays.
 CALLS, REPLAYS = 10, 3
 
 
 @dataclasses.dataclass(frozen=True)
 class CudnnGraph:
-    """All of a forward pass in one graph, which reads its images in place."""
+    """A whole forward pass in one graph, which reads its images in place."""
 
     key: str = "cudnn"
     name: str = "cuDNN graph"
@@ -37,7 +37,7 @@ class CudnnGraph:
     seconds: float = 60
 
     def why_not(self) -> str | None:
-        """Needs torch's calls of cuDNN's fused convolutions."""
+        """It needs torch's bindings of cuDNN's fused convolutions."""
         if not hasattr(torch, "cudnn_convolution_add_relu"):
             return "this torch has no torch.cudnn_convolution_add_relu"
         return None if torch.backends.cudnn.is_available() else "this torch has no cuDNN"
@@ -62,10 +62,10 @@ class CudnnGraph:
 
 
 class Forward:
-    """A model's plan in calls of torch, from images to scores or labels.
+    """A model's plan in torch calls, from images to scores or labels.
 
     Args:
-        choose: between cuDNN's fused and plain calls, at each layer's first input.
+        choose: chooses between cuDNN's fused and plain calls, at each layer's first input.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ def _with_skip(conv: Conv, step: p.Conv) -> Call:
 class Conv:
     """act(conv(x) + bias + residual), padded by half the kernel, by the faster of cuDNN's two ways.
 
-    slope: of the activation: 0 relu, None nothing.
+    slope: slope of the activation: 0 relu, None no activation.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class Conv:
     ) -> None:
         self._plain = library.cudnn(weight, bias, stride, slope)
         self._fused = library.cudnn_fused(weight, bias, stride, slope)
-        # cuDNN fuses relu alone.
+        # cuDNN fuses relu only.
         self._fuses = slope == 0 and bias is not None
         self._choose = choose
         self._chosen: Call | None = None
@@ -169,7 +169,7 @@ class Conv:
 
 
 def fastest(ways: Sequence[Callable[[], object]]) -> int:
-    """The number of the way that takes least, each in a graph of several calls; not of one that fails."""
+    """The index of the fastest way, each timed in a graph of several calls; ways that fail are left out."""
 
     def seconds(number: int) -> float:
         try:
@@ -199,5 +199,5 @@ def _seconds(way: Callable[[], object]) -> float:
 
 
 def on_gpu() -> list[Peer]:
-    """The one that takes part on a GPU."""
+    """The peer on a GPU."""
     return [CudnnGraph()]

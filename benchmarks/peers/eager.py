@@ -15,11 +15,12 @@ from .network import Network, channels_last
 
 @dataclasses.dataclass(frozen=True)
 class Eager:
-    """The model as it is.
+    """The unmodified model.
 
     Attributes:
-        innermost: whether channels are, in weights and images.
-        autocast: whether weights stay in float32 and torch chooses dtypes; otherwise all is of one dtype.
+        innermost: whether weights and images are channels_last.
+        autocast: whether weights stay in float32 and torch chooses dtypes; otherwise everything has one
+            dtype.
     """
 
     key: str
@@ -47,11 +48,11 @@ class Eager:
 
 
 def on_cpu() -> list[Peer]:
-    """Those that take part on a CPU."""
+    """Peers on a CPU."""
     return [Eager("eager", "eager"), Eager("channels-last", "eager channels_last", innermost=True)]
 
 
 def on_gpu() -> list[Peer]:
-    """Those that take part on a GPU."""
+    """Peers on a GPU."""
     mixed = Eager("autocast", "eager channels_last, autocast", innermost=True, autocast=True)
     return [Eager("eager", "eager"), mixed]

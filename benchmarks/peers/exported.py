@@ -1,4 +1,4 @@
-"""The network as an ONNX graph, for runtimes that read one."""
+"""The network as an ONNX graph, for runtimes that read ONNX."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from shelfkern.nn import ShelfNet
 
 from .network import Network
 
-# Networks whose files are kept.
+# Maximum number of networks whose files are kept.
 KEPT = 32
 
 
 def export(model: ShelfNet, images: Tensor, dtype: torch.dtype, labels: bool) -> bytes:
-    """The network for images of this very shape as ONNX: `images` to `result`."""
+    """The network for images of exactly this shape as ONNX, from `images` to `result`."""
     network = Network(model, dtype, labels).to(images.device).eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             network, (images,), dynamo=True, input_names=[INPUT], output_names=[OUTPUT], verbose=False
         )
-    assert program is not None  # as dynamo=True promises
+    assert program is not None  # guaranteed by dynamo=True
     found = io.BytesIO()
     program.save(found)
     return found.getvalue()
 
 
 def float_file(model: ShelfNet, images: Tensor, labels: bool) -> Path:
-    """The network in float32 as an ONNX file, exported once in a process for images of a shape.
+    """The network in float32 as an ONNX file, exported once per process and image shape.
 
-    model: not changed between calls.
+    model: must not change between calls.
     """
     return _float_file(model, images.shape, images.dtype, labels)
 
@@ -53,7 +53,7 @@ def _float_file(model: ShelfNet, shape: torch.Size, dtype: torch.dtype, labels: 
 
 @functools.cache
 def folder() -> Path:
-    """A folder that goes when the process ends."""
+    """A folder that is deleted when the process ends."""
     found = tempfile.mkdtemp(prefix="shelfkern-")
     atexit.register(shutil.rmtree, found, ignore_errors=True)
     return Path(found)

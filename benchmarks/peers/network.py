@@ -1,4 +1,4 @@
-"""A network with what comes before and after it in torch calls, as peers run it."""
+"""A network with its pre- and postprocessing in torch calls, as run by peers."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from shelfkern.nn import ShelfNet
 
 
 class Network(nn.Module):
-    """A model's copy from images of either kind to scores, or to labels uint8.
+    """A copy of a model, from raw or normalised images to scores, or to labels uint8.
 
     Args:
         model: in float32.
-        dtype: what raw images become.
-        labels: whether it gives labels.
-        weights: their dtype, by default `dtype`.
+        dtype: dtype to which raw images are converted.
+        labels: whether it returns labels.
+        weights: dtype of the weights, by default `dtype`.
 
     Raises:
-        ValueError: dtype is one of codes, which torch's convolutions do not take.
+        ValueError: dtype is an integer or 8-bit dtype, which torch's convolutions do not support.
     """
 
     def __init__(
@@ -42,12 +42,12 @@ class Network(nn.Module):
         return scores.argmax(1).to(torch.uint8) if self.labels else scores
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Raw uint8 images (N, H, W, 3) to normalised (N, 3, H, W) in NHWC storage; others as they are."""
+        """Raw uint8 images (N, H, W, 3) to normalised (N, 3, H, W) in NHWC storage; others unchanged."""
         if images.dtype is not torch.uint8:
             return images
         return torch.addcmul(self.shift, images.permute(0, 3, 1, 2).float(), self.scale).to(self.dtype)
 
 
 def channels_last(images: Tensor) -> Tensor:
-    """Normalised images in NHWC storage; raw ones are."""
+    """Normalised images in NHWC storage; raw ones already are."""
     return images if images.dtype is torch.uint8 else images.contiguous(memory_format=torch.channels_last)

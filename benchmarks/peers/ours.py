@@ -19,13 +19,13 @@ from shelfkern.nn import ShelfNet
 from . import Peer, Run
 from .quantised import RangeImages
 
-# For each network on a CPU, which has few layers and ways to run them: a minute each would be most of a run.
+# Per network on a CPU, which has few layers and algorithms: a minute each would be most of a run.
 CPU_TUNING_SECONDS = 20.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """A call of the accelerated module on images that may be written anew."""
+    """A call of the accelerated module on images that may be overwritten between calls."""
 
     fast: FastShelfNet
     images: Tensor
@@ -35,7 +35,7 @@ class Call:
         return self.fast.predict(self.images) if self.labels else self.fast(self.images)
 
     def flop(self) -> int:
-        """That the algorithms chosen for these images do."""
+        """FLOP of the algorithms chosen for these images."""
         batch, height, width = image_size(self.images)
         plan = self.fast.plan
         return plan_flop(plan, batch, plan.extents.seen(height, width))
@@ -47,9 +47,9 @@ class Shelfkern:
 
     Attributes:
         graphs: whether it records CUDA graphs.
-        bound: whether it reads its images in place and gives the same tensor each time.
-        tune: whether it may time its algorithms while it is prepared, or seconds for which it may.
-        range_images: gives images that 8 bits find their ranges on.
+        bound: whether it reads its images in place and returns the same tensor each time.
+        tune: whether it may time its algorithms while it is prepared, or for how many seconds.
+        range_images: returns images for calibrating 8-bit networks.
     """
 
     key: str
@@ -62,7 +62,7 @@ class Shelfkern:
     range_images: RangeImages = range_images
 
     def why_not(self) -> None:
-        """What it lacks shows when it is made."""
+        """None: what is missing shows when it is created."""
 
     def prepare(self, model: ShelfNet, images: Tensor, dtype: torch.dtype, labels: bool) -> Run:
         """As `Peer.prepare`."""
@@ -72,7 +72,7 @@ class Shelfkern:
         return Call(fast, images, labels)
 
     def loaded(self, path: Path, images: Tensor, labels: bool) -> Run:
-        """A call of what was saved of `accelerated`."""
+        """A call of the module saved from `accelerated`."""
         fast = shelfkern.load(path, images.device, tune=self.tune, graphs=self.graphs)
         return Call(fast, images, labels)
 
@@ -86,12 +86,12 @@ class Shelfkern:
 
 
 def on_cpu(tune: bool) -> list[Peer]:
-    """Those that take part on a CPU."""
+    """Peers on a CPU."""
     return [Shelfkern("shelfkern", "shelfkern", tune=tune and CPU_TUNING_SECONDS)]
 
 
 def on_gpu(tune: bool) -> list[Peer]:
-    """Those that take part on a GPU."""
+    """Peers on a GPU."""
     return [
         Shelfkern("shelfkern", "shelfkern", tune=tune),
         Shelfkern("bound", "shelfkern bound", bound=True, tune=tune),

@@ -1,4 +1,4 @@
-"""The network in 8 bits by the tools of ONNX Runtime and OpenVINO, calibrated on the images that ours is."""
+"""The network in 8 bits by the tools of ONNX Runtime and OpenVINO, calibrated on the same images as ours."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from shelfkern.nn import ShelfNet
 
 from .exported import KEPT, float_file, fresh_file
 
-# Gives raw uint8 images (N, H, W, 3) of a size to find ranges on.
+# Returns raw uint8 images (N, H, W, 3) of a size for calibration.
 RangeImages = Callable[[Size], Tensor]
 
 
 @functools.lru_cache(KEPT)
 def onnx_file(model: ShelfNet, shape: torch.Size, labels: bool, range_images: RangeImages) -> Path:
-    """An ONNX file with every op that ONNX Runtime has in 8 bits, weights by output channel."""
+    """An ONNX file with every op in 8 bits that ONNX Runtime supports, weights per output channel."""
     quantization = importlib.import_module("onnxruntime.quantization")
     shapes = importlib.import_module("onnxruntime.quantization.shape_inference")
     folded, path = fresh_file("folded.onnx"), fresh_file("int8.onnx")
-    # Batch norms are folded before weights are rounded.
+    # Batch norms are folded before weights are quantized.
     source = float_file(model, torch.zeros(shape), labels)
     shapes.quant_pre_process(str(source), str(folded), skip_symbolic_shape=True)
 
@@ -50,7 +50,7 @@ def onnx_file(model: ShelfNet, shape: torch.Size, labels: bool, range_images: Ra
             Reader(),
             quant_format=quantization.QuantFormat.QDQ,
             per_channel=True,
-            # Signed activations take ONNX Runtime twice the time on x86-64.
+            # With signed activations ONNX Runtime takes twice the time on x86-64.
             activation_type=kinds.QUInt8,
             weight_type=kinds.QInt8,
         )
@@ -59,7 +59,7 @@ def onnx_file(model: ShelfNet, shape: torch.Size, labels: bool, range_images: Ra
 
 @functools.lru_cache(KEPT)
 def openvino_file(model: ShelfNet, shape: torch.Size, labels: bool, range_images: RangeImages) -> Path:
-    """A file of OpenVINO's by its own tool, nncf; without that ONNX Runtime's, which OpenVINO reads too."""
+    """An OpenVINO file by its own tool, nncf; without it, ONNX Runtime's file, which OpenVINO also reads."""
     if importlib.util.find_spec("nncf") is None:
         return onnx_file(model, shape, labels, range_images)
     nncf, openvino = (importlib.import_module(name) for name in ("nncf", "openvino"))
@@ -74,7 +74,7 @@ def openvino_file(model: ShelfNet, shape: torch.Size, labels: bool, range_images
 
 
 def _inputs(model: ShelfNet, shape: torch.Size, range_images: RangeImages) -> Iterator[np.ndarray]:
-    """Normalised images to calibrate on, in the batches that the exported network takes."""
+    """Normalised images for calibration, in the exported network's batch size."""
     batch, _, height, width = shape
     images = normalised(range_images((height, width)), model)
     return (part.contiguous().numpy() for part in images.split(batch) if len(part) == batch)
@@ -82,7 +82,7 @@ def _inputs(model: ShelfNet, shape: torch.Size, range_images: RangeImages) -> It
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Within it nothing is printed but errors."""
+    """Context in which only errors are printed."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,4 +1,4 @@
-"""TensorRT, where its Python package is installed: the network exported as ONNX, in a CUDA graph."""
+"""TensorRT, if its Python package is installed: the network exported as ONNX, in a CUDA graph."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shelfkern.nn import ShelfNet
 from . import Peer, Run
 from .exported import INPUT, OUTPUT, export
 
-# The most that TensorRT searches.
+# TensorRT's most thorough search.
 OPTIMISATION = 5
 NAMES = {
     torch.float32: "FLOAT",
@@ -29,7 +29,7 @@ NAMES = {
 
 @dataclasses.dataclass(frozen=True)
 class TensorRT:
-    """An engine of the network's own dtypes, which reads its images in place."""
+    """An engine with the network's own dtypes, which reads its images in place."""
 
     key: str = "tensorrt"
     name: str = "TensorRT"
@@ -37,7 +37,7 @@ class TensorRT:
     seconds: float = 240
 
     def why_not(self) -> str | None:
-        """Needs the packages tensorrt, onnx and onnxscript."""
+        """It needs the packages tensorrt, onnx and onnxscript."""
         missing = [
             name for name in ("tensorrt", "onnx", "onnxscript") if importlib.util.find_spec(name) is None
         ]
@@ -66,13 +66,13 @@ class TensorRT:
             graph.replay()
             return out
 
-        # The context holds the network's memory as long as what is returned lives.
+        # The context owns the network's memory, so it must live as long as the returned function.
         replay.context = context  # type: ignore[attr-defined]
         return replay
 
 
 def build(trt: Any, onnx: bytes) -> Any:
-    """An engine of an ONNX graph, which computes each tensor in the dtype that it has there.
+    """An engine of an ONNX graph, which computes each tensor in the graph's dtype.
 
     Raises:
         RuntimeError: TensorRT cannot read the graph, or finds no engine for it.
@@ -96,5 +96,5 @@ def _dtype(trt: Any, found: Any) -> torch.dtype:
 
 
 def on_gpu() -> list[Peer]:
-    """The one that takes part on a GPU."""
+    """The peer on a GPU."""
     return [TensorRT()]
