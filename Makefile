@@ -1,12 +1,12 @@
-# make demo   segments a photo with the weights that ship and says how fast
-# make test   everything that this machine can test
-# make bench  a few networks beside their peers, in minutes; prints them and leaves them in build/bench
+# make demo   segments a photo with the bundled weights and reports the speed
+# make test   all tests that this machine can run
+# make bench  a few networks compared with their peers, in minutes; prints the results and writes them to build/bench
 # make bench-cpu  all networks on a CPU; writes benchmarks/results, the README's table and docs/cpu.md
-# make bench-ops  ops beside their peers, at a few of the networks' shapes, and the README's table; ARGS='-m ""' takes all
-# make bench-training  training steps beside torch's; writes benchmarks/results, docs/training_speed.md and README
+# make bench-ops  ops compared with their peers, on a few of the networks' shapes, and the README's table; ARGS='-m ""' runs all shapes
+# make bench-training  training steps compared with torch's; writes benchmarks/results, docs/training_speed.md and README
 # make lint   ruff, mypy, clang-format
 #
-# Each installs what it needs into .venv.
+# Each target installs its dependencies into .venv.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # Pinned, so that every machine runs the same; the package itself takes any torch from 2.10.

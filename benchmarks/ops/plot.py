@@ -1,4 +1,4 @@
-"""Draws a file of op results: the fraction of the machine's peak that ours and the fastest peer reach."""
+"""Draws a file of op results: the fraction of the machine's roofline that ours and the fastest peer reach."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def draw(axis: plt.Axes, dtype: str, found: Pairs) -> None:
     axis.set_xlim(left=0)
     axis.axvline(100, color="#999", linewidth=0.8)
     axis.set_title(dtype, fontsize=9)
-    axis.set_xlabel("% of the ceiling", fontsize=8)
+    axis.set_xlabel("% of the roofline", fontsize=8)
     axis.grid(axis="x", color="#eee")
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
@@ -51,7 +51,7 @@ def main() -> None:
             draw(axis, dtype, found)
         axes[0][-1].legend(fontsize=8, loc="lower right")
         figure.suptitle(
-            "Each dot a problem; the figure, ours to the fastest peer (geometric mean)", fontsize=9
+            "One dot per problem; numbers: speed-up over the fastest peer (geometric mean)", fontsize=9
         )
         # Without a date and with fixed ids, so that equal results give equal files.
         plt.rcParams["svg.hashsalt"] = "shelfkern"
