@@ -206,7 +206,7 @@ def _sum(case: Case, found: list[Row], total: float, together: float) -> Row:
 def table(rows: Sequence[Row]) -> list[str]:
     """Lines of a table of one case's rows, the slowest layers first."""
     *layers, whole = rows
-    lines = [f"{'us':>8} {'floor':>8} {'of it':>6}  op, shape, algorithm (launches), module"]
+    lines = [f"{'us':>8} {'floor':>8} {'share':>6}  op, shape, algorithm (launches), module"]
     for row in sorted(layers, key=lambda row: -row["median_us"]):
         shape = "x".join(map(str, row["shape"]))
         launches = "" if row["launches"] is None else f" ({row['launches']})"

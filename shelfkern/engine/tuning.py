@@ -222,7 +222,7 @@ class TuneCache:
                     self._entries = {**self._entries, **self._read(self.path), **self._unsaved}
                     self._write(self.path)
             except OSError as error:
-                self._tell(f"{self.path} cannot be written, so what is measured will be again: {error}")
+                self._tell(f"{self.path} cannot be written, so measurements will be repeated: {error}")
             else:
                 self._unsaved = {}
 

@@ -50,7 +50,7 @@ def check_same(op: str, name: str, x: Tensor, like: Tensor) -> None:
 
 
 def autocast(x: object) -> Any:
-    """The activation in the dtype that torch.autocast, if on for x's device, would give a convolution."""
+    """x, cast as torch.autocast, if enabled for x's device, casts the input of a convolution."""
     if not isinstance(x, Tensor) or not torch.amp.is_autocast_available(x.device.type):
         return x
     if not torch.is_autocast_enabled(x.device.type):

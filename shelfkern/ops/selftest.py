@@ -289,7 +289,7 @@ def run(op: str, backend: str = "native", kind: str = "") -> Result:
     """
     reason = _unavailable(op, backend)
     if reason is None and backend == "triton" and _triton.INTERPRETED:
-        reason = "Triton interprets its kernels here, which is for tests"
+        reason = "Triton interprets its kernels here, which is only for tests"
     if reason is not None:
         return Result(op, backend, None, reason, kind)
     result = Result(op, backend, _error(op, backend, kind), None, kind)
