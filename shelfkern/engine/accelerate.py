@@ -234,7 +234,9 @@ class FastShelfNet(nn.Module):
     def refresh(self) -> None:
         """Folds the model's current weights again. Calls do this by themselves when the weights changed."""
         state = self._origin.state()
-        plan = self._origin.plan(self.dtype, self._on_gpu)
+        # Calibration runs the network: the caller's autocast is not for it.
+        with torch.autocast("cpu", enabled=False), torch.autocast(self.device.type, enabled=False):
+            plan = self._origin.plan(self.dtype, self._on_gpu)
         program = self._gpu_program(plan) if self._on_gpu else self._cpu_program(plan)
         # One assignment, so that a call in another thread sees the old pair or the new one.
         self._current: tuple[State, Program | GpuProgram] = (state, program)

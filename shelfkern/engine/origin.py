@@ -35,7 +35,11 @@ class Origin(Protocol):
         """The current state."""
 
     def plan(self, dtype: torch.dtype, on_gpu: bool) -> p.Plan:
-        """The plan for activations of `dtype`, for a GPU's kernels or a CPU's."""
+        """The plan for activations of `dtype`, for a GPU's kernels or a CPU's.
+
+        Raises:
+            ValueError: kernels of this dtype cannot run the network.
+        """
 
     def packed(self, step: p.Step) -> None:
         """Called after weights of a step were packed, to free memory that this needed."""
@@ -64,7 +68,9 @@ class FromModel:
         if self._calibration is None:
             return plan
         if not on_gpu:
-            return coded(plan, calibrate_unsigned(plan, self._calibration, self.model.normalisation))
+            plan = coded(plan, calibrate_unsigned(plan, self._calibration, self.model.normalisation))
+            plan.check(torch.uint8)
+            return plan
         ranges = calibrate(plan, self._calibration, dtype, self.model.normalisation)
         return quantized(plan, ranges, dtype)
 

@@ -155,7 +155,8 @@ class Step:
         # The kernels for unsigned codes take the larger of x and slope * x.
         most = 1 if torch.uint8 in {value.codes for value in (*self.inputs, *self.outputs)} else math.inf
         if act.slope is not None and not (0 <= act.slope <= most and math.isfinite(act.slope)):
-            raise ValueError(f"{self.name} has an activation of the slope {act.slope}")
+            may = "from 0 to 1 where results are unsigned 8-bit values" if most == 1 else "finite and from 0"
+            raise ValueError(f"{self.name} has an activation of the slope {act.slope}, it must be {may}")
 
     def macs_per_output(self) -> int:
         """Multiply-adds per element written."""

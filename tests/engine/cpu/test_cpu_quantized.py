@@ -346,3 +346,22 @@ def test_other_codes_are_refused():
         ValueError, match=r"^dtype is torch\.float8_e4m3fn, on a CPU it may be .*torch\.int8$"
     ):
         shelfkern.accelerate(build(CONFIGS["attention"]), torch.float8_e4m3fn, calibration=images(1, 64, 64))
+
+
+@needs_native
+def test_slopes_that_the_kernels_do_not_take_are_refused():
+    model = build(dataclasses.replace(CONFIGS["attention"], negative_slope=1.5))
+    samples_ = images(1, 64, 64)
+    assert shelfkern.accelerate(model)(samples_).isfinite().all()
+    with pytest.raises(ValueError, match=r"has an activation of the slope 1\.5, it must be from 0 to 1"):
+        shelfkern.accelerate(model, INT8, calibration=samples_)
+
+
+@needs_native
+@torch.no_grad()
+def test_the_callers_autocast_is_not_for_calibration():
+    model, samples_ = build(CONFIGS["attention"]), images(2, 64, 64)
+    expected = shelfkern.accelerate(model, INT8, calibration=samples_)(samples_)
+    with torch.autocast("cpu", torch.bfloat16):
+        fast = shelfkern.accelerate(model, INT8, calibration=samples_)
+    assert torch.equal(fast(samples_), expected)
