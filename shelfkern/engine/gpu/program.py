@@ -8,7 +8,7 @@ import functools
 import hashlib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -279,9 +279,13 @@ class GpuProgram:
             size = (key.h, key.w)
             out.copy_(ops.upsample_argmax_reference(scores, full, size, self.align_corners))
 
-    def _on_device(self) -> Any:
-        return (
-            torch.cuda.device(self.options.device)
-            if self.options.device.type == "cuda"
-            else contextlib.nullcontext()
-        )
+    @contextlib.contextmanager
+    def _on_device(self) -> Iterator[None]:
+        """The program's device, without the caller's autocast: torch's convolutions would follow it."""
+        kind = self.options.device.type
+        with contextlib.ExitStack() as stack:
+            if kind == "cuda":
+                stack.enter_context(torch.cuda.device(self.options.device))
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+            yield

@@ -120,6 +120,19 @@ def test_calls_repeat_to_the_bit_with_and_without_graphs(engine):
 
 @behaviour
 @torch.no_grad()
+def test_autocast_of_the_caller_does_not_matter(engine):
+    model, device = build(CONFIGS["attention"]), device_of(engine)
+    x = images(1, 64, 64).to(device)
+    fast = shelfkern.accelerate(model, HALF, **options(engine))
+    scores, labels = fast(x), fast.predict(x)
+    with torch.autocast(device.type, torch.bfloat16):
+        # What is made and recorded there, too.
+        for module in (fast, shelfkern.accelerate(model, HALF, **options(engine))):
+            assert torch.equal(module(x), scores) and torch.equal(module.predict(x), labels)
+
+
+@behaviour
+@torch.no_grad()
 def test_changed_weights_are_taken_up(engine):
     model = build(CONFIGS["attention"])
     if engine == "cuda":
