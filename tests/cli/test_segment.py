@@ -230,7 +230,8 @@ def test_a_full_disk_leaves_nothing_half_written(run, tmp_path, monkeypatch) -> 
     with monkeypatch.context() as patch:
         patch.setattr(Image.Image, "save", save)
         result = run(tmp_path / "a.png")
-        assert result.exit_code == 1 and "a.png is skipped: No space left on device" in result.stderr
+        assert result.exit_code == 1 and "a.png is skipped: " in result.stderr
+        assert "a_overlay.png cannot be written: No space left on device" in result.stderr
         assert names(tmp_path / "out") == set()
     assert run(tmp_path / "a.png", "--save-scores").exit_code == 0
     before = {name: (tmp_path / "out" / name).read_bytes() for name in names(tmp_path / "out")}

@@ -131,7 +131,8 @@ def test_a_video_that_ends_badly_leaves_nothing(run, tmp_path, monkeypatch) -> N
 
     monkeypatch.setattr(visualise, "blend", fragile)
     result = run(tmp_path / "a.mkv")
-    assert result.exit_code == 1 and "a.mkv is skipped: No space left on device" in result.stderr
+    assert result.exit_code == 1 and "a.mkv is skipped: " in result.stderr
+    assert "a_overlay.mp4 cannot be written: No space left on device" in result.stderr
     assert names(tmp_path / "out") == set()
 
 
