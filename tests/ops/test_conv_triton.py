@@ -184,15 +184,17 @@ def test_default_precision_is_torchs(monkeypatch):
 
 @pytest.mark.parametrize("setting", ["backends.cudnn.conv", "backends.cudnn", "backends"])
 def test_default_precision_follows_the_newer_settings(setting):
-    # Of a process of its own: a program that mixes both ways to set it may not read the older one.
+    # In a process of its own: a program that mixes both ways to set it may not read the older one. Up to
+    # torch 2.11 a setting of convolutions does not follow the more general ones.
     told = python(
         "import torch\n"
         "from shelfkern.ops._conv_triton import default_precision\n"
         "for precision in ('ieee', 'tf32', 'ieee'):\n"
         f"    torch.{setting}.fp32_precision = precision\n"
-        "    print(default_precision(torch.float32))"
+        "    print(default_precision(torch.float32), torch.backends.cudnn.conv.fp32_precision)"
     )
-    assert told.split() == ["ieee", "tf32", "ieee"]
+    ours, torchs = told.split()[::2], told.split()[1::2]
+    assert ours == torchs and (setting != "backends.cudnn.conv" or ours == ["ieee", "tf32", "ieee"])
 
 
 @needs_triton
