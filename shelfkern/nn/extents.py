@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from fractions import Fraction
 
@@ -20,16 +21,24 @@ class Extents:
 
     scale: Fraction = Fraction(1)
 
+    def __post_init__(self) -> None:
+        # Now, for torch.compile of torch 2.11 traces integers but no fractions.
+        _ = self.multiple, self._enlarged
+
     @property
     def enlarges(self) -> bool:
         """Whether padded images are enlarged."""
-        return self.scale != 1
+        return self._enlarged != self.multiple
 
-    @property
+    @functools.cached_property
     def multiple(self) -> int:
         """Images are padded to multiples of this: the smallest that `scale` turns into multiples of 32."""
         parts = STRIDE * self.scale.denominator
         return parts // math.gcd(parts, self.scale.numerator)
+
+    @functools.cached_property
+    def _enlarged(self) -> int:
+        return int(self.multiple * self.scale)
 
     def padded(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of padded images; scores are resized to them, then cropped."""
@@ -39,8 +48,7 @@ class Extents:
     def seen(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the backbone's input, for images of this size."""
         rows, columns = self._counts(height, width)
-        enlarged = int(self.multiple * self.scale)
-        return enlarged * rows, enlarged * columns
+        return self._enlarged * rows, self._enlarged * columns
 
     def given(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the padded images for a backbone input of this size."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -94,7 +95,7 @@ class ShelfNetConfig:
             may = f"a ratio of integers from 1 to {MOST_ENLARGED} with a denominator up to {MOST_PARTS}"
             raise ValueError(f"input_scale is {scale!r}, it may be {may}")
 
-    @property
+    @functools.cached_property
     def extents(self) -> Extents:
         """Padding and enlargement of images."""
         return Extents(Fraction(self.input_scale).limit_denominator(MOST_PARTS))
