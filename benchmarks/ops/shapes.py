@@ -16,7 +16,7 @@ from shelfkern.engine import Plan
 from shelfkern.engine.lower import lower
 from shelfkern.engine.plan import Step, step_macs
 
-MODELS = ("shelfnet18_lw", "shelfnet34_lw", "shelfnet50", "shelfnet101")
+MODELS = models.list_models()
 SIZES = ((512, 512), (1024, 2048))
 Size = tuple[int, int]
 Shape = tuple[int, ...]
@@ -106,7 +106,7 @@ def plan_of(model: str) -> Plan:
     if model in models.shipped_weights():
         return lower(models.from_weights(model))
     with torch.device("meta"):
-        return lower(getattr(models, model)().eval())
+        return lower(models.create_model(model).eval())
 
 
 def problems_of(plan: Plan, batch: int, size: Size) -> Iterator[Problem]:

@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from ..nn.extents import STRIDE
+
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm"}
 VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v"}
 
-# Pixels a side that the network takes at least.
-SMALLEST = 32
+# Fewest pixels a side that the network takes.
+SMALLEST = STRIDE
 
 # What Pillow, PyAV and torch raise for damaged, oversized and unwritable files.
 SKIPPED = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import time
@@ -12,12 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from rich.table import Table
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 from torch.utils.data import DataLoader
 
 from ..data.dataset import Dataset
 from ..engine import FastShelfNet
 from ..nn import ShelfNet
+from ..nn.shelfnet import eval_mode
 from .boundary import BoundaryF1, kd_tree
 from .labels import Labeller
 from .metrics import ConfusionMatrix
@@ -212,7 +212,7 @@ def evaluate(
     rank, processes = _place()
     share = range(rank, len(dataset), processes)
     began, done = time.monotonic(), 0
-    with _in_eval_mode(model):
+    with eval_mode(model):
         for items in _together(_read(dataset, share, workers), batch):
             _take(found, items, labeller, save)
             done += len(items)
@@ -341,18 +341,6 @@ def _take(
         found.matrix.update(truth, labels)
         if found.boundary is not None:
             found.boundary.update(truth, labels)
-
-
-@contextlib.contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode, and afterwards the mode that each module had: some may have been frozen."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _place() -> tuple[int, int]:

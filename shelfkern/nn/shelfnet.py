@@ -232,7 +232,7 @@ class ShelfNet(nn.Module):
         check_label_classes(self.config.num_classes)
         raw = batch.dtype is torch.uint8
         x = normalised(batch, self.normalisation, weight.dtype) if raw else batch.to(weight.dtype)
-        with _eval_mode(self):
+        with eval_mode(self):
             scores = self.coarse_scores(x)
         labels = upsample_argmax(scores, self.padded_size(x.shape), (height, width), self.align_corners)
         return labels[0] if single else labels
@@ -313,11 +313,10 @@ class ShelfNet(nn.Module):
 
 
 @contextlib.contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode, and afterwards the mode that each module had: some may have been frozen."""
     training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
+    model.eval()
     try:
         yield
     finally:
