@@ -7,6 +7,8 @@ import dataclasses
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from ..evaluate.plot import check_plot, save_confusion
 from ..evaluate.submission import KINDS, open_submission
 from ..files import replacing
 from ..nn import ShelfNet
+from ..process_group import process_group
 from .options import (
     DEVICE_HELP,
     DTYPE_HELP,
@@ -125,11 +128,8 @@ def _joined(job: Job, processes: int) -> Iterator[Job]:
         if job.device == "cuda":
             job = dataclasses.replace(job, device=f"cuda:{os.environ['LOCAL_RANK']}")
             torch.cuda.set_device(job.device)
-        distributed.init_process_group("nccl" if job.device.startswith("cuda") else "gloo")
-        try:
+        with process_group("nccl" if job.device.startswith("cuda") else "gloo"):
             yield job
-        finally:
-            distributed.destroy_process_group()
     elif processes > 1:
         with _started(job, processes):
             yield job
@@ -152,28 +152,36 @@ def _started(job: Job, processes: int) -> Iterator[None]:
         for other in others:
             other.start()
         try:
-            _join(0, *place)
-            yield
-            for other in others:
-                other.join()
+            # They end before the group is left, and also where it cannot be joined.
+            with _ended(others), _group(0, *place), _ended(others):
+                yield
         finally:
-            for other in others:
-                other.terminate()
-            if distributed.is_initialized():
-                distributed.destroy_process_group()
             torch.set_num_threads(threads)
 
 
-def _join(rank: int, store: Path, processes: int, threads: int) -> None:
+@contextlib.contextmanager
+def _ended(others: list[SpawnProcess]) -> Iterator[None]:
+    """Waits for the other processes, or ends them after an error: leaving the group would wait for them."""
+    try:
+        yield
+        for other in others:
+            other.join()
+    finally:
+        for other in others:
+            other.terminate()
+
+
+def _group(rank: int, store: Path, processes: int, threads: int) -> AbstractContextManager[None]:
+    """The group of processes that this command started."""
     torch.set_num_threads(threads)
     shared = distributed.FileStore(str(store), processes)
-    distributed.init_process_group("gloo", store=shared, rank=rank, world_size=processes)
+    return process_group("gloo", store=shared, rank=rank, world_size=processes)
 
 
 def _other(rank: int, store: Path, processes: int, threads: int, job: Job) -> None:
     """What the other processes do. The first one fails in the same way, and reports why."""
-    with contextlib.suppress(KeyboardInterrupt, click.ClickException):
-        _join(rank, store, processes, threads)
+    place = (rank, store, processes, threads)
+    with contextlib.suppress(KeyboardInterrupt, click.ClickException), _group(*place):
         job.run()
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from ..ops._common import wide
+from ..process_group import process_group
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,11 +74,8 @@ def joined(device: str | None = None) -> Iterator[Processes]:
     if "WORLD_SIZE" not in os.environ:
         yield Processes(0, 1, place)
         return
-    distributed.init_process_group("nccl" if kind == "cuda" else "gloo")
-    try:
+    with process_group("nccl" if kind == "cuda" else "gloo"):
         yield Processes(distributed.get_rank(), distributed.get_world_size(), place)
-    finally:
-        distributed.destroy_process_group()
 
 
 def sync_norms(model: nn.Module, device: torch.device) -> None:

@@ -14,6 +14,7 @@ from shelfkern.data import IGNORE, Sample
 from shelfkern.evaluate import Protocol, evaluate
 from shelfkern.nn import ShelfNet, ShelfNetConfig
 from shelfkern.normalisation import Normalisation
+from shelfkern.process_group import process_group
 
 CLASSES = ("road", "sky", "tree", "car", "sign")
 PALETTE = ((200, 10, 10), (10, 200, 10), (10, 10, 200), (200, 200, 10), (10, 200, 200))
@@ -90,14 +91,13 @@ def evaluate_share(rank: int, folder: str, processes: int) -> None:
     """One of several processes that evaluate the same data set; each writes what it found."""
     torch.set_num_threads(1)
     store = distributed.FileStore(f"{folder}/store", processes)
-    distributed.init_process_group("gloo", store=store, rank=rank, world_size=processes)
-    saved: list[str] = []
-    found = evaluate(
-        tiny(),
-        Scenes(7, broken=(2, 3)),
-        Protocol(boundary=True),
-        save=lambda name, labels: saved.append(name),
-    )
-    Path(folder, f"{rank}.json").write_text(found.to_json())
-    Path(folder, f"{rank}.txt").write_text("\n".join(saved))
-    distributed.destroy_process_group()
+    with process_group("gloo", store=store, rank=rank, world_size=processes):
+        saved: list[str] = []
+        found = evaluate(
+            tiny(),
+            Scenes(7, broken=(2, 3)),
+            Protocol(boundary=True),
+            save=lambda name, labels: saved.append(name),
+        )
+        Path(folder, f"{rank}.json").write_text(found.to_json())
+        Path(folder, f"{rank}.txt").write_text("\n".join(saved))

@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from torch import distributed, nn
 
+from shelfkern.process_group import process_group
+
 
 def loss(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """A loss that every head has a part in."""
@@ -19,12 +21,11 @@ def train_half(rank: int, folder: str) -> None:
     """Writes the gradients of the models in case.pt, each process seeing half of the images there."""
     torch.set_num_threads(1)
     store = distributed.FileStore(f"{folder}/store", 2)
-    distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    models, images = torch.load(Path(folder, "case.pt"), weights_only=False)
-    for model in models:
-        parallel = nn.parallel.DistributedDataParallel(model)
-        loss(parallel, images.chunk(2)[rank]).backward()  # averaged only while `parallel` lives
-    if rank == 0:
-        gradients = [[p.grad for p in model.parameters()] for model in models]
-        torch.save(gradients, Path(folder, "gradients.pt"))
-    distributed.destroy_process_group()
+    with process_group("gloo", store=store, rank=rank, world_size=2):
+        models, images = torch.load(Path(folder, "case.pt"), weights_only=False)
+        for model in models:
+            parallel = nn.parallel.DistributedDataParallel(model)
+            loss(parallel, images.chunk(2)[rank]).backward()  # averaged only while `parallel` lives
+        if rank == 0:
+            gradients = [[p.grad for p in model.parameters()] for model in models]
+            torch.save(gradients, Path(folder, "gradients.pt"))
