@@ -180,10 +180,21 @@ def test_is_the_reference(shape, dtype, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("slope", SLOPES)
-@pytest.mark.parametrize("parts", [(), *((name,) for name in EVERY), EVERY[:2], EVERY[2:], EVERY])
+@pytest.mark.parametrize("parts", [(), *((name,) for name in EVERY), EVERY[:2], EVERY[:3], EVERY[2:], EVERY])
 def test_every_part_of_the_epilogue(parts, slope, dtype, backend):
     args = only(inputs(1, 12, 5, 8, 19, (3, 3), 1, 1, dtype), parts)
     check(ops.conv_bn_act(*args, padding=1, slope=slope, backend=backend), args, padding=1, slope=slope)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("slope", SLOPES)
+@pytest.mark.parametrize("parts", [(), EVERY[:2], EVERY[:3], EVERY])
+@pytest.mark.parametrize("channels", [48, 64])
+def test_every_part_of_the_epilogue_in_registers(channels, parts, slope, dtype):
+    args = only(inputs(1, 12, 2, 23, channels, (1, 1), 1, 0, dtype), parts)
+    run = ops.conv_bn_act
+    each_isa(lambda isa: check(run(*args, slope=slope, backend="native"), args, slope=slope))
 
 
 @needs_native
