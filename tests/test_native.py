@@ -4,6 +4,7 @@ import gc
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,15 @@ def pool():
     native.give_back()
 
 
+def run_when_loaded(path):
+    """The addresses of the functions that run when a shared library is loaded."""
+    sections = subprocess.check_output(["readelf", "-SW", path], text=True)
+    start, size = (int(x, 16) for x in re.search(r"\.init_array +\w+ +(\w+) +\w+ +(\w+)", sections).groups())
+    relocations = subprocess.check_output(["readelf", "-rW", path], text=True)
+    found = re.findall(r"^(\w+) +\w+ +R_X86_64_RELATIVE +(\w+)", relocations, re.M)
+    return [int(to, 16) for at, to in found if start <= int(at, 16) < start + size]
+
+
 def in_new_process(code, **environment):
     """Runs Python code in a process of its own, in which torch has one thread."""
     return subprocess.run(
@@ -39,6 +49,20 @@ def in_new_process(code, **environment):
         text=True,
         timeout=300,
     )
+
+
+@needs_native
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other CPUs have a single set of kernels")
+@pytest.mark.skipif(not (shutil.which("readelf") and shutil.which("objdump")), reason="needs GNU binutils")
+def test_loading_runs_on_every_cpu():
+    """Some of the module's code is for certain CPUs only: none of it may run before they are told apart."""
+    functions = run_when_loaded(native.module.__file__)
+    assert len(functions) > 1
+    for start in functions:
+        command = ["objdump", "-d", "--no-show-raw-insn", f"--start-address={start}"]
+        command += [f"--stop-address={start + 4096}", native.module.__file__]
+        code = re.split(r":\s+ret\b", subprocess.check_output(command, text=True))[0]
+        assert not re.findall(r":\s+(v\w+ .*)", code)
 
 
 @needs_native

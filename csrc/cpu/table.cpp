@@ -4,15 +4,14 @@
 #define SHELFKERN_QUOTE(name) #name
 #define SHELFKERN_NAME(name) SHELFKERN_QUOTE(name)
 
-namespace shelfkern {
-#if defined(SHELFKERN_BASE)
-namespace SHELFKERN_BASE {
-extern const Kernels table;
-}
+#if !defined(SHELFKERN_BASE)
+#define SHELFKERN_BASE SHELFKERN_ISA
 #endif
 
-namespace SHELFKERN_ISA {
+namespace shelfkern {
 
+// Compiled once for all instruction sets with the same base.
+namespace SHELFKERN_BASE {
 void upsample_add(const UpsampleAdd&);
 void attention_gate(const AttentionGate&);
 void upsample_bilinear(const Resize&);
@@ -21,16 +20,20 @@ void upsample_argmax(const Resize&);
 void upsample_softmax_sum(const SoftmaxSum&);
 CrossEntropySums upsample_cross_entropy(const UpsampleCrossEntropy&);
 Hardest select_hardest(const SelectHardest&);
-void conv_bn_act(const Conv&);
-void stem(const Stem&);
 void stem_winograd(const Stem&);
-void winograd(const Winograd&);
-void winograd_block(const WinogradBlock&);
 void quantize(const Quantize&);
 void bn_act_dropout(const BnActDropout&);
 void bn_act_dropout_backward(const BnActDropoutBackward&);
 void max_pool(const MaxPool&);
 void max_pool_backward(const MaxPoolBackward&);
+}  // namespace SHELFKERN_BASE
+
+namespace SHELFKERN_ISA {
+
+void conv_bn_act(const Conv&);
+void stem(const Stem&);
+void winograd(const Winograd&);
+void winograd_block(const WinogradBlock&);
 double peak(const Peak&);
 
 #if defined(__AVX512BF16__)
@@ -44,45 +47,29 @@ constexpr bool kHasIntegers = true;
 constexpr bool kHasIntegers = false;
 #endif
 
+// A constant: an initialiser, in this instruction set's code, would run on every CPU that loads the module.
 extern const Kernels table;
-#if defined(SHELFKERN_BASE)
-// Only kernels that use dot products are compiled again.
-const Kernels table = [] {
-    Kernels kernels = SHELFKERN_BASE::table;
-    kernels.isa = SHELFKERN_NAME(SHELFKERN_ISA);
-    kernels.has[static_cast<int>(Product::bfloat16)] = kHasBfloat16;
-    kernels.has[static_cast<int>(Product::int8)] = kHasIntegers;
-    kernels.has[static_cast<int>(Product::int16)] = kHasIntegers;
-    kernels.conv_bn_act = conv_bn_act;
-    kernels.stem = stem;
-    kernels.winograd = winograd;
-    kernels.winograd_block = winograd_block;
-    kernels.peak = peak;
-    return kernels;
-}();
-#else
-const Kernels table = {SHELFKERN_NAME(SHELFKERN_ISA),
-                       {true, kHasBfloat16, kHasIntegers, kHasIntegers},
-                       upsample_add,
-                       attention_gate,
-                       upsample_bilinear,
-                       upsample_bilinear_backward,
-                       upsample_argmax,
-                       upsample_softmax_sum,
-                       upsample_cross_entropy,
-                       select_hardest,
-                       conv_bn_act,
-                       stem,
-                       stem_winograd,
-                       winograd,
-                       winograd_block,
-                       quantize,
-                       bn_act_dropout,
-                       bn_act_dropout_backward,
-                       max_pool,
-                       max_pool_backward,
-                       peak};
-#endif
+constexpr Kernels table = {SHELFKERN_NAME(SHELFKERN_ISA),
+                           {true, kHasBfloat16, kHasIntegers, kHasIntegers},
+                           SHELFKERN_BASE::upsample_add,
+                           SHELFKERN_BASE::attention_gate,
+                           SHELFKERN_BASE::upsample_bilinear,
+                           SHELFKERN_BASE::upsample_bilinear_backward,
+                           SHELFKERN_BASE::upsample_argmax,
+                           SHELFKERN_BASE::upsample_softmax_sum,
+                           SHELFKERN_BASE::upsample_cross_entropy,
+                           SHELFKERN_BASE::select_hardest,
+                           conv_bn_act,
+                           stem,
+                           SHELFKERN_BASE::stem_winograd,
+                           winograd,
+                           winograd_block,
+                           SHELFKERN_BASE::quantize,
+                           SHELFKERN_BASE::bn_act_dropout,
+                           SHELFKERN_BASE::bn_act_dropout_backward,
+                           SHELFKERN_BASE::max_pool,
+                           SHELFKERN_BASE::max_pool_backward,
+                           peak};
 
 }  // namespace SHELFKERN_ISA
 }  // namespace shelfkern
