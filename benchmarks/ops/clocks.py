@@ -160,12 +160,14 @@ class Ceilings:
     def arithmetic(self, dtype: torch.dtype) -> str:
         """The kind of arithmetic to compare a dtype with: TF32 for float32 where it was measured.
 
-        A CPU without 16-bit products computes them in float32: there the faster of the two counts.
+        A CPU without products of a dtype computes them in float32, those of int8 in int16 where it has these:
+        there the fastest of them counts.
         """
         if dtype is torch.float32:
             return "tf32" if "tf32" in self.flop_per_s else "float32"
         name = str(dtype).removeprefix("torch.")
-        return max((name, "float32"), key=lambda kind: self.flop_per_s.get(kind, 0.0))
+        kinds = (name, "int16", "float32") if dtype is torch.int8 else (name, "float32")
+        return max(kinds, key=lambda kind: self.flop_per_s.get(kind, 0.0))
 
     def seconds(self, flop: float, nbytes: float, dtype: torch.dtype) -> float:
         """The minimum time for this much arithmetic and traffic."""

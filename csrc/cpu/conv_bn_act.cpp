@@ -14,28 +14,40 @@ namespace {
 constexpr int64_t kStripBytes = kMaxPanels == 1 ? 224 * 1024 : 448 * 1024;
 
 // Packs elements into words, zero-filling the last one.
-void pack_channels(const float* from, Float32::Word* to, int64_t count) {
+void pack_channels(Float32, const float* from, Float32::Word* to, int64_t count) {
     std::memcpy(to, from, count * sizeof(float));
 }
 
-void pack_channels(const bf16* from, Float32::Word* to, int64_t count) {
+void pack_channels(Float32, const bf16* from, Float32::Word* to, int64_t count) {
     int64_t i = 0;
     for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
     for (; i < count; ++i) to[i] = load_one(from + i);
 }
 
-void pack_channels(const bf16* from, Bfloat16::Word* to, int64_t count) {
+void pack_channels(Bfloat16, const bf16* from, Bfloat16::Word* to, int64_t count) {
     std::memcpy(to, from, count / 2 * sizeof(*to));
     if (count % 2) to[count / 2] = from[count - 1].bits;
 }
 
-void pack_channels(const uint8_t* from, Int8::Word* to, int64_t count) {
+void pack_channels(Int8, const uint8_t* from, Int8::Word* to, int64_t count) {
     const int64_t words = count / 4;
     std::memcpy(to, from, words * sizeof(*to));
     if (count % 4) {
         to[words] = 0;
         std::memcpy(to + words, from + 4 * words, count % 4);
     }
+}
+
+typedef uint8_t Bytes __attribute__((vector_size(2 * kLanes)));
+typedef uint16_t Wide __attribute__((vector_size(4 * kLanes)));
+
+void pack_channels(Int16, const uint8_t* from, Int16::Word* to, int64_t count) {
+    int64_t i = 0;
+    for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+        const Wide wide = __builtin_convertvector(load_vector<Bytes>(from + i), Wide);
+        std::memcpy(to + i / 2, &wide, sizeof(wide));
+    }
+    for (; i < count; i += 2) to[i / 2] = from[i] | (i + 1 < count ? from[i + 1] << 16 : 0);
 }
 
 template <typename Word>
@@ -46,18 +58,16 @@ void fill(Word* to, int64_t count, Word zero) {
 // The padding value outside the image.
 template <typename P>
 typename P::Word outside(const Conv& a) {
-    return std::is_same<P, Int8>::value ? static_cast<typename P::Word>(a.x_zero * 0x01010101u) : 0;
+    if (std::is_same<P, Int8>::value) return static_cast<typename P::Word>(a.x_zero * 0x01010101u);
+    return std::is_same<P, Int16>::value ? static_cast<typename P::Word>(a.x_zero * 0x00010001u) : 0;
 }
 
 // `count` pixels of a row, as one run where they are contiguous.
 template <typename P, typename X>
 void pack_pixels(const X* from, typename P::Word* to, int64_t count, int64_t c, int64_t width,
                  int64_t channels) {
-    if (sizeof(X) * P::kElements == sizeof(*to) && channels == c && c % P::kElements == 0) {
-        std::memcpy(to, from, count * width * sizeof(*to));
-        return;
-    }
-    for (int64_t x = 0; x < count; ++x) pack_channels(from + x * c, to + x * width, channels);
+    if (channels == c && c % P::kElements == 0) return pack_channels(P{}, from, to, count * c);
+    for (int64_t x = 0; x < count; ++x) pack_channels(P{}, from + x * c, to + x * width, channels);
 }
 
 // Rows from `first_row` and columns from -pad_w of one image.
@@ -157,7 +167,7 @@ void run(const Conv& a) {
         const int64_t at = n * a.stride_n + y * a.stride_h;
         const int64_t begin = group * c.panels / c.groups, end = (group + 1) * c.panels / c.groups;
         const auto* weight = static_cast<const typename P::Word*>(a.weight);
-        if constexpr (std::is_same<P, Int8>::value) input.start = a.start;
+        if constexpr (std::is_same<X, uint8_t>::value) input.start = a.start;
         convolve_strip(s, input, out_rows, begin, end, weight, sums, epilogue.at(at));
     });
 }
@@ -173,7 +183,7 @@ void conv_bn_act(const Conv& args) {
         case Product::int8:
             return run<Int8, uint8_t>(args);
         case Product::int16:
-            return;  // int16 is only for Winograd's kernels
+            return run<Int16, uint8_t>(args);
     }
 }
 

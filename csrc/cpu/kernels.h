@@ -102,11 +102,11 @@ struct Hardest {
 // parities can write interleaved pixels. Weights: per panel of 16 output channels and chunk of input
 // channels, kernel_h x kernel_w x chunk x 16 words of product (ops/conv_bn_act.py packs them).
 //
-// For int8 products, x, residual and skip are uint8, out is uint8 or float32:
+// For int8 and int16 products, x, residual and skip are uint8, out is uint8 or float32:
 // act(scale * (conv(x, weight) + start) + shift + residual_scale * residual) + skip_scale * skip + bias.
 struct Conv {
     const void *x, *weight;
-    const float *scale, *shift;   // per output channel; null: 1 and 0. For int8 in whole panels
+    const float *scale, *shift;   // per output channel; null: 1 and 0. For uint8 in whole panels
     const void *residual, *skip;  // or null
     void* out;
     DType dtype;

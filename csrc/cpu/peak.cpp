@@ -28,10 +28,10 @@ double multiply() {
     using Sum = typename P::Sum;
     Sum sums[kSums] = {};
     typename P::Weights w{};
-    asm volatile("" : SHELFKERN_REGISTER(w));
     for (int64_t i = 0; i < kRepeats; ++i) {
 #pragma GCC unroll 24
         for (int s = 0; s < kSums; ++s) {
+            asm volatile("" : SHELFKERN_REGISTER(w));  // hides that each product is the same
             sums[s] = P::add(sums[s], 1, w);
             asm volatile("" : SHELFKERN_REGISTER(sums[s]));  // hides from the compiler that all are equal
         }

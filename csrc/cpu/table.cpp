@@ -42,15 +42,20 @@ constexpr bool kHasBfloat16 = true;
 constexpr bool kHasBfloat16 = false;
 #endif
 #if defined(__AVX512VNNI__)
-constexpr bool kHasIntegers = true;
+constexpr bool kHasInt8 = true;
 #else
-constexpr bool kHasIntegers = false;
+constexpr bool kHasInt8 = false;
+#endif
+#if defined(__SSE2__)
+constexpr bool kHasInt16 = true;
+#else
+constexpr bool kHasInt16 = false;
 #endif
 
 // A constant: an initialiser, in this instruction set's code, would run on every CPU that loads the module.
 extern const Kernels table;
 constexpr Kernels table = {SHELFKERN_NAME(SHELFKERN_ISA),
-                           {true, kHasBfloat16, kHasIntegers, kHasIntegers},
+                           {true, kHasBfloat16, kHasInt8, kHasInt16},
                            SHELFKERN_BASE::upsample_add,
                            SHELFKERN_BASE::attention_gate,
                            SHELFKERN_BASE::upsample_bilinear,

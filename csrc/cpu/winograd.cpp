@@ -46,9 +46,10 @@ void winograd_block(const WinogradBlock& args) {
 }
 
 void winograd(const Winograd& args) {
-    if (args.dtype == DType::u8) return run<Multiplied<Filter4, Int16>, uint8_t>(args);
-    if (args.product == Product::int16) return run_filter<Int16, bf16>(args);
-    with_type<float, bf16>(args.dtype, [&](auto t) { run_filter<Float32, decltype(t)>(args); });
+    if (args.product == Product::float32) {
+        return with_type<float, bf16>(args.dtype, [&](auto t) { run_filter<Float32, decltype(t)>(args); });
+    }
+    with_type<bf16, uint8_t>(args.dtype, [&](auto t) { run_filter<Int16, decltype(t)>(args); });
 }
 
 }  // namespace SHELFKERN_ISA

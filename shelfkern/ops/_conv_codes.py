@@ -7,6 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from .. import native
 from ._conv_winograd import (
     PackedWinograd,
     as_winograd,
@@ -24,7 +25,7 @@ class CodedFilters:
     """A convolution's quantized weights.
 
     Attributes:
-        packed: int8 weights, or weights transformed from them.
+        packed: int8 weights, as int8 or int16, or weights transformed from them.
         step: (K,) float32, quantization step of each output channel's weights.
     """
 
@@ -46,31 +47,45 @@ class Folded:
     codes: ConvCodes
 
 
-def pack_conv_codes(w: Tensor, stride: int = 1, padding: int = 0) -> CodedFilters:
+def direct_product() -> torch.dtype:
+    """dtype that direct convolutions multiply: int8, or int16 on CPUs with instructions for that alone."""
+    wide = native.has_product(torch.int16) and not native.has_product(torch.int8)
+    return torch.int16 if wide else torch.int8
+
+
+def pack_conv_codes(
+    w: Tensor, stride: int = 1, padding: int = 0, product: torch.dtype | None = None
+) -> CodedFilters:
     """Quantizes weights (K, C, kernel_h, kernel_w): each output channel's largest magnitude is 127 steps.
+
+    product: int8 or int16; by default `direct_product()`. The sums are the same.
 
     Raises:
         ValueError: a weight is not finite, or sums could overflow 32 bits.
     """
     codes, step = _codes(w)
-    return CodedFilters(pack_conv(codes, stride, padding, dtype=torch.int8), step)
+    return CodedFilters(pack_conv(codes, stride, padding, dtype=product or direct_product()), step)
 
 
-def pack_winograd_codes(w: Tensor) -> CodedFilters:
-    """`pack_conv_codes` for 3x3 kernels of stride 1 and padding 1, for Winograd's minimal filtering."""
-    codes, step = _codes(w)
+def pack_winograd_codes(w: Tensor, stride: int = 1, transposed: bool = False) -> CodedFilters:
+    """`pack_conv_codes` for 3x3 kernels of padding 1, for Winograd's minimal filtering.
+
+    w: (K, C, 3, 3), if transposed (C, K, 3, 3).
+    """
+    codes, step = _codes(w.transpose(0, 1) if transposed else w)
+    ordered = codes.transpose(0, 1) if transposed else codes
     if keeps_transformed(w, product=torch.int16):
-        return CodedFilters(pack_winograd(codes, product=torch.int16), step)
+        return CodedFilters(pack_winograd(ordered, 4, stride, transposed, torch.int16), step)
     # bfloat16 represents int8 values exactly.
-    taps = codes.bfloat16()
-    return CodedFilters(as_winograd(pack_conv(taps, 1, 1, dtype=torch.bfloat16), w=taps), step)
+    taps = pack_conv(codes.bfloat16(), stride, 1, dtype=torch.bfloat16)
+    return CodedFilters(as_winograd(taps, 4, stride, transposed, ordered), step)
 
 
-def pack_deconv_codes(w: Tensor) -> tuple[CodedFilters, ...]:
+def pack_deconv_codes(w: Tensor, product: torch.dtype | None = None) -> tuple[CodedFilters, ...]:
     """`pack_conv_codes` for weights (C, K, 3, 3) of a transposed convolution, as `pack_deconv`."""
     codes, step = _codes(w.transpose(0, 1))
-    kernels = parity_kernels(codes)
-    return tuple(CodedFilters(pack_conv(kernel, dtype=torch.int8), step) for kernel in kernels)
+    dtype = product or direct_product()
+    return tuple(CodedFilters(pack_conv(kernel, dtype=dtype), step) for kernel in parity_kernels(codes))
 
 
 def _codes(w: Tensor) -> tuple[Tensor, Tensor]:

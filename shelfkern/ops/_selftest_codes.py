@@ -123,14 +123,18 @@ def _convs_reference(
 
 
 def _deconv(x: Tensor, w: Tensor, bias: Tensor, skip: Tensor, backend: str) -> list[Tensor]:
-    taps, found = pack_deconv_codes(w), _empty(skip.shape)
+    """Directly, and by Winograd's filtering."""
+    taps, filters = pack_deconv_codes(w), pack_winograd_codes(w, 2, transposed=True)
+    direct, filtered = _empty(skip.shape), _empty(skip.shape)
     folded = tuple(fold(one, None, bias, X, OUT, skip=SKIP) for one in taps)
-    deconv_codes_native(x, taps, folded, skip, found)
-    return [found]
+    deconv_codes_native(x, taps, folded, skip, direct)
+    after = fold(filters, None, bias, X, OUT, skip=SKIP)
+    conv_codes_native(x, filters.packed, after, None, skip, filtered, None)
+    return [direct, filtered]
 
 
 def _deconv_reference(x: Tensor, w: Tensor, bias: Tensor, skip: Tensor) -> list[Tensor]:
-    return [OUT.codes(deconv_add_reference(_values(X, x), w, bias, _values(SKIP, skip)))]
+    return 2 * [OUT.codes(deconv_add_reference(_values(X, x), w, bias, _values(SKIP, skip)))]
 
 
 def _stems(image: Tensor, w: Tensor, scale: Tensor, shift: Tensor, backend: str) -> list[Tensor]:

@@ -35,12 +35,12 @@ class PackedConv:
     Attributes:
         data: per panel of 16 output channels and chunk of input channels: kernel_h x kernel_w x chunk x 16
             words, zero-padded beyond the last output channel. A word is one float32, two bfloat16 or four
-            int8 of adjacent input channels, zero-padded beyond the last.
+            int8 or two int16 of adjacent input channels, zero-padded beyond the last.
         out_channels, in_channels, kernel: sizes of the convolution.
         stride: stride in both dimensions.
         padding: zero padding at the top and left; positions beyond the input always read as zero.
         chunk: words in a chunk; the last may have fewer.
-        sums: int32, for int8 weights only: each output channel's sum of weights, zero-padded to whole panels.
+        sums: int32, for whole numbers: each output channel's sum of weights, zero-padded to whole panels.
     """
 
     data: Tensor
@@ -82,14 +82,15 @@ def pack_conv(
 ) -> PackedConv:
     """Packs weights (K, C, kernel_h, kernel_w) for the native kernels, which sum `terms` words at once.
 
-    dtype: dtype of the multiplied values: float32, bfloat16 for bfloat16 activations, or int8 for quantized
-        activations, in which case w is an int8 tensor.
+    dtype: dtype of the multiplied values: float32, bfloat16 for bfloat16 activations, or int8 or int16 for
+        quantized activations, in which case w is an int8 tensor.
 
     Raises:
-        ValueError: int8 products could overflow an int32 sum.
+        ValueError: products of whole numbers could overflow an int32 sum.
     """
     k, c, kernel_h, kernel_w = w.shape
-    if dtype is torch.int8 and w[0].numel() > MAX_CODE_TERMS:
+    whole = not dtype.is_floating_point
+    if whole and w[0].numel() > MAX_CODE_TERMS:
         raise ValueError(
             f"{OP}: w is {tuple(w.shape)} int8, an output may be the sum of at most {MAX_CODE_TERMS} products"
         )
@@ -99,7 +100,7 @@ def pack_conv(
     chunk = -(-words // chunks)
     size = kernel_h * kernel_w * words * PANEL * per_word
     data = native.empty((panels, size), dtype, pooled=False)
-    sums = torch.zeros(panels * PANEL, dtype=torch.int32, device=w.device) if dtype is torch.int8 else None
+    sums = torch.zeros(panels * PANEL, dtype=torch.int32, device=w.device) if whole else None
     # One panel at a time, so that temporaries stay small compared with the result.
     for index, filters in enumerate(w.detach().split(PANEL)):
         _pack_panel(filters, data[index], chunk, per_word)
@@ -197,8 +198,8 @@ def conv_bn_act_native(
     """Runs the native kernel into `out`, unchecked: x in NHWC storage, one dtype, parameters float32.
 
     out, residual and skip have channel stride 1 and share their other strides; they need not be dense. With
-    int8 weights, x, residual and skip are uint8, out is uint8 or float32, and scale and shift cover whole
-    panels and are in quantization steps of out.
+    int8 or int16 weights, x, residual and skip are uint8, out is uint8 or float32, and scale and shift cover
+    whole panels and are in quantization steps of out.
     """
     n, c, h, w = x.shape
     _, k, out_h, out_w = out.shape

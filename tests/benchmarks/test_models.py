@@ -856,6 +856,7 @@ def test_a_cpus_peak_is_the_best_of_some_runs_in_each_dtype_that_it_has(monkeypa
     assert set(fake.asked) == {(kind, torch.get_num_threads()) for kind in found}
     ceilings = Ceilings(1e9, found)
     assert ceilings.arithmetic(torch.bfloat16) == "float32" and ceilings.arithmetic(torch.int8) == "int8"
+    assert Ceilings(1e9, {"float32": 1.0, "int16": 2.0}).arithmetic(torch.int8) == "int16"
 
 
 def test_without_native_code_a_product_stands_in(monkeypatch):

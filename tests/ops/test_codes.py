@@ -42,6 +42,8 @@ from shelfkern.ops.stem import (
 pytestmark = needs_native
 NAN, INF = float("nan"), float("inf")
 U8 = torch.uint8
+# What direct convolutions multiply.
+PRODUCTS = (torch.int8, torch.int16)
 POISON = 55
 # Powers of two, so that what is exact can be told from what is nearly so.
 X, RESIDUAL, SKIP, OUT = Quantum(0.5, 3), Quantum(0.25, 7), Quantum(2.0, 1), Quantum(0.5, 100)
@@ -76,15 +78,16 @@ class OfCodes(Layer):
         weight = self.weight.double() / 4
         return conv_bn_act_reference(x, weight, *norms, *others, self.stride, self.padding, self.slope)
 
-    def direct(self):
-        return pack_conv(self.weight, self.stride, self.padding, dtype=torch.int8)
+    def direct(self, product=torch.int8):
+        return pack_conv(self.weight, self.stride, self.padding, dtype=product)
 
     def winograd(self):
-        return pack_winograd(self.weight, product=torch.int16)
+        return pack_winograd(self.weight, 4, self.stride, product=torch.int16)
 
     def winograd_of_taps(self):
         taps = self.weight.bfloat16()
-        return as_winograd(pack_conv(taps, 1, 1, dtype=torch.bfloat16), w=taps)
+        packed = pack_conv(taps, self.stride, 1, dtype=torch.bfloat16)
+        return as_winograd(packed, 4, self.stride, w=taps)
 
     def run(self, out, packed):
         """Into memory with poison around it, from memory with other codes around it."""
@@ -103,8 +106,10 @@ class OfCodes(Layer):
         return found
 
     def check(self, out=OUT):
-        found, truth = self.run(out, self.direct()), self.truth()
-        assert torch.equal(found, truth.float() if out is None else out.codes(truth))
+        truth = self.truth()
+        for product in PRODUCTS:
+            found = self.run(out, self.direct(product))
+            assert torch.equal(found, truth.float() if out is None else out.codes(truth)), product
 
     def check_winograd(self, out=OUT):
         # Truths are quarters of codes, of which many lie in the middle of two.
@@ -154,18 +159,18 @@ def test_conv_on_every_isa(n, c, h, w, k, kernel, stride, present, out, count):
 @pytest.mark.parametrize("slope", [0.0, 0.25, None])
 @pytest.mark.parametrize("present", [(), *((name,) for name in EVERY), EVERY])
 def test_winograd_every_part_of_the_epilogue(present, slope):
-    for k in (19, 64):
-        layer((1, 32, 9, 14, k, (3, 3), 1, 1), present, slope).check_winograd()
+    for k, stride in itertools.product((19, 64), (1, 2)):
+        layer((1, 32, 9, 14, k, (3, 3), stride, 1), present, slope).check_winograd()
 
 
 @given(
     n=st.integers(1, 2), c=st.one_of(st.integers(1, 35), st.sampled_from([128, 131])), h=st.integers(1, 9),
     w=st.integers(1, 30), k=st.one_of(st.integers(1, 70), st.sampled_from([96, 128])),
-    present=st.sets(st.sampled_from(EVERY)), count=st.sampled_from([1, 3]),
+    stride=st.integers(1, 2), present=st.sets(st.sampled_from(EVERY)), count=st.sampled_from([1, 3]),
 )  # fmt: skip
 @settings(max_examples=25, deadline=None)
-def test_winograd_on_every_isa(n, c, h, w, k, present, count):
-    one = layer((n, c, h, w, k, (3, 3), 1, 1), present)
+def test_winograd_on_every_isa(n, c, h, w, k, stride, present, count):
+    one = layer((n, c, h, w, k, (3, 3), stride, 1), present)
     one.x = fenced_codes(one.x)
     with_threads(count, lambda: each_isa(lambda isa: one.check_winograd()))
 
@@ -197,10 +202,10 @@ def fenced_codes(t):
 
 def test_sums_of_the_largest_codes_on_every_isa():
     """255 times 127 and times -127 in every product: whatever saturates on the way is seen."""
-    for sign in (1, -1):
+    for sign, product in itertools.product((1, -1), PRODUCTS):
         weight = torch.full((16, 512, 3, 3), sign * 127, dtype=torch.int8)
         weight[3, ::2] *= -1
-        filters = CodedFilters(pack_conv(weight, padding=1, dtype=torch.int8), torch.ones(16))
+        filters = CodedFilters(pack_conv(weight, padding=1, dtype=product), torch.ones(16))
         x, out = nhwc(torch.full((1, 512, 4, 4), 255, dtype=U8)), Quantum(2.0**21, 120)
         truth = F.conv2d(x.double(), weight.double(), padding=1)
 
@@ -218,13 +223,13 @@ def test_sums_of_the_largest_codes_on_every_isa():
 def test_every_code_and_every_rounding_on_every_isa(zero):
     """A 1x1 convolution of one channel by 1: what is stored is the shift and the rounding of x."""
     x, weight = nhwc(torch.arange(256, dtype=U8).view(1, 1, 16, 16)), torch.ones(1, 1, 1, 1, dtype=torch.int8)
-    filters = CodedFilters(pack_conv(weight, dtype=torch.int8), torch.ones(1))
     values, shift = Quantum(1.0, zero).values(x, torch.float64), torch.tensor([0.5])
-    for step in (0.5, 1.0, 0.25, 2.0, 3.0):
+    for step, product in itertools.product((0.5, 1.0, 0.25, 2.0, 3.0), PRODUCTS):
+        filters = CodedFilters(pack_conv(weight, dtype=product), torch.ones(1))
         # Divided by 3 a half is no longer one.
         allowed, out = int(step == 3), Quantum(step, 40)
 
-        def run(isa, allowed=allowed, out=out):
+        def run(isa, filters=filters, allowed=allowed, out=out):
             result = nhwc(torch.zeros(1, 1, 16, 16, dtype=U8))
             folded = fold(filters, None, shift, Quantum(1.0, zero), out)
             conv_codes_native(x, filters.packed, folded, None, None, result, None)
@@ -258,9 +263,10 @@ def test_threads_and_repeats_change_no_bit():
 
 
 @pytest.mark.parametrize(("channels", "numbers", "dtype"), [(64, 36, torch.int16), (512, 9, torch.bfloat16)])
-def test_many_weights_in_codes_are_transformed_at_each_call(channels, numbers, dtype):
+@pytest.mark.parametrize(("stride", "transposed"), [(1, False), (2, False), (2, True)])
+def test_many_weights_in_codes_are_transformed_at_each_call(channels, numbers, dtype, stride, transposed):
     w = random(32, channels, 3, 3).repeat(channels // 32, 1, 1, 1)
-    filters = pack_winograd_codes(w)
+    filters = pack_winograd_codes(w.transpose(0, 1) if transposed else w, stride, transposed)
     assert filters.packed.data.dtype is dtype and filters.packed.product is torch.int16
     assert filters.packed.data.numel() == channels**2 * numbers
     assert torch.equal(filters.step, w.abs().amax((1, 2, 3)) / 127)
@@ -278,12 +284,13 @@ def test_weights_in_codes():
 
 
 def test_refuses_sums_that_could_overflow():
-    pack_conv(torch.zeros(1, 65793, 1, 1, dtype=torch.int8), dtype=torch.int8)
     message = (
         r"^conv_bn_act: w is \(1, 65794, 1, 1\) int8, an output may be the sum of at most 65793 products$"
     )
-    with pytest.raises(ValueError, match=message):
-        pack_conv(torch.zeros(1, 65794, 1, 1, dtype=torch.int8), dtype=torch.int8)
+    for product in PRODUCTS:
+        pack_conv(torch.zeros(1, 65793, 1, 1, dtype=torch.int8), dtype=product)
+        with pytest.raises(ValueError, match=message):
+            pack_conv(torch.zeros(1, 65794, 1, 1, dtype=torch.int8), dtype=product)
 
 
 def assert_near(found, truth, out, slack=1e-5, equal=0.9):
@@ -298,17 +305,23 @@ def test_deconv_on_every_isa(n, c, k, h, w):
     x, skip = some_codes(n, c, h, w, highest=255), some_codes(n, k, 2 * h, 2 * w, seed=1, highest=255)
     weight, bias = random(c, k, 3, 3, seed=2) / c**0.5, random(k, seed=3)
     own, of_skip, out = Quantum(0.02, 3), Quantum(0.03, 5), Quantum(0.05, 90)
-    taps = pack_deconv_codes(weight)
-    folded = tuple(fold(one, None, bias, own, out, skip=of_skip) for one in taps)
-    step = taps[0].step.double()[:, None, None]
+    ways = [pack_deconv_codes(weight, product) for product in PRODUCTS]
+    filters = pack_winograd_codes(weight, 2, transposed=True)
+    step = filters.step.double()[:, None, None]
     exact = (weight / step.float()).round().double() * step
     values = own.values(x, torch.float64), exact, bias.double(), of_skip.values(skip, torch.float64)
     truth = deconv_add_reference(*values)
 
     def run(isa):
+        for taps in ways:
+            result = nhwc(torch.full(skip.shape, POISON, dtype=U8))
+            folded = tuple(fold(one, None, bias, own, out, skip=of_skip) for one in taps)
+            deconv_codes_native(fenced_codes(x), taps, folded, skip, result)
+            assert_near(result, truth, out)
         result = nhwc(torch.full(skip.shape, POISON, dtype=U8))
-        deconv_codes_native(fenced_codes(x), taps, folded, skip, result)
-        assert_near(result, truth, out)
+        folded = fold(filters, None, bias, own, out, skip=of_skip)
+        conv_codes_native(fenced_codes(x), filters.packed, folded, None, skip, result, None)
+        assert_near(result, truth, out, 2e-4, equal=0.5)
 
     each_isa(run)
 

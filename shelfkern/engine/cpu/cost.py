@@ -20,9 +20,10 @@ from ..problem import Size
 CALL, LIBRARY_CALL = 3.0, 10.0
 # Of direct convolutions, ours and oneDNN's in float32: nine tenths of the peak.
 MACS_A_US = 50e3
-# Of oneDNN's with products of bfloat16, and of ours with instructions for the products.
+# Of oneDNN's with products of bfloat16, and of ours with instructions for the products; of int16 on a Zen 3,
+# to the rate of float32 there.
 BFLOAT16_MACS_A_US = 90e3
-DOT_MACS_A_US = {torch.bfloat16: 100e3, torch.int8: 170e3}
+DOT_MACS_A_US = {torch.bfloat16: 100e3, torch.int8: 170e3, torch.int16: 75e3}
 # Of a stem by Winograd's filtering, of those that a direct one would do.
 STEM_WINOGRAD_MACS_A_US = 110e3
 # Of kernels that only move data; memory that the library takes anew costs page faults.

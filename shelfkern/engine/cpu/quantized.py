@@ -14,6 +14,7 @@ from ...ops._conv_codes import (
     Folded,
     conv_codes_native,
     deconv_codes_native,
+    direct_product,
     fold,
     pack_conv_codes,
     pack_deconv_codes,
@@ -49,13 +50,13 @@ def _convolutions(
 ) -> list[tuple[str, float, Callable[[], CodedFilters]]]:
     """Our ways to convolve codes: a name, what each should take, and what packs the weights."""
     weight = step.weight
-    direct = cost.direct(step, size, torch.int8)
+    direct = cost.direct(step, size, direct_product())
     found = [("native direct", direct, lambda: pack_conv_codes(weight, stride, padding))]
     # Winograd's kernels make no floats of codes.
     if step.output.quantum is None:
         return found
     for way in winograds(weight, stride, padding, torch.uint8):
-        found.append((str(way), cost.winograd(step, size, *way), lambda: pack_winograd_codes(weight)))
+        found.append((str(way), cost.winograd(step, size, *way), lambda: pack_winograd_codes(weight, stride)))
     return found
 
 
@@ -110,22 +111,35 @@ def _block(step: p.SharedBlockStep, size: Size, context: Context, packed: Packed
 
 
 def _deconv(step: p.DeconvAdd, size: Size, context: Context, packed: Packed) -> list[Algorithm]:
-    def make() -> tuple[tuple[CodedFilters, ...], tuple[Folded, ...]]:
-        taps = pack_deconv_codes(step.weight)
-        x, skip = map(_quantum, step.inputs)
-        out = _quantum(step.output)
-        return taps, tuple(fold(one, None, step.bias, x, out, skip=skip) for one in taps)
+    x, skip = map(_quantum, step.inputs)
+    out = _quantum(step.output)
 
-    def prepare() -> Run:
-        taps, folded = packed.get("codes", make)
+    def folded(filters: CodedFilters) -> tuple[CodedFilters, Folded]:
+        return filters, fold(filters, None, step.bias, x, out, skip=skip)
+
+    def direct() -> Run:
+        parts = packed.get("codes", lambda: tuple(map(folded, pack_deconv_codes(step.weight))))
+        filters, after = tuple(zip(*parts, strict=True))
 
         def run(inputs: Sequence[Tensor], out: Tensor) -> None:
             x, skip = inputs
-            deconv_codes_native(x, taps, folded, skip, out)
+            deconv_codes_native(x, filters, after, skip, out)
 
         return no_scratch(run)
 
-    return [Algorithm("native direct", cost.direct(step, size, torch.int8), prepare)]
+    def winograd() -> Run:
+        parts = packed.get("winograd", lambda: folded(pack_winograd_codes(step.weight, 2, transposed=True)))
+
+        def run(inputs: Sequence[Tensor], out: Tensor) -> None:
+            (filters, after), (x, skip) = parts, inputs
+            conv_codes_native(x, filters.packed, after, None, skip, out, None)
+
+        return no_scratch(run)
+
+    found = [Algorithm("native direct", cost.direct(step, size, direct_product()), direct)]
+    for way in winograds(step.weight, 2, 1, torch.uint8):
+        found.append(Algorithm(str(way), cost.winograd(step, size, *way), winograd))
+    return found
 
 
 def _stem(step: p.Stem, size: Size, context: Context, packed: Packed) -> list[Algorithm]:

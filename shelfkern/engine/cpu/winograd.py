@@ -66,7 +66,7 @@ def winograds(weight: Tensor, stride: int, padding: int, dtype: torch.dtype) -> 
     whole = [Winograd(4, torch.int16)] if native.has_product(torch.int16) else []
     if dtype is torch.uint8:
         # Of stride 2, and transposed, fewer products of 16 bits take longer than all of 8 bits.
-        return whole if stride == 1 else []
+        return whole if stride == 1 or not native.has_product(torch.int8) else []
     floating = [Winograd(tile, torch.float32) for tile in ((4, 2) if stride == 1 else (4,))]
     return [*floating, *whole] if dtype is torch.bfloat16 else floating
 

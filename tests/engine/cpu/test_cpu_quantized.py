@@ -193,9 +193,9 @@ def test_steps_are_what_their_values_stand_for(name):
 
 
 @needs_native
-@pytest.mark.parametrize("has", [False, True])
+@pytest.mark.parametrize("has", [(), (torch.int16,), (torch.int8, torch.int16)])
 def test_codes_are_convolved_with_fewer_products_where_there_are_instructions(has, monkeypatch):
-    monkeypatch.setattr(native, "has_product", lambda dtype: dtype is not torch.int16 or has)
+    monkeypatch.setattr(native, "has_product", lambda dtype: dtype in has)
 
     def names(channels, stride, quantum):
         x = p.Value(0, channels, 1, U8, Quantum(0.1, 3))
@@ -204,10 +204,16 @@ def test_codes_are_convolved_with_fewer_products_where_there_are_instructions(ha
         step = p.Conv("it", (x,), out, weight, None, None, stride, p.Activation(0.0))
         return [one.name for one in algorithms(step, (1, 64, 64), CONTEXT, Packed())]
 
-    own = Quantum(0.1, 3)
-    assert names(64, 1, own) == ["native winograd 4x4 int16"] * has + ["native direct"]
-    for others in ((31, 1, own), (64, 2, own), (64, 1, None)):
+    own, filtered = Quantum(0.1, 3), ["native winograd 4x4 int16"]
+    assert names(64, 1, own) == filtered * (torch.int16 in has) + ["native direct"]
+    for others in ((31, 1, own), (31, 2, own), (64, 1, None)):
         assert names(*others) == ["native direct"]
+    # With stride 2 and transposed they are not that few: direct products of 8 bits take less time.
+    fewer = filtered * (has == (torch.int16,)) + ["native direct"]
+    assert names(64, 2, own) == fewer
+    low, high, out = (p.Value(i, 64, 1 + (i == 0), U8, own) for i in range(3))
+    up = p.DeconvAdd("up", (low, high), out, torch.zeros(64, 64, 3, 3), torch.zeros(64))
+    assert [one.name for one in algorithms(up, (1, 64, 64), CONTEXT, Packed())] == fewer
 
 
 def storage(value):
