@@ -42,6 +42,7 @@ from measure import Deadline, OutOfTime, Times, time_limit
 from peers import compiled, cpu_runtimes, cudnn, eager, exported, ours, quantised, tensorrt
 from peers.network import Network
 
+from shelfkern import native
 from shelfkern.engine import plan
 from shelfkern.nn import ShelfNet, ShelfNetConfig, shelfnet18_lw
 from shelfkern.timing import Timing
@@ -458,6 +459,8 @@ def test_runtimes_of_a_cpu_are_right(package, case, dtype):
     case, peer, model = dataclasses.replace(case, dtype=dtype), runtime(package), build(SHIPPED)
     images = images_of(case, model)
     run = peer.prepare(model, images, case.torch_dtype, case.labels)
+    if (package, dtype) == ("openvino", "int8") and not native.has_product(torch.int8):
+        pytest.skip("without VNNI OpenVINO's sums saturate, and the error may be over the limit")
     error = Judge(model, images, case).error_of(run())
     # Codes leave a trace: it does not run in float32 unseen.
     assert dtype == "float32" or error > 1e-4

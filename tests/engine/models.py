@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -57,7 +58,8 @@ def assert_as_exact_as_eager(
 ) -> None:
     """The error against float64 is at most twice that of eager torch in the same dtype.
 
-    Root mean squares, pooled over the inputs: the largest error of one small input is a lottery.
+    The geometric mean over the inputs of their root mean squares: in some, one rounding changes the sign of
+    an activation that much depends on, and the error is ten times as large, eager's or ours.
     """
     exact, eager = copy.deepcopy(model).double(), copy.deepcopy(model).to(dtype)
     errors, allowed = [], []
@@ -65,6 +67,6 @@ def assert_as_exact_as_eager(
         result, truth = fast(x), exact(x.double())
         assert result.shape == truth.shape and result.dtype is dtype
         assert result.isfinite().all()
-        errors.append(((result.double() - truth) / truth.std()).flatten())
-        allowed.append(((eager(x.to(dtype)).double() - truth) / truth.std()).flatten())
-    assert torch.cat(errors).square().mean() <= 4 * torch.cat(allowed).square().mean()
+        errors.append((result.double() - truth).square().mean().sqrt() / truth.std())
+        allowed.append((eager(x.to(dtype)).double() - truth).square().mean().sqrt() / truth.std())
+    assert torch.stack(errors).log().mean() <= torch.stack(allowed).log().mean() + math.log(2)

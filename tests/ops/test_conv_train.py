@@ -12,8 +12,9 @@ from shelfkern import ops
 
 conv_train = importlib.import_module("shelfkern.ops.conv_train")
 
-# Of Winograd's error and eager's, as test_conv_winograd.py: the root mean square, and the largest.
-BOUNDS = 4.5, 7.0
+# Of Winograd's error and eager's: the root mean square, as in test_conv_winograd.py, and the largest, which
+# is a lottery, as in parity.py.
+BOUNDS = 4.5, 2 * 4.5
 
 
 def convolution(c: int, k: int, bias: bool = True, **options) -> nn.Conv2d:

@@ -20,7 +20,7 @@ from shelfkern.train.losses import (
 )
 from shelfkern.train.recipe import Loss
 
-SMALL = dict(backbone_width=4, widths=(4, 8, 16), head_width=4)
+SMALL = dict(backbone_width=8, widths=(4, 8, 16), head_width=4)
 
 
 def small(**changes) -> ShelfNet:

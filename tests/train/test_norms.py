@@ -42,7 +42,7 @@ class Frames:
 
 def network(build=shelfnet18_lw, **changes) -> ShelfNet:
     torch.manual_seed(0)
-    fields = SMALLEST if build is shelfnet18_lw else dict(backbone_width=4, widths=[4, 8, 16, 32])
+    fields = SMALLEST if build is shelfnet18_lw else dict(backbone_width=8, widths=[4, 8, 16, 32])
     model = build(5, **{**fields, "dropout": 0.0, **changes}).double().eval()
     for norm in norms_of(model):
         # What is there before must not matter.

@@ -252,7 +252,7 @@ def test_norms_of_gates_need_two_images(changes, source) -> None:
             "model.changes.dropout None, it cannot go on with 0.5",
         ),
         (
-            {"model": Model("shelfnet18_lw", {"backbone_width": 4, "widths": [4, 8, 16]})},
+            {"model": Model("shelfnet18_lw", {"backbone_width": 8, "widths": [4, 8, 16]})},
             "model.changes.head_width 4, it cannot go on with None",
         ),
     ],

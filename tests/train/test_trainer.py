@@ -90,7 +90,7 @@ def test_the_weights_know_their_classes_and_the_best_is_kept(recipe, data, tmp_p
         model, metadata = from_weights(path), read_safetensors(path)[1]
         assert (model.classes, model.palette) == (CLASSES, PALETTE)
         assert metadata["validation_miou"] == f"{float(row['miou']):.4f}"
-        assert json.loads(metadata["config"])["backbone_width"] == 4
+        assert json.loads(metadata["config"])["backbone_width"] == SMALLEST["backbone_width"]
         assert (metadata["dataset"], metadata["stage"]) == ("camvid", "train")
     assert read_safetensors(path)[1]["steps"] == "6"
 
