@@ -78,7 +78,12 @@ static inline Unit unit_of(vu sizes) {
 
 // Rounds to int16, two to a word.
 static inline void store_whole(uint32_t* p, vf v) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    const __m256i words = _mm256_cvtps_epi32((__m256)v);
+    const vh whole = (vh)_mm_packs_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+#else
     const vh whole = __builtin_convertvector(whole_bits(v), vh);
+#endif
     std::memcpy(p, &whole, sizeof(whole));
 }
 
