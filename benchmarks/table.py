@@ -11,6 +11,8 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 FILES = ("models_gpu.jsonl", "models_cpu.jsonl")
 CPU_LAYERS = "models_cpu_layers.jsonl"
+# Of a CPU without AVX-512.
+CPU_AVX2 = "models_cpu_avx2.jsonl"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 # Images per second on a GTX 1080 Ti, 512x512, batch 1, float32 (arXiv 1811.11254).
 PAPER = {"shelfnet50": 59, "shelfnet101": 42}
@@ -322,6 +324,11 @@ def cpu_page(page: str, rows: list[Row], layers: list[Row]) -> str:
     return page
 
 
+def avx2_page(page: str, rows: list[Row]) -> str:
+    """docs/cpu.md with the table of a CPU without AVX-512 regenerated."""
+    return replaced(page, "\n".join(times_of_all(rows, [])), "avx2")
+
+
 def replaced(page: str, text: str, name: str = "results") -> str:
     """A page with the text between a name's markers replaced."""
     begin, end = (mark.replace("results", name) for mark in (BEGIN, END))
@@ -337,6 +344,8 @@ def main() -> None:
     if results.exists():
         rows = read(layers) if layers.exists() else []
         page.write_text(cpu_page(page.read_text(), read(results, refused=True), rows))
+    if (RESULTS / CPU_AVX2).exists():
+        page.write_text(avx2_page(page.read_text(), read(RESULTS / CPU_AVX2, refused=True)))
 
 
 if __name__ == "__main__":

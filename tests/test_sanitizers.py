@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import shutil
 import subprocess
@@ -85,6 +86,15 @@ def test_the_sanitizers_see_what_is_beyond_the_end(sanitized, module):
         for kind in ("buffer-overflow", "use-after-free")
     ]
     assert done.returncode != 0 and any(found)
+
+
+def test_what_runs_on_each_instruction_set_is_selected():
+    for path in FILES:
+        text = path.read_text()
+        tests = [node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
+        for test in tests:
+            selected = "every_isa" in test.name or not test.name.startswith("test")
+            assert selected or "each_isa(" not in ast.get_source_segment(text, test), test.name
 
 
 def test_kernels_are_clean(sanitized):

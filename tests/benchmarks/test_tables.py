@@ -221,6 +221,7 @@ def test_the_pages_show_the_results():
     assert table.replaced(text, "\n".join(ops), op_page.MARK) == text
     text = page.read_text()
     assert table.cpu_page(text, table.read(results, refused=True), table.read(layers)) == text
+    assert table.avx2_page(text, table.read(table.RESULTS / table.CPU_AVX2, refused=True)) == text
 
 
 def test_every_command_and_commit_is_named_once(tmp_path):
@@ -247,11 +248,14 @@ def test_the_part_between_the_markers_is_replaced(gpu, monkeypatch, tmp_path):
     monkeypatch.setattr(table, "ROOT", tmp_path)
     monkeypatch.setattr(table, "RESULTS", gpu.parent)
     (tmp_path / "docs").mkdir()
-    marks = [f"<!-- {name}: begin -->\n<!-- {name}: end -->\n" for name in table.PARTS]
+    marks = [f"<!-- {name}: begin -->\n<!-- {name}: end -->\n" for name in (*table.PARTS, "avx2")]
     (tmp_path / "docs" / "cpu.md").write_text("page\n" + "".join(marks))
     write(gpu.parent / "models_cpu.jsonl", cpu_rows())
+    write(gpu.parent / "models_cpu_avx2.jsonl", [found | {"isa": "avx2"} for found in cpu_rows()])
     table.main()
-    assert "**1.80x**" in (tmp_path / "docs" / "cpu.md").read_text()
+    page = (tmp_path / "docs" / "cpu.md").read_text()
+    assert "**1.80x**" in page and "A CPU, avx512;" in page
+    assert "A CPU, avx2;" in page.partition("<!-- avx2: begin -->")[2]
     text = (tmp_path / "README.md").read_text()
     assert text.startswith(f"before\n{table.BEGIN}\n| model") and text.endswith(f"{table.END}\nafter\n")
     assert "old" not in text

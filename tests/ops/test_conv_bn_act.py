@@ -191,7 +191,7 @@ def test_every_part_of_the_epilogue(parts, slope, dtype, backend):
 @pytest.mark.parametrize("slope", SLOPES)
 @pytest.mark.parametrize("parts", [(), EVERY[:2], EVERY[:3], EVERY])
 @pytest.mark.parametrize("channels", [48, 64])
-def test_every_part_of_the_epilogue_in_registers(channels, parts, slope, dtype):
+def test_every_part_of_the_epilogue_in_registers_on_every_isa(channels, parts, slope, dtype):
     args = only(inputs(1, 12, 2, 23, channels, (1, 1), 1, 0, dtype), parts)
     run = ops.conv_bn_act
     each_isa(lambda isa: check(run(*args, slope=slope, backend="native"), args, slope=slope))

@@ -109,7 +109,7 @@ def test_every_isa_is_as_exact(shape, dtype):
 
 
 @needs_native
-def test_sums_of_some_hundred_products():
+def test_sums_of_some_hundred_products_on_every_isa():
     for shape in MIDDLE:
         args = inputs(*shape)
         each_isa(lambda isa, args=args: check(ops.deconv_add(*args, backend="native"), args))

@@ -334,7 +334,7 @@ def test_native_many_elements_on_every_thread():
 
 @needs_native
 @pytest.mark.parametrize("source", DTYPES)
-def test_native_what_is_not_finite(source):
+def test_native_what_is_not_finite_on_every_isa(source):
     x = random(1, 20, 3, 5, dtype=source)
     x[0, 3, 1, 1], x[0, 4, 1, 1], x[0, 19, 2, 4] = NAN, INF, -INF
 

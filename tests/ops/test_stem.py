@@ -174,7 +174,7 @@ def test_what_lies_beyond_the_image_is_zero_after_normalisation(backend):
 @pytest.mark.parametrize("raw", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n, h, w, k, padded, size", ENLARGED)
-def test_an_image_is_enlarged(n, h, w, k, padded, size, dtype, raw):
+def test_an_image_is_enlarged_on_every_isa(n, h, w, k, padded, size, dtype, raw):
     image, args = pixels(n, h, w), parameters(k, dtype)
     options = dict(size=size, padded=padded, slope=0.01)
     if not raw:

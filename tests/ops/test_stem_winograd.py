@@ -169,7 +169,7 @@ def test_every_slope(slope):
     beyond=st.tuples(st.integers(0, 3), st.integers(0, 2)), threads=st.integers(1, 5),
 )  # fmt: skip
 @settings(max_examples=25, deadline=None)
-def test_any_size(n, h, w, k, beyond, threads):
+def test_any_size_on_every_isa(n, h, w, k, beyond, threads):
     size = -(-h // 4) * 4 + 4 * beyond[0], -(-w // 4) * 4 + 4 * beyond[1]
     image, args = pixels(n, h, w), parameters(k)
     each_isa(

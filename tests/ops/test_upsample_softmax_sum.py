@@ -126,7 +126,7 @@ def exponentials(x):
 
 
 @needs_native
-def test_exp_is_good_to_the_last_bit_but_one():
+def test_exp_is_good_to_the_last_bit_but_one_on_every_isa():
     """Every 4096th float, and all around the ends of the range, in units in the last place."""
     bits = numpy.arange(0, 1 << 32, 4096, dtype=numpy.uint32).view(numpy.float32)
     ends = [numpy.linspace(end - 1e-3, end + 1e-3, 1000) for end in (-103.97208, -87.33654, 0.0, 88.72284)]
@@ -147,7 +147,7 @@ def test_exp_is_good_to_the_last_bit_but_one():
 
 
 @needs_native
-def test_exp_of_what_is_no_number():
+def test_exp_of_what_is_no_number_on_every_isa():
     x = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0])
 
     def run(isa):
@@ -173,7 +173,7 @@ def hostile():
 @needs_native
 @pytest.mark.parametrize("size", [(4, 5), (4, 9), (11, 5), (13, 17), (3, 2)])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_infinities_and_nan_as_in_torch(variant, size):
+def test_infinities_and_nan_as_in_torch_on_every_isa(variant, size):
     scores = hostile()
 
     def run(isa):
