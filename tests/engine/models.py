@@ -58,8 +58,9 @@ def assert_as_exact_as_eager(
 ) -> None:
     """The error against float64 is at most twice that of eager torch in the same dtype.
 
-    The geometric mean over the inputs of their root mean squares: in some, one rounding changes the sign of
-    an activation that much depends on, and the error is ten times as large, eager's or ours.
+    Root mean squares, pooled over the inputs: the largest error of one small input is a lottery. In bfloat16
+    so is that of some inputs, where one rounding changes the sign of an activation that much depends on:
+    there the geometric mean over the inputs of the ratios.
     """
     exact, eager = copy.deepcopy(model).double(), copy.deepcopy(model).to(dtype)
     errors, allowed = [], []
@@ -67,6 +68,10 @@ def assert_as_exact_as_eager(
         result, truth = fast(x), exact(x.double())
         assert result.shape == truth.shape and result.dtype is dtype
         assert result.isfinite().all()
-        errors.append((result.double() - truth).square().mean().sqrt() / truth.std())
-        allowed.append((eager(x.to(dtype)).double() - truth).square().mean().sqrt() / truth.std())
-    assert torch.stack(errors).log().mean() <= torch.stack(allowed).log().mean() + math.log(2)
+        errors.append(((result.double() - truth) / truth.std()).flatten())
+        allowed.append(((eager(x.to(dtype)).double() - truth) / truth.std()).flatten())
+    if dtype is torch.bfloat16:
+        ratios = [a.square().mean() / b.square().mean() for a, b in zip(errors, allowed, strict=True)]
+        assert torch.stack(ratios).log().mean() <= math.log(4)
+    else:
+        assert torch.cat(errors).square().mean() <= 4 * torch.cat(allowed).square().mean()
