@@ -280,6 +280,15 @@ def test_addresses():
     assert native.address(tensor[1:]) == tensor.data_ptr() + 4
 
 
+def test_the_cpu_is_asked_for_all_that_is_compiled():
+    sources = Path(__file__).parents[1]
+    flags = re.findall(r"^set\(FLAGS_.*", (sources / "CMakeLists.txt").read_text(), re.M)
+    compiled = set(re.findall(r"-m(\w+)(?![\w-])", "\n".join(flags)))
+    dispatch = (sources / "csrc/cpu/dispatch.cpp").read_text()
+    checked = set(re.findall(r'__builtin_cpu_supports\("(\w+)"\)', dispatch))
+    assert compiled - checked == {"prfchw"} and checked <= compiled  # every CPU with AVX-512 has prefetchw
+
+
 @needs_native
 def test_isas():
     isas = native.module.isas()
