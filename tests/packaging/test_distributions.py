@@ -357,8 +357,10 @@ def dynamic_section(library: Path) -> dict[str, list[str]]:
 @pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf")
 def test_a_compiled_wheel(sdist, tmp_path) -> None:
     """The only test that compiles all of the CPU part, from what the sdist holds."""
-    flags = dict(CXXFLAGS="-g1", SHELFKERN_NATIVE=1, SHELFKERN_CUDA=0)
-    wheel = built(shutil.copytree(sdist, tmp_path / "source"), tmp_path / "out", **flags)
+    source = shutil.copytree(sdist, tmp_path / "source")
+    # Optimising takes nine tenths of the time.
+    change(source / "CMakeLists.txt", "set(KERNEL_OPTIMISATION -O3)", "set(KERNEL_OPTIMISATION -O0)")
+    wheel = built(source, tmp_path / "out", CXXFLAGS="-g1", SHELFKERN_NATIVE=1, SHELFKERN_CUDA=0)
     folder = unpacked(wheel, tmp_path / "in")
     library = folder / "shelfkern" / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
     info = {f"{NAME}.dist-info/{name}" for name in METADATA}
