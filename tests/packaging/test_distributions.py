@@ -358,7 +358,7 @@ def dynamic_section(library: Path) -> dict[str, list[str]]:
 def test_a_compiled_wheel(sdist, tmp_path) -> None:
     """The only test that compiles all of the CPU part, from what the sdist holds."""
     source = shutil.copytree(sdist, tmp_path / "source")
-    # Optimising takes nine tenths of the time.
+    # Optimising takes five sixths of the time.
     change(source / "CMakeLists.txt", "set(KERNEL_OPTIMISATION -O3)", "set(KERNEL_OPTIMISATION -O0)")
     wheel = built(source, tmp_path / "out", CXXFLAGS="-g1", SHELFKERN_NATIVE=1, SHELFKERN_CUDA=0)
     folder = unpacked(wheel, tmp_path / "in")
