@@ -12,6 +12,8 @@ from pathlib import Path
 import pybind11
 import pytest
 
+from shelfkern import native
+
 ROOT = Path(__file__).resolve().parents[1]
 COMPILER = shutil.which("g++")
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no g++, whose sanitizers are used")
@@ -41,11 +43,13 @@ def sanitized(tmp_path_factory) -> Path:
     """A folder with a copy of the package whose compiled modules are checked."""
     home = tmp_path_factory.mktemp("sanitized")
     package, build = home / "shelfkern", home / "build"
+    isas = native.module.isas() if native.module else []  # no others run here
     shutil.copytree(ROOT / "shelfkern", package, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     configure = [
         "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", f"-DCMAKE_INSTALL_PREFIX={package}",
         f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         f"-DCMAKE_CXX_COMPILER={COMPILER}", "-DSHELFKERN_EMULATION=ON", "-DSHELFKERN_SANITIZE=ON",
+        f"-DSHELFKERN_ISAS={';'.join(isas)}",
     ]  # fmt: skip
     subprocess.run(configure, check=True, capture_output=True)
     subprocess.run(["cmake", "--build", str(build)], check=True, capture_output=True)

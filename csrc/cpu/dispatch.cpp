@@ -5,27 +5,22 @@
 
 namespace shelfkern {
 
+// Those that CMakeLists.txt compiles are defined.
 namespace baseline {
 extern const Kernels table;
 }
-#if defined(SHELFKERN_X86)
 namespace avx2 {
 extern const Kernels table;
 }
 namespace avx512 {
 extern const Kernels table;
 }
-#endif
-#if defined(SHELFKERN_AVX512_vnni)
 namespace avx512_vnni {
 extern const Kernels table;
 }
-#endif
-#if defined(SHELFKERN_AVX512_bf16)
 namespace avx512_bf16 {
 extern const Kernels table;
 }
-#endif
 
 namespace {
 
@@ -40,21 +35,25 @@ struct Runnable {
     }
 
     Runnable() {
-#if defined(SHELFKERN_X86)
+#if defined(__x86_64__)
         __builtin_cpu_init();
-        const bool has_avx2 =
+        [[maybe_unused]] const bool has_avx2 =
             __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
-        const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
-                                __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                                __builtin_cpu_supports("avx512vl");
-#if defined(SHELFKERN_AVX512_vnni)
-        const bool has_vnni = has_avx512 && __builtin_cpu_supports("avx512vnni");
-#if defined(SHELFKERN_AVX512_bf16)
-        if (has_vnni && __builtin_cpu_supports("avx512bf16")) add(avx512_bf16::table);
+        [[maybe_unused]] const bool has_avx512 =
+            has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #endif
-        if (has_vnni) add(avx512_vnni::table);
+#if defined(SHELFKERN_HAS_avx512_bf16)
+        if (has_avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16"))
+            add(avx512_bf16::table);
 #endif
+#if defined(SHELFKERN_HAS_avx512_vnni)
+        if (has_avx512 && __builtin_cpu_supports("avx512vnni")) add(avx512_vnni::table);
+#endif
+#if defined(SHELFKERN_HAS_avx512)
         if (has_avx512) add(avx512::table);
+#endif
+#if defined(SHELFKERN_HAS_avx2)
         if (has_avx2) add(avx2::table);
 #endif
         add(baseline::table);

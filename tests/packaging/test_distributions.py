@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -312,6 +313,24 @@ def test_an_error_in_a_cxx_file_fails_the_build(checkout, tmp_path) -> None:
     (checkout / "csrc" / "bindings.cpp").write_text("#error planted\n")
     output = refused(checkout, tmp_path / "out", SHELFKERN_CUDA=0)
     assert re.search(r"bindings\.cpp.*planted", output)
+
+
+@needs_cxx
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other CPUs have a single set of kernels")
+@pytest.mark.parametrize(
+    "isas, sentence",
+    [
+        ("baseline;z80", r"has z80, it may have\s+baseline;avx2;avx512"),
+        ("avx2", "is avx2, it must have baseline"),
+        ("baseline;avx512_vnni", "is baseline;avx512_vnni, it must have avx512"),
+    ],
+)
+def test_instruction_sets_that_do_not_build_are_refused(isas: str, sentence: str, tmp_path) -> None:
+    pybind11 = pytest.importorskip("pybind11").get_cmake_dir()
+    configure = ["cmake", "-S", str(ROOT), "-B", str(tmp_path), "-G", "Ninja", f"-DSHELFKERN_ISAS={isas}"]
+    configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11}"]
+    done = subprocess.run(configure, capture_output=True, text=True)
+    assert done.returncode and re.search(f"SHELFKERN_ISAS {sentence}", done.stderr)
 
 
 @needs_cxx

@@ -33,7 +33,8 @@ def on_cpu(fast, engine):
 def test_scores_equal_the_model(name, engine):
     model = build(CONFIGS[name])
     fast = shelfkern.accelerate(model, HALF, **options(engine))
-    assert_as_exact_as_eager(on_cpu(fast, engine), model, [images(2, 33, 40)], HALF)
+    batch = 2 if name == "attention" else 1  # networks take half a minute an image where they are emulated
+    assert_as_exact_as_eager(on_cpu(fast, engine), model, [images(batch, 33, 40)], HALF)
 
 
 @engines
