@@ -17,7 +17,16 @@ from ..ops.conv_train import conv_train
 from ..ops.max_pool_train import max_pool_train
 from ..ops.shared_block_train import shared_block_train
 from .backbone import BasicBlock, Bottleneck, ResNet
-from .blocks import BackboneHead, ConvBNAct, ConvHead, Downsample, EntryBlock, SharedBlock
+from .blocks import (
+    BackboneHead,
+    ConvBNAct,
+    ConvHead,
+    DeconvMerge,
+    Downsample,
+    EntryBlock,
+    LinearHead,
+    SharedBlock,
+)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -55,6 +64,18 @@ class FusedDownsample(_Fused, Downsample):
         return F.relu(conv_train(x, self.conv))
 
 
+class FusedDeconvMerge(DeconvMerge):
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x, skip)
+        return self.block(conv_train(x, self.deconv) + skip)
+
+
+class FusedLinearHead(_Fused, LinearHead):
+    def fused(self, x: Tensor) -> Tensor:
+        return conv_train(x, self.classify)
+
+
 class FusedConvHead(_Fused, ConvHead):
     dropout: nn.Dropout2d | None = None
 
@@ -84,7 +105,7 @@ class FusedBottleneck(_Fused, Bottleneck):
 
 class FusedResNet(ResNet):
     def stem(self, x: Tensor) -> Tensor:
-        return norm_act(self.conv1(x), self.bn1, self.act) if self.training else super().stem(x)
+        return norm_act(conv_train(x, self.conv1), self.bn1, self.act) if self.training else super().stem(x)
 
     def pool(self, x: Tensor) -> Tensor:
         return max_pool_train(x, self.maxpool) if self.training else super().pool(x)
@@ -96,6 +117,8 @@ FUSED: dict[type[nn.Module], type[nn.Module]] = {
     SharedBlock: FusedSharedBlock,
     EntryBlock: FusedEntryBlock,
     Downsample: FusedDownsample,
+    DeconvMerge: FusedDeconvMerge,
+    LinearHead: FusedLinearHead,
     ConvHead: FusedConvHead,
     BackboneHead: FusedBackboneHead,
     BasicBlock: FusedBasicBlock,

@@ -51,14 +51,17 @@ def check_same(op: str, name: str, x: Tensor, like: Tensor) -> None:
 
 def autocast(x: object) -> Any:
     """x, cast as torch.autocast, if enabled for x's device, casts the input of a convolution."""
+    return x.to(autocast_dtype(x)) if isinstance(x, Tensor) else x
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """dtype of what `autocast` makes of x."""
     # Not torch.amp.is_autocast_available: torch.compile of torch 2.11 cannot trace it.
-    if not isinstance(x, Tensor) or x.device.type not in ("cpu", "cuda"):
-        return x
-    if not torch.is_autocast_enabled(x.device.type):
-        return x
+    if x.device.type not in ("cpu", "cuda") or not torch.is_autocast_enabled(x.device.type):
+        return x.dtype
     if not x.is_floating_point() or x.dtype is torch.float64:
-        return x
-    return x.to(torch.get_autocast_dtype(x.device.type))
+        return x.dtype
+    return torch.get_autocast_dtype(x.device.type)
 
 
 def check_slope(op: str, slope: float | None) -> None:

@@ -5,6 +5,9 @@ uses the rotated and transposed weights. In float32 oneDNN's direct convolutions
 (64 to 256 channels, 4096 to 256 pixels per image, batches of 4, 2 threads); in bfloat16 1.5 times, which is
 lost again to transforming the weights at every step.
 
+In bfloat16 convolutions are computed in float32 where oneDNN has no kernels for bfloat16: torch's own take 20
+to 40 times as long as float32 (3x3, 64 to 256 channels, AMD Zen 3 with AVX2, 2 threads).
+
 With few pixels, any convolution's weight gradient is computed as one matrix product, in the layout of the
 weights. oneDNN computes it in its own layout and copies it: for 512 x 512 channels 18 MiB more.
 """
@@ -12,8 +15,9 @@ weights. oneDNN computes it in its own layout and copies it: for 512 x 512 chann
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +28,9 @@ from . import _common as common
 from ._conv_winograd import PackedWinograd, can_pay, conv_winograd_native, pays, weight_transform
 from .conv_bn_act import PANEL
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 # Weights change at every step and are transformed for each pass: for 256 x 256 channels this takes 1.2 ms and
 # saves 7 ms at this many pixels. With a quarter of them a ShelfNet50's step is no faster.
 LEAST_PIXELS = 2048
@@ -31,6 +38,9 @@ LEAST_PIXELS = 2048
 MOST_TRANSFORMED = 16 * 1024 * 1024
 # dtypes for which the weight gradient can be a matrix product.
 PRODUCT_DTYPES = (torch.float32, torch.bfloat16)
+CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
+# Whether oneDNN convolves bfloat16 on this CPU: from AVX-512 on.
+ONEDNN_HAS_BFLOAT16: bool = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)()
 TRANSFORM = torch.kron(weight_transform(4), weight_transform(4)).float()
 
 
@@ -103,6 +113,11 @@ def takes_products(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     return fits and 0 < x.shape[0] * h * w <= weight.shape[0] and min(h, w) > 0
 
 
+def takes_float32(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a convolution of x in `dtype` should be computed in float32."""
+    return x.device.type == "cpu" and dtype is torch.bfloat16 and not ONEDNN_HAS_BFLOAT16
+
+
 def _columns(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """im2col of x, (pixels, taps * C): x itself for 1x1 with stride 1, else a copy."""
     n, c = x.shape[:2]
@@ -130,14 +145,32 @@ def _weight_gradient(
     return torch.mm(channels, columns).view(k, *kernel, c).permute(0, 3, 1, 2)
 
 
+def _without_autocast(function: Callable[P, R]) -> Callable[P, R]:
+    """The function with autocast off: its tensors are cast, and gradients may be computed within autocast."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **options: P.kwargs) -> R:
+        x = args[0]
+        assert isinstance(x, Tensor)
+        with torch.autocast(x.device.type, enabled=False):
+            return function(*args, **options)
+
+    return run
+
+
+@_without_autocast
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry = SAME_3X3) -> Tensor:
     """The convolution's result in NHWC storage. The Winograd path is not recorded by autograd."""
+    if takes_float32(x, x.dtype):
+        wide = None if bias is None else bias.float()
+        return convolve(x.float(), weight.float(), wide, geometry).to(x.dtype)
     if _is_filtered(x, weight, geometry):
         return _filtered(x, weight, bias)
     options = geometry.stride, geometry.padding, geometry.dilation, geometry.groups
     return common.channels_last(F.conv2d(x, weight, bias, *options))
 
 
+@_without_autocast
 def convolve_backward(
     grad: Tensor,
     x: Tensor,
@@ -154,6 +187,13 @@ def convolve_backward(
         total: another gradient of weight, to which this one is added in place.
         overwrite: whether x, in NHWC storage, is no longer needed, so that its gradient may reuse its memory.
     """
+    if takes_float32(x, x.dtype):
+        wide = grad.float(), common.channels_last(x).float(), weight.float()
+        found = convolve_backward(*wide, with_bias, needed, geometry, overwrite=True)
+        grad_x, grad_weight, grad_bias = (None if g is None else g.to(x.dtype) for g in found)
+        if total is not None and grad_weight is not None:
+            grad_weight = total.add_(grad_weight)
+        return grad_x, grad_weight, grad_bias
     grad = common.channels_last(grad)
     needs_x, needs_weight, needs_bias = needed[0], needed[1], with_bias and needed[2]
     filtered = needs_x and _is_filtered(grad, weight.transpose(0, 1), geometry)
@@ -194,6 +234,13 @@ class _Function(torch.autograd.Function):
         return *convolve_backward(grad, x, weight, ctx.with_bias, needed, ctx.geometry), None
 
 
+def _in_float32(x: Tensor, conv: nn.Module, dtype: torch.dtype) -> Tensor:
+    """conv(x) computed in float32, with x, weight and bias rounded to `dtype` as its result is."""
+    with torch.autocast("cpu", enabled=False):
+        rounded = {name: value.to(dtype).float() for name, value in conv.named_parameters()}
+        return torch.func.functional_call(conv, rounded, x.to(dtype).float()).to(dtype)
+
+
 def conv_train(x: Tensor, conv: nn.Module) -> Tensor:
     """conv(x) on a CPU, with Winograd's filtering where that is faster, or with less memory for its gradient.
 
@@ -202,21 +249,27 @@ def conv_train(x: Tensor, conv: nn.Module) -> Tensor:
     Args:
         x: (N, C, H, W), floating; channels_last is fastest, any strides work.
         conv: any module; accelerated are nn.Conv2d of 3x3, stride 1 and padding 1 with 32 or more channels
-            in float32, and those with no more output pixels than channels.
+            in float32, and those with no more output pixels than channels; and where oneDNN has no kernels
+            for bfloat16, every nn.Conv2d and nn.ConvTranspose2d in bfloat16.
 
     Returns:
         Result of conv; channels_last where conv itself is not called.
     """
     geometry = Geometry.of(conv)
-    if geometry is None or type(x) is not Tensor or torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    if type(x) is not Tensor or x.ndim != 4:
+        return conv(x)
+    dtype = common.autocast_dtype(x)
+    if takes_float32(x, dtype) and (compiling or geometry is None) and type(conv) in CONVOLUTIONS:
+        return _in_float32(x, conv, dtype)
+    if compiling or geometry is None:
         return conv(x)
     assert isinstance(conv, nn.Conv2d)
     weight = conv.weight
-    if x.ndim != 4 or x.shape[1] != conv.in_channels or x.device != weight.device:
+    if x.shape[1] != conv.in_channels or x.device != weight.device:
         return conv(x)
-    autocast = torch.is_autocast_enabled(x.device.type)
-    filtered = not autocast and is_3x3(conv) and takes_winograd(x, weight)
-    if not filtered and not takes_products(x, weight, geometry):
+    filtered = dtype is x.dtype and is_3x3(conv) and takes_winograd(x, weight)
+    if not (filtered or takes_float32(x, dtype) or takes_products(x, weight, geometry)):
         return conv(x)
     x, weight, bias = map(common.autocast, (x, weight, conv.bias))
     return _Function.apply(x, weight, bias, geometry)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from parity import layouts, needs_native, random
 from torch import nn
+from torch.nn import functional as F
 
 from shelfkern import ops
 
@@ -122,12 +123,14 @@ def test_frozen_inputs(frozen, passes):
         (random(32, 50, 50), convolution(32, 32)),
     ],
 )
-def test_others_are_called(x, conv, passes):
+def test_others_are_called(x, conv, passes, monkeypatch):
+    monkeypatch.setattr(conv_train, "ONEDNN_HAS_BFLOAT16", True)
     assert torch.equal(ops.conv_train(x, conv), conv(x)) and not passes
 
 
 @needs_native
-def test_autocast_and_compilers_see_torchs_own(passes):
+def test_autocast_and_compilers_see_torchs_own(passes, monkeypatch):
+    monkeypatch.setattr(conv_train, "ONEDNN_HAS_BFLOAT16", True)
     x, conv = random(2, 32, 40, 40), convolution(32, 32)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(ops.conv_train(x, conv), conv(x))
@@ -136,6 +139,61 @@ def test_autocast_and_compilers_see_torchs_own(passes):
     assert torch.equal(compiled(x), conv(x)) and not passes
     with pytest.raises(RuntimeError, match="channels"):
         ops.conv_train(random(2, 33, 40, 40), conv)
+
+
+@needs_native
+@pytest.mark.parametrize("extent", [40, 5], ids=["winograd", "product"])
+def test_gradients_within_autocast(extent):
+    x, conv = random(2, 64, extent, extent).requires_grad_(), convolution(64, 64)
+    leaves = [x, *conv.parameters()]
+    expected = torch.autograd.grad(ops.conv_train(x, conv).square().sum(), leaves)
+    result = ops.conv_train(x, conv).square().sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(result, leaves)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@needs_native
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(
+    "kind, shape, k, options, kernel_passes",
+    [
+        (nn.Conv2d, (2, 32, 32, 33), 40, dict(kernel_size=3, padding=1), 2),
+        (nn.Conv2d, (2, 8, 20, 20), 16, dict(kernel_size=3, padding=1, stride=2, bias=False), 0),
+        (nn.Conv2d, (2, 8, 5, 5), 64, dict(kernel_size=1), 0),
+        (nn.Conv2d, (1, 3, 33, 40), 16, dict(kernel_size=7, padding=3, stride=2), 0),
+        (nn.ConvTranspose2d, (2, 16, 9, 8), 8, dict(kernel_size=3, stride=2, padding=1, output_padding=1), 0),
+        (nn.ConvTranspose2d, (2, 16, 9, 8), 8, dict(kernel_size=2, groups=2, bias=False), 0),
+    ],
+    ids=str,
+)
+def test_without_kernels_of_onednn_bfloat16_is_computed_in_float32(
+    kind, shape, k, options, kernel_passes, autocast, passes, monkeypatch
+):
+    monkeypatch.setattr(conv_train, "ONEDNN_HAS_BFLOAT16", False)
+    torch.manual_seed(5)
+    x, conv = random(*shape), kind(shape[1], k, **options)
+    grad = random(*conv(x).shape, seed=1)
+    seen = []
+    for name in ("conv2d", "conv_transpose2d"):
+        function = getattr(F, name)
+        monkeypatch.setattr(F, name, lambda x, *rest, f=function: seen.append(x.dtype) or f(x, *rest))
+
+    def call(x, conv):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return ops.conv_train(x, conv)
+
+    dtype = torch.float32 if autocast else torch.bfloat16
+    found = trained(call, x, conv, grad.bfloat16(), dtype)
+    assert len(passes) == kernel_passes and seen == [torch.float32] * (not kernel_passes)
+    monkeypatch.setattr(conv_train, "takes_float32", lambda *_: False)
+    expected = trained(call, x, conv, grad.bfloat16(), dtype)
+    truth = trained(eager, x, conv, grad, torch.float64)
+    for name, exact in truth.items():
+        assert found[name].dtype is expected[name].dtype
+        error, allowed = ((one[name] - exact).norm() / exact.norm() for one in (found, expected))
+        assert error <= 2 * allowed, name
 
 
 @needs_native
