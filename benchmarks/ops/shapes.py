@@ -14,7 +14,7 @@ from torch import Tensor
 from shelfkern import nn as models
 from shelfkern.engine import Plan
 from shelfkern.engine.lower import lower
-from shelfkern.engine.plan import Step, step_macs
+from shelfkern.engine.plan import Conv, SharedBlockStep, Stem, Step, Value, step_macs
 
 MODELS = models.list_models()
 SIZES = ((512, 512), (1024, 2048))
@@ -79,14 +79,20 @@ class Problem:
             return 1
         return 4 if len(shape) == 2 else dtype.itemsize
 
+    @property
+    def trains(self) -> bool:
+        """Whether it is a training op beside one for inference; its second input is its result's gradient."""
+        return self.op.endswith("_train")
+
     def __str__(self) -> str:
+        result = self.reads[1] if self.trains else self.writes
         parts = ["x".join(map(str, self.reads[0]))]
         if self.raw:
             parts.append("raw")
         if len(self.weight) == 4:
             parts.append(f"{self.weight[2]}x{self.weight[3]}s{self.stride}")
         parts += ["labels_" + "x".join(map(str, shape[1:])) for shape in self.reads if len(shape) == 3]
-        parts.append("to_" + "x".join(map(str, self.writes[1:])))
+        parts.append("to_" + "x".join(map(str, result[1:])))
         parts += ["plain"] * (self.op == "conv_bn_act" and "scale" not in self.vectors)
         parts += [] if self.slope is None else [f"leaky{self.slope:g}" if self.slope else "relu"]
         return "-".join(parts + ["residual"] * self.residual + ["skip"] * self.skip)
@@ -112,8 +118,10 @@ def plan_of(model: str) -> Plan:
 def problems_of(plan: Plan, batch: int, size: Size) -> Iterator[Problem]:
     """The problem of every step, and of the resizes that follow the plan."""
     seen = plan.extents.seen(*size)
+    normed = _normed(plan)
     for step in plan.steps:
         yield from _problems_of_step(step, batch, seen)
+        yield from _training_of_step(step, normed.get(step.inputs[0]) if step.inputs else None, batch, seen)
     yield from _problems_of_scores(plan.scores.shape(batch, *seen), size)
 
 
@@ -152,6 +160,37 @@ def _norm_of(conv: Problem) -> Problem:
         slope=conv.slope,
         residual=conv.residual,
     )
+
+
+def _normed(plan: Plan) -> dict[Value, Conv]:
+    """Convolutions whose norm and activation a single convolution reads, by their output."""
+    readers = collections.Counter(value for step in plan.steps for value in step.inputs)
+    convs = [step for step in plan.steps if isinstance(step, Conv) and step.scale is not None]
+    alone = [step for step in convs if not step.residual and not step.skip]
+    return {step.output: step for step in alone if readers[step.output] == 1}
+
+
+def _training_of_step(step: Step, before: Conv | None, batch: int, size: Size) -> Iterator[Problem]:
+    """Ops that train a step with its gradient, which multiplies twice as often as the step.
+
+    before: the convolution whose norm and activation the step reads, for `bn_act_conv_train`.
+    """
+    result = step.output.shape(batch, *size)
+    if isinstance(step, Stem):
+        x = (batch, step.output.channels, *(side // 2 for side in size))
+        yield Problem("max_pool_train", (x, result), x, 0)
+    if not isinstance(step, Conv | SharedBlockStep) or not step.inputs:
+        return
+    x = step.inputs[0].shape(batch, *size)
+    op, fields = "conv_train", {}
+    if isinstance(step, SharedBlockStep):
+        op, fields = "shared_block_train", dict(slope=step.act.slope, skip=step.skip)
+        fields["vectors"] = ("weight1", "bias1", "weight2", "bias2")
+    elif before:
+        op, fields = "bn_act_conv_train", dict(slope=before.act.slope, vectors=("weight", "bias"))
+    stride = step.stride if isinstance(step, Conv) else 1
+    macs = 3 * step_macs(step, batch, *size)
+    yield Problem(op, (x, result), x, macs, tuple(step.weight.shape), stride=stride, **fields)
 
 
 def _problems_of_scores(scores: Shape, size: Size) -> Iterator[Problem]:

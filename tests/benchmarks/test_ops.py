@@ -69,6 +69,9 @@ def compared(op, entry, dtype=torch.float32, variants=None):
 
 # No network's plan has codes of 8 bits.
 UNPLANNED = {"quantize"}
+TRAINING = [
+    small(name) for name in ("conv_train", "bn_act_conv_train", "shared_block_train", "max_pool_train")
+]
 CASES = [small(name) for name in ops.NAMES if name not in UNPLANNED] + [
     small("stem", raw=True),
     small("conv_bn_act", residual=True),
@@ -80,7 +83,7 @@ CASES = [small(name) for name in ops.NAMES if name not in UNPLANNED] + [
 
 @needs_native
 @pytest.mark.parametrize("dtype", DTYPES["cpu"], ids=str)
-@pytest.mark.parametrize("entry", CASES, ids=lambda entry: f"{entry.problem.op} {entry.problem}")
+@pytest.mark.parametrize("entry", CASES + TRAINING, ids=lambda entry: f"{entry.problem.op} {entry.problem}")
 def test_every_variant_is_right_and_timed(entry, dtype):
     op = importlib.import_module(f"bench_{entry.problem.op}").OP
     for name, outcome in compared(op, entry, dtype).items():
@@ -88,7 +91,9 @@ def test_every_variant_is_right_and_timed(entry, dtype):
             assert "bf16 path needs the cpu support" in outcome.unavailable
             continue
         assert outcome.times is not None, f"{name}: {outcome}"
-        assert 0 <= outcome.error < (1e-5 if dtype is torch.float32 else 1e-2)
+        # Of two norms and activations in bfloat16, eager's gradient as well is a few hundredths off.
+        rounded = 1e-1 if entry.problem.op == "shared_block_train" else 1e-2
+        assert 0 <= outcome.error < (1e-5 if dtype is torch.float32 else rounded)
 
 
 @needs_native
@@ -100,7 +105,7 @@ def test_a_norm_with_a_residual():
         assert outcome.times is not None and outcome.error < 1e-5, f"{name}: {outcome}"
 
 
-@pytest.mark.parametrize("entry", CASES, ids=lambda entry: f"{entry.problem.op} {entry.problem}")
+@pytest.mark.parametrize("entry", CASES + TRAINING, ids=lambda entry: f"{entry.problem.op} {entry.problem}")
 def test_what_is_compiled_is_the_reference(entry):
     op = importlib.import_module(f"bench_{entry.problem.op}").OP
     case = op.case(entry.problem, torch.float32, "cpu")
@@ -109,6 +114,11 @@ def test_what_is_compiled_is_the_reference(entry):
     frozen = {name for name in parameters if case.tensors[name] is not None}
     assert frozen <= set(dict(composition.named_parameters()))
     torch.testing.assert_close(composition(**composition.moving()), op.refer(case.fresh()))
+
+
+@pytest.mark.parametrize("op", ["conv_train", "max_pool_train"])
+def test_without_a_kernel_of_ours_nothing_is_compared(op):
+    assert importlib.import_module(f"bench_{op}").OP.variants("cuda") == []
 
 
 def test_a_lost_context_ends_the_comparison(monkeypatch):

@@ -1,0 +1,75 @@
+"""shared_block_train: the shared-weights residual block by its batch's statistics, and all gradients."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from bench_bn_act_conv_train import norm_of
+from bench_conv_train import module_of
+from harness import WINOGRAD_ERROR, Case, Inputs, Op, Outcome, Run, Tensors, gradients, replayed
+from shapes import Problem
+from torch import Tensor
+from torch.nn import functional as F
+
+from shelfkern import ops
+from shelfkern.ops import _common as common
+
+
+def inputs(problem: Problem, random: Inputs) -> tuple[Tensors, dict[str, Any]]:
+    tensors = {
+        "x": random.activation(problem.reads[0]),
+        "grad": random.activation(problem.reads[1]),
+        "w": random.weight(problem.weight, math.prod(problem.weight[1:])),
+        **random.vectors(problem),
+    }
+    return tensors, dict(slope=problem.slope, skip=problem.skip)
+
+
+@torch.enable_grad()
+def reference(
+    x: Tensor,
+    grad: Tensor,
+    w: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    slope: float | None,
+    skip: bool,
+) -> Tensor:
+    """The gradient of x; the other gradients are computed too."""
+    leaves = [t.detach().requires_grad_() for t in (x, w, weight1, bias1, weight2, bias2)]
+    x, w, weight1, bias1, weight2, bias2 = leaves
+    h = common.activate(F.batch_norm(F.conv2d(x, w, padding=1), None, None, weight1, bias1, True), slope)
+    y = F.relu(F.batch_norm(F.conv2d(h, w, padding=1), None, None, weight2, bias2, True) + x)
+    return gradients(y + x if skip else y, leaves, grad)
+
+
+def step(case: Case, backend: str) -> Run:
+    x, grad, w, weight1, bias1, weight2, bias2 = case.tensors.values()
+    conv, bn1, bn2 = module_of(w, 1), norm_of(weight1, bias1), norm_of(weight2, bias2)
+    leaves = [x.detach().requires_grad_(), conv.weight, bn1.weight, bn1.bias, bn2.weight, bn2.bias]
+
+    @torch.enable_grad()
+    def run():
+        y = ops.shared_block_train(leaves[0], conv, bn1, bn2, **case.options, backend=backend)
+        return gradients(y, leaves, grad)
+
+    return run
+
+
+OP = Op(
+    "shared_block_train",
+    inputs,
+    step=step,
+    backends=ops.KERNELS["bn_act_dropout"],
+    reference=reference,
+    factor=WINOGRAD_ERROR,
+)
+
+
+@replayed
+def test_shared_block_train(outcome: Outcome, benchmark) -> None:
+    outcome.replay(benchmark)
