@@ -51,14 +51,8 @@ def step(case: Case, backend: str) -> Run:
     return run
 
 
-OP = Op(
-    "bn_act_conv_train",
-    inputs,
-    step=step,
-    backends=ops.KERNELS["bn_act_dropout"],
-    reference=reference,
-    factor=WINOGRAD_ERROR,
-)
+NORMS = ops.KERNELS["bn_act_dropout"]
+OP = Op("bn_act_conv_train", inputs, step=step, backends=NORMS, reference=reference, factor=WINOGRAD_ERROR)
 
 
 @replayed

@@ -60,14 +60,8 @@ def step(case: Case, backend: str) -> Run:
     return run
 
 
-OP = Op(
-    "shared_block_train",
-    inputs,
-    step=step,
-    backends=ops.KERNELS["bn_act_dropout"],
-    reference=reference,
-    factor=WINOGRAD_ERROR,
-)
+NORMS = ops.KERNELS["bn_act_dropout"]
+OP = Op("shared_block_train", inputs, step=step, backends=NORMS, reference=reference, factor=WINOGRAD_ERROR)
 
 
 @replayed

@@ -158,6 +158,26 @@ def curve(model: nn.Module, steps: int, scaler: torch.amp.GradScaler | None = No
     return torch.stack(losses)
 
 
+@pytest.mark.parametrize("kind", list(TINY))
+def test_without_kernels_of_onednn_no_features_are_convolved_in_bfloat16(kind: str, monkeypatch) -> None:
+    """But for what is pooled to one pixel."""
+    monkeypatch.setattr(importlib.import_module("shelfkern.ops.conv_train"), "ONEDNN_HAS_BFLOAT16", False)
+    cast, model = [], tiny(kind, fused=True).train()
+    for name in ("conv2d", "conv_transpose2d"):
+        function = getattr(nn.functional, name)
+
+        def seen(x, *rest, f=function):
+            if torch.is_autocast_enabled("cpu") and x[0, 0].numel() > 1:
+                cast.append(tuple(x.shape))
+            return f(x, *rest)
+
+        monkeypatch.setattr(nn.functional, name, seen)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(torch.randn(2, 3, 64, 64))
+    assert out.scores.dtype is torch.bfloat16 and not cast
+    loss_of(out).backward()
+
+
 def test_loss_curves_agree_over_200_steps() -> None:
     """Roundings grow from step to step, in eager too: between its two memory formats, which differ in the
     order of sums alone, curves part by a few hundredths. Ours and eager's may part by twice as much.
