@@ -6,7 +6,7 @@ from typing import Any
 
 import bench_conv_train
 import torch
-from harness import WINOGRAD_ERROR, Case, Inputs, Op, Outcome, Run, Tensors, gradients, replayed
+from harness import WINOGRAD_ERROR, Case, Inputs, Op, Outcome, Run, Tensors, gradients, replayed, step_of
 from shapes import Problem
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -42,13 +42,8 @@ def step(case: Case, backend: str) -> Run:
     x, grad, w, weight, bias = case.tensors.values()
     conv, bn = bench_conv_train.module_of(w, case.options["stride"]), norm_of(weight, bias)
     leaves = [x.detach().requires_grad_(), conv.weight, bn.weight, bn.bias]
-
-    @torch.enable_grad()
-    def run():
-        y = ops.bn_act_conv_train(leaves[0], bn, conv, slope=case.options["slope"], backend=backend)
-        return gradients(y, leaves, grad)
-
-    return run
+    options = dict(slope=case.options["slope"], backend=backend)
+    return step_of(lambda: ops.bn_act_conv_train(leaves[0], bn, conv, **options), leaves, grad)
 
 
 NORMS = ops.KERNELS["bn_act_dropout"]

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from harness import WINOGRAD_ERROR, Case, Inputs, Op, Outcome, Run, Tensors, gradients, replayed
+from harness import WINOGRAD_ERROR, Case, Inputs, Op, Outcome, Run, Tensors, gradients, replayed, step_of
 from shapes import Problem
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -42,12 +42,7 @@ def step(case: Case, backend: str) -> Run:
     x, grad, w = case.tensors.values()
     conv = module_of(w, **case.options)
     x = x.detach().requires_grad_()
-
-    @torch.enable_grad()
-    def run():
-        return gradients(ops.conv_train(x, conv), [x, conv.weight], grad)
-
-    return run
+    return step_of(lambda: ops.conv_train(x, conv), [x, conv.weight], grad)
 
 
 OP = Op("conv_train", inputs, step=step, backends=("native",), reference=reference, factor=WINOGRAD_ERROR)

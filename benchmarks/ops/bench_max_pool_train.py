@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from harness import Case, Inputs, Op, Outcome, Run, Tensors, gradients, replayed
+from harness import Case, Inputs, Op, Outcome, Run, Tensors, gradients, replayed, step_of
 from shapes import Problem
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,12 +28,7 @@ def reference(x: Tensor, grad: Tensor) -> Tensor:
 def step(case: Case, backend: str) -> Run:
     x, grad = case.tensors.values()
     x, pool = x.detach().requires_grad_(), nn.MaxPool2d(3, 2, 1)
-
-    @torch.enable_grad()
-    def run():
-        return gradients(ops.max_pool_train(x, pool), [x], grad)
-
-    return run
+    return step_of(lambda: ops.max_pool_train(x, pool), [x], grad)
 
 
 OP = Op("max_pool_train", inputs, step=step, backends=("native",), reference=reference)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
+import bench_conv_train
 import torch
 from bench_bn_act_conv_train import norm_of
-from bench_conv_train import module_of
-from harness import WINOGRAD_ERROR, Case, Inputs, Op, Outcome, Run, Tensors, gradients, replayed
+from harness import WINOGRAD_ERROR, Case, Inputs, Op, Outcome, Run, Tensors, gradients, replayed, step_of
 from shapes import Problem
 from torch import Tensor
 from torch.nn import functional as F
@@ -18,13 +17,8 @@ from shelfkern.ops import _common as common
 
 
 def inputs(problem: Problem, random: Inputs) -> tuple[Tensors, dict[str, Any]]:
-    tensors = {
-        "x": random.activation(problem.reads[0]),
-        "grad": random.activation(problem.reads[1]),
-        "w": random.weight(problem.weight, math.prod(problem.weight[1:])),
-        **random.vectors(problem),
-    }
-    return tensors, dict(slope=problem.slope, skip=problem.skip)
+    tensors, _ = bench_conv_train.inputs(problem, random)
+    return tensors | random.vectors(problem), dict(slope=problem.slope, skip=problem.skip)
 
 
 @torch.enable_grad()
@@ -49,15 +43,10 @@ def reference(
 
 def step(case: Case, backend: str) -> Run:
     x, grad, w, weight1, bias1, weight2, bias2 = case.tensors.values()
-    conv, bn1, bn2 = module_of(w, 1), norm_of(weight1, bias1), norm_of(weight2, bias2)
+    conv, bn1, bn2 = bench_conv_train.module_of(w, 1), norm_of(weight1, bias1), norm_of(weight2, bias2)
     leaves = [x.detach().requires_grad_(), conv.weight, bn1.weight, bn1.bias, bn2.weight, bn2.bias]
-
-    @torch.enable_grad()
-    def run():
-        y = ops.shared_block_train(leaves[0], conv, bn1, bn2, **case.options, backend=backend)
-        return gradients(y, leaves, grad)
-
-    return run
+    options = case.options | dict(backend=backend)
+    return step_of(lambda: ops.shared_block_train(leaves[0], conv, bn1, bn2, **options), leaves, grad)
 
 
 NORMS = ops.KERNELS["bn_act_dropout"]

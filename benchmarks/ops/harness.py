@@ -130,6 +130,16 @@ def gradients(result: Tensor, leaves: Sequence[Tensor], grad: Tensor) -> Tensor:
     return torch.autograd.grad(result, leaves, grad)[0]
 
 
+def step_of(call: Callable[[], Tensor], leaves: Sequence[Tensor], grad: Tensor) -> Run:
+    """A call in training, followed by `gradients`."""
+
+    @torch.enable_grad()
+    def run():
+        return gradients(call(), leaves, grad)
+
+    return run
+
+
 def one_rounding(case: Case, truth: Tensor) -> float:
     """An error allowed where eager happens to be exact: one rounding of the largest value."""
     return torch.finfo(case.dtype).eps * float(truth.abs().max())
